@@ -1,0 +1,30 @@
+"""Network deconvolution for any PyTorch model, and the norms that it is compared with.
+
+    report = norm.convert(model, "deconv")      # in place; print(report) says what was done
+    plain = norm.fold(model)                    # after training: a copy with plain convolutions
+
+Read `whitening` (the mathematics), `layers`, `registry`, `recipes`, `convert`, `fold`, in this order.
+"""
+
+from norm import recipes as _recipes  # registers the recipes that the toolkit brings
+from norm.convert import Report, convert
+from norm.fold import fold
+from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError
+from norm.registry import Place, Recipe, available, recipe, register
+
+__all__ = [
+    "ChannelDeconv",
+    "Delinear",
+    "FastDeconv",
+    "NormError",
+    "Place",
+    "Recipe",
+    "Report",
+    "available",
+    "convert",
+    "fold",
+    "recipe",
+    "register",
+]
+
+del _recipes

@@ -1,0 +1,120 @@
+"""Layers of other libraries that do more than the plain layer they derive from, taken apart so that nothing is lost.
+
+`take_apart` gives the plain layer (what a recipe may replace) and a function that puts a replacement back in its place.
+Classes are recognised by name: no library is imported for it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError, SamePad2d, SamePadded
+from norm.recipes import conv_arguments
+
+Kind = Literal["norm", "conv", "linear"]
+Rebuild = Callable[[nn.Module], nn.Module]
+
+_FROZEN = {"torchvision.ops.misc.FrozenBatchNorm2d", "norm.layers.FrozenBatchNorm2d"}
+_NORM_ACT = {
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.SyncBatchNormAct",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
+}
+_SAME_CONV = {"timm.layers.conv2d_same.Conv2dSame", "timm.layers.conv2d_same.Conv2dSameExport"}
+# Linear layers whose weight another module reads: replacing them would change nothing or break it.
+_READ_BY_OTHERS = {"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"}
+
+
+def class_name(layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """Which method of a recipe a layer belongs to; None for one that no recipe touches."""
+    name = class_name(layer)
+    if name in _FROZEN | _NORM_ACT or isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return "norm"
+    if isinstance(layer, nn.Conv2d):
+        return "conv"
+    if isinstance(layer, nn.Linear) and name not in _READ_BY_OTHERS:
+        return "linear"
+    return None
+
+
+def take_apart(layer: nn.Module, kind: Kind) -> tuple[nn.Module, Rebuild]:
+    """The plain layer, and how to build what takes the old layer's place around a new one.
+
+    Raises:
+        NormError: a class that this module does not know; its message ends in what the class is.
+    """
+    name = class_name(layer)
+    if type(layer) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d):
+        return layer, _as_it_is
+    if type(layer) is nn.SyncBatchNorm or name in _FROZEN:
+        return _plain_norm(layer), _as_it_is
+    if name in _NORM_ACT:
+        return _plain_norm(layer), lambda new: _norm_act(new, layer)
+    if name in _SAME_CONV and isinstance(layer, nn.Conv2d):
+        return _plain_conv(layer), lambda new: _same_conv(new, layer)
+    if isinstance(layer, (FastDeconv, Delinear, ChannelDeconv)):
+        raise NormError(f"is already a {type(layer).__name__}; convert the network as it was built")
+    raise NormError(f"is a {name}, a {kind} layer that may do more than the plain one")
+
+
+def probe(layer: nn.Module, kind: Kind) -> nn.Module:
+    """A plain layer of the same shape, without memory: for asking whether a recipe would replace one of this kind."""
+    with torch.device("meta"):
+        if kind == "conv":
+            assert isinstance(layer, nn.Conv2d)
+            return nn.Conv2d(**conv_arguments(layer), bias=layer.bias is not None)
+        if kind == "linear":
+            assert isinstance(layer, nn.Linear)
+            return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        return nn.BatchNorm2d(int(layer.num_features))  # type: ignore[arg-type]
+
+
+def _as_it_is(new: nn.Module) -> nn.Module:
+    return new
+
+
+def _plain_norm(layer: nn.Module) -> nn.BatchNorm2d:
+    """A BatchNorm2d that shares the parameters and statistics of `layer`."""
+    mean: torch.Tensor | None = layer.running_mean  # type: ignore[assignment]
+    weight: torch.Tensor | None = layer.weight  # type: ignore[assignment]
+    size = layer.num_features if hasattr(layer, "num_features") else weight.numel()  # type: ignore[union-attr]
+    momentum = getattr(layer, "momentum", 0.1)
+    plain = nn.BatchNorm2d(int(size), float(layer.eps), momentum, weight is not None, mean is not None)  # type: ignore
+    reference = mean if mean is not None else weight
+    if reference is not None:
+        plain.to(reference.device, reference.dtype)
+    mine = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    with torch.no_grad():
+        for name, value in {**dict(plain.named_parameters()), **dict(plain.named_buffers())}.items():
+            if name in mine:
+                value.copy_(mine[name])
+    return plain.train(layer.training)
+
+
+def _norm_act(new: nn.Module, old: nn.Module) -> nn.Module:
+    """The new norm, followed by the dropout and activation that `old` held."""
+    parts: list[tuple[str, nn.Module]] = [("norm", new)]
+    parts += [(name, part) for name in ("drop", "act") if isinstance(part := getattr(old, name, None), nn.Module)]
+    return nn.Sequential(OrderedDict(parts))
+
+
+def _plain_conv(layer: nn.Conv2d) -> nn.Conv2d:
+    arguments = conv_arguments(layer) | {"padding": 0}
+    plain = nn.Conv2d(**arguments, bias=layer.bias is not None).to(layer.weight.device, layer.weight.dtype)
+    plain.load_state_dict(layer.state_dict())
+    plain.weight.requires_grad_(layer.weight.requires_grad)
+    return plain.train(layer.training)
+
+
+def _same_conv(new: nn.Module, old: nn.Conv2d) -> nn.Module:
+    pad = SamePad2d(old.kernel_size, old.stride, old.dilation)
+    return SamePadded(pad, new, type(old))

@@ -1,0 +1,240 @@
+"""Conversion of a trained batch-norm network into a deconvolution network that computes the same function.
+
+The network is run in evaluation mode on a few batches. That gives, for every convolution, the mean and covariance of
+its patches (so D), and the batch norm, if any, that alone takes its output. With w_eff, b_eff the convolution with that
+batch norm folded in, W = w_eff D^(-1) and b = b_eff + w_eff mu make the deconvolution layer compute the same.
+A batch norm that follows no convolution (pre-activation networks) becomes a scale and shift a channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from norm import whitening
+from norm.layers import ChannelAffine, Delinear, FastDeconv, NormError
+
+if TYPE_CHECKING:
+    from norm.convert import Swap
+
+
+@dataclass
+class Moments:
+    """Sums over the sampled patches of a layer, in float64."""
+
+    rows: int = 0
+    total: Tensor | None = None
+    square: Tensor | None = None
+
+    def add(self, patches: Tensor) -> None:
+        wide = patches.double()
+        total, square = wide.sum(-1), wide @ wide.mT
+        self.rows += wide.shape[-1]
+        self.total = total if self.total is None else self.total + total
+        self.square = square if self.square is None else self.square + square
+
+    def statistics(self, eps: float, n_iter: int) -> tuple[Tensor, Tensor]:
+        """Mean, flattened, and D."""
+        assert self.total is not None and self.square is not None
+        mean = self.total / self.rows
+        covariance = self.square / self.rows - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        return mean.flatten(), whitening.inverse_sqrt(covariance + eps * eye, n_iter)
+
+
+@dataclass
+class Observed:
+    """What a run of the network showed; layers by id."""
+
+    batch: Any = None
+    output: Any = None
+    moments: dict[int, Moments] = field(default_factory=dict)
+    calls: dict[int, int] = field(default_factory=dict)
+    readers: dict[int, int] = field(default_factory=dict)
+    """How many operations read the outputs of a convolution."""
+    norms: dict[int, list[int]] = field(default_factory=dict)
+    """The norms that read the outputs of a convolution, one entry a call."""
+
+
+class _CountReaders(TorchFunctionMode):
+    """Counts the operations that read a convolution's output; its hook has left the convolution's id on the tensor."""
+
+    def __init__(self, readers: dict[int, int]) -> None:
+        super().__init__()
+        self.readers = readers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            for leaf in tree_leaves((args, kwargs or {})):
+                source = getattr(leaf, "_norm_source", None) if isinstance(leaf, Tensor) else None
+                if source is not None:
+                    self.readers[source] = self.readers.get(source, 0) + 1
+        return result
+
+
+def observe(model: nn.Module, swaps: list[Swap], batches: Tensor | Iterable[Tensor]) -> Observed:
+    """Run `model` in evaluation mode over the batches.
+
+    Raises:
+        NormError: no layer of the plan whitens, no batch, or a batch that is no floating-point tensor.
+    """
+    if not any(isinstance(swap.core, (FastDeconv, Delinear)) for swap in swaps):
+        raise NormError("calibrate= goes with a recipe that whitens, such as deconv; this one does not")
+    seen = Observed()
+    with _evaluation(model), ExitStack() as stack, torch.no_grad():
+        for swap in swaps:
+            for handle in _watch(swap, seen):
+                stack.callback(handle.remove)
+        for batch in [batches] if isinstance(batches, Tensor) else batches:
+            if not isinstance(batch, Tensor) or not batch.is_floating_point():
+                raise NormError(f"calibrate: expected float tensors (N, C, H, W), found {_what(batch)}")
+            with _CountReaders(seen.readers):
+                output = model(batch)
+            if seen.batch is None:
+                seen.batch, seen.output = batch, output
+    if seen.batch is None:
+        raise NormError("calibrate holds no batch; give at least one tensor (N, C, H, W)")
+    return seen
+
+
+def _watch(swap: Swap, seen: Observed) -> list[Any]:
+    """Hooks that note what goes in and out of one layer."""
+    key, core = id(swap.old), swap.core
+
+    def on_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.calls[key] = seen.calls.get(key, 0) + 1
+        x = args[0]
+        if swap.kind == "norm":
+            source = getattr(x, "_norm_source", None)
+            if source is not None:
+                seen.norms.setdefault(source, []).append(key)
+        elif isinstance(core, FastDeconv):
+            seen.moments.setdefault(key, Moments()).add(core.patches(*core.pad(swap.lead(x))))
+        elif isinstance(core, Delinear):
+            seen.moments.setdefault(key, Moments()).add(core.patches(x))
+
+    def on_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if isinstance(core, FastDeconv):
+            output._norm_source = key  # type: ignore[attr-defined]
+
+    return [swap.old.register_forward_pre_hook(on_input), swap.old.register_forward_hook(on_output)]
+
+
+def apply(swaps: list[Swap], seen: Observed) -> None:
+    """Give the planned layers the statistics that were seen, and weights that keep the function."""
+    by_id = {id(swap.old): swap for swap in swaps}
+    merged: dict[int, str] = {}
+    for swap in swaps:
+        if not isinstance(swap.core, (FastDeconv, Delinear)):
+            continue
+        key = id(swap.old)
+        if key not in seen.moments:
+            swap.why = _join(swap.why, "not reached by calibration: weights kept")
+            continue
+        norm = _only_norm(key, seen, by_id)
+        if norm is not None:
+            merged[id(norm.old)] = swap.names[0]
+            swap.why = _join(swap.why, f"calibrated with {norm.names[0]}")
+        else:
+            swap.why = _join(swap.why, "calibrated")
+        _set_layer(swap.core, swap.plain, None if norm is None else norm.plain, seen.moments[key])
+    for swap in swaps:
+        if swap.kind != "norm" or swap.core is swap.plain:
+            continue
+        if id(swap.old) in merged:
+            swap.core = nn.Identity()
+            swap.why = _join(swap.why, f"folded into {merged[id(swap.old)]}")
+        elif id(swap.old) in seen.calls:
+            swap.core = _affine(swap.plain)
+            swap.why = _join(swap.why, "calibrated: scale and shift kept, no convolution of its own to take them")
+
+
+def _only_norm(key: int, seen: Observed, by_id: dict[int, Swap]) -> Swap | None:
+    """The batch norm that reads every output of the convolution, alone, and nothing else; else None."""
+    norms = seen.norms.get(key, [])
+    calls = seen.calls[key]
+    if len(set(norms)) != 1 or len(norms) != calls or seen.readers.get(key) != calls:
+        return None
+    norm = by_id[norms[0]]
+    return norm if seen.calls[norms[0]] == calls and norm.core is not norm.plain else None
+
+
+def _set_layer(core: FastDeconv | Delinear, conv: nn.Module, norm: nn.Module | None, moments: Moments) -> None:
+    assert isinstance(conv, (nn.Conv2d, nn.Linear))
+    weight, bias = conv.weight.detach().double(), None if conv.bias is None else conv.bias.detach().double()
+    if norm is not None:
+        scale, shift = _scale_and_shift(norm)
+        weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        bias = shift if bias is None else bias * scale + shift
+    with torch.no_grad():
+        mean, deconv = moments.statistics(core.eps, core.n_iter)
+        core.running_mean.copy_(mean)
+        core.running_deconv.copy_(deconv)
+        groups, grouping = (core.groups, core.grouping) if isinstance(core, FastDeconv) else (1, "channel")
+        weight, bias = whitening.unfold_weight(weight, bias, core.running_mean, core.running_deconv, groups, grouping)
+        core.weight.copy_(weight)
+        assert core.bias is not None
+        core.bias.copy_(bias)
+
+
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a batch norm does in evaluation, in float64.
+
+    Raises:
+        NormError: it tracks no running statistics.
+    """
+    assert isinstance(norm, nn.BatchNorm2d)
+    if norm.running_mean is None or norm.running_var is None:
+        raise NormError("calibrate needs batch norms with running statistics; this network's do not track them")
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+
+
+def _affine(norm: nn.Module) -> ChannelAffine:
+    scale, shift = _scale_and_shift(norm)
+    new = ChannelAffine(scale.numel()).to(scale.device)
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    new.to(norm.running_mean.dtype)
+    with torch.no_grad():
+        new.weight.copy_(scale)
+        new.bias.copy_(shift)
+    return new
+
+
+def deviation(model: nn.Module, seen: Observed) -> float:
+    """Largest difference of the first batch's outputs to those before, relative to the largest output."""
+    with _evaluation(model), torch.no_grad():
+        new = [leaf for leaf in tree_leaves(model(seen.batch)) if isinstance(leaf, Tensor)]
+    old = [leaf for leaf in tree_leaves(seen.output) if isinstance(leaf, Tensor)]
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(new, old, strict=True))
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _what(value: Any) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _join(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)

@@ -1,0 +1,83 @@
+"""A trained network without its norm: every whitening layer becomes the plain layer that it is in evaluation."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from norm.convert import replace
+from norm.layers import ChannelAffine, ChannelDeconv, Delinear, FastDeconv, NormError, SamePadded, WSConv2d
+from norm.recipes import conv_arguments
+
+L = TypeVar("L", nn.Conv2d, nn.Linear)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy of `model` in evaluation mode, with Conv2d and Linear in place of the layers of `norm`.
+
+    FastDeconv and WSConv2d become Conv2d, Delinear Linear, ChannelDeconv a 1x1 Conv2d or a Linear, ChannelAffine a
+    depthwise 1x1 Conv2d. The outputs equal those of `model.eval()` within float error; batch norms stay as they are.
+
+    Raises:
+        NormError: a ChannelDeconv that has seen no input, so that its number of channels is unknown.
+    """
+    plain = copy.deepcopy(model).eval()
+    if (alone := _folded(plain, "the model")) is not None:
+        return alone
+    replacements: dict[int, nn.Module] = {}
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            new = _folded(module, name)
+            if new is not None:
+                replacements[id(module)] = new
+    replace(plain, replacements)
+    return plain
+
+
+@torch.no_grad()
+def _folded(layer: nn.Module, name: str) -> nn.Module | None:
+    """The plain layer; None for a layer that is not the norm's."""
+    if isinstance(layer, FastDeconv):
+        return _conv(layer, *layer.folded())
+    if isinstance(layer, SamePadded):
+        inner = _folded(layer.conv, name)
+        return _conv(inner, inner.weight, inner.bias, layer.kind) if isinstance(inner, nn.Conv2d) else None
+    if isinstance(layer, WSConv2d):
+        return _conv(layer, layer.standardised(), layer.bias)
+    if isinstance(layer, Delinear):
+        return _linear(*layer.folded())
+    if isinstance(layer, ChannelAffine):
+        return _pointwise(layer.weight.view(-1, 1), layer.bias, groups=layer.weight.numel())
+    if isinstance(layer, ChannelDeconv):
+        try:
+            matrix, offset, rank = layer.folded()
+        except NormError as error:
+            raise NormError(f"{name}: {error}") from None
+        return _linear(matrix, offset) if rank == 2 else _pointwise(matrix, offset)
+    return None
+
+
+def _conv(old: nn.Conv2d, weight: Tensor, bias: Tensor | None, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
+    new = kind(**conv_arguments(old), bias=bias is not None)
+    return _filled(new, weight, bias)
+
+
+def _pointwise(matrix: Tensor, offset: Tensor, groups: int = 1) -> nn.Conv2d:
+    new = nn.Conv2d(matrix.shape[1] * groups, matrix.shape[0], 1, groups=groups)
+    return _filled(new, matrix[:, :, None, None], offset)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    return _filled(nn.Linear(weight.shape[1], weight.shape[0]), weight, bias)
+
+
+def _filled(new: L, weight: Tensor, bias: Tensor | None) -> L:
+    new.to(weight.device, weight.dtype)
+    new.weight.copy_(weight)
+    if bias is not None:
+        assert new.bias is not None
+        new.bias.copy_(bias)
+    return new.eval()

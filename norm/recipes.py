@@ -1,0 +1,227 @@
+"""The recipes that the toolkit brings: bn, sync_bn, frozen_bn, gn, in, ln, none, keep and deconv."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from norm.layers import Delinear, FastDeconv, FrozenBatchNorm2d, NormError, WSConv2d, check_options
+from norm.registry import Place, Recipe, register
+from norm.whitening import Grouping
+
+
+def _copy_conv(old: nn.Conv2d, new: nn.Conv2d) -> nn.Conv2d:
+    """`new` with the weight and bias of `old`, on its device; a bias that `old` lacks starts at zero."""
+    new.to(old.weight.device, old.weight.dtype)
+    with torch.no_grad():
+        new.weight.copy_(old.weight)
+        if new.bias is not None:
+            new.bias.zero_() if old.bias is None else new.bias.copy_(old.bias)
+    new.weight.requires_grad_(old.weight.requires_grad)
+    return new.train(old.training)
+
+
+def conv_arguments(old: nn.Conv2d) -> dict[str, Any]:
+    """The arguments that make a convolution like `old`, but for its bias."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(old, name) for name in names}
+
+
+@register("keep")
+@dataclass(frozen=True, kw_only=True)
+class Keep(Recipe):
+    """Leaves the layers as they are; meant for `overrides`."""
+
+
+@register("bn")
+@dataclass(frozen=True, kw_only=True)
+class BatchNorm(Recipe):
+    """Batch norm as the network has it; options that are given replace its settings."""
+
+    eps: float | None = None
+    momentum: float | None = None
+
+    def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        if self.eps is None and self.momentum is None:
+            return old
+        new = nn.BatchNorm2d(
+            old.num_features,
+            old.eps if self.eps is None else self.eps,
+            old.momentum if self.momentum is None else self.momentum,
+            old.affine,
+            old.track_running_stats,
+        )
+        return _copy_norm(old, new)
+
+
+@register("sync_bn")
+@dataclass(frozen=True, kw_only=True)
+class SyncBatchNorm(Recipe):
+    """Batch norm whose statistics are those of all processes; in one process it is batch norm. Several need GPUs."""
+
+    def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        new = nn.SyncBatchNorm(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
+        return _copy_norm(old, new)
+
+
+@register("frozen_bn")
+@dataclass(frozen=True, kw_only=True)
+class FrozenBatchNorm(Recipe):
+    """Batch norm with its present statistics, weight and bias, held: for fine-tuning with small batches."""
+
+    def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        return _copy_norm(old, FrozenBatchNorm2d(old.num_features, old.eps))
+
+
+@register("gn")
+@dataclass(frozen=True, kw_only=True)
+class GroupNorm(Recipe):
+    """Group norm (Wu and He, arXiv 1803.08494), with weight standardisation (Qiao et al., arXiv 1903.10520) if asked.
+
+    `groups` must not be above the channels; where it does not divide them, their greatest common divisor is used.
+    """
+
+    groups: int = 32
+    eps: float = 1e-5
+    weight_standardisation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.groups < 1:
+            raise NormError(f"gn: groups is {self.groups}; it must be at least 1")
+
+    def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        groups = math.gcd(self.groups, old.num_features)
+        return _copy_norm(old, nn.GroupNorm(groups, old.num_features, self.eps, old.affine))
+
+    def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
+        # A filter of one number has no variance, and the layer that predicts is not normalised afterwards.
+        if not self.weight_standardisation or at.last or old.weight[0].numel() == 1:
+            return old
+        return _copy_conv(old, WSConv2d(**conv_arguments(old), bias=old.bias is not None))
+
+
+@register("in")
+@dataclass(frozen=True, kw_only=True)
+class InstanceNorm(Recipe):
+    """Instance norm with a learned scale and shift, as a group norm of one channel a group (1x1 maps allowed)."""
+
+    eps: float = 1e-5
+
+    def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        return _copy_norm(old, nn.GroupNorm(old.num_features, old.num_features, self.eps, old.affine))
+
+
+@register("ln")
+@dataclass(frozen=True, kw_only=True)
+class LayerNorm(Recipe):
+    """Layer norm over channels and pixels of an image, as a group norm of one group (Wu and He, section 3)."""
+
+    eps: float = 1e-5
+
+    def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        return _copy_norm(old, nn.GroupNorm(1, old.num_features, self.eps, old.affine))
+
+
+@register("none")
+@dataclass(frozen=True, kw_only=True)
+class NoNorm(Recipe):
+    """No norm at all; convolutions without a bias get one, starting at zero."""
+
+    def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        return nn.Identity()
+
+    def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
+        return old if old.bias is not None else _copy_conv(old, nn.Conv2d(**conv_arguments(old), bias=True))
+
+
+@register("deconv")
+@dataclass(frozen=True, kw_only=True)
+class Deconv(Recipe):
+    """Network deconvolution: every Conv2d becomes a FastDeconv, every batch norm goes (Ye et al. 2020, section 4)."""
+
+    block: int = 64
+    """Channels whitened together. The last 1x1 convolution takes all its input channels, as the authors do."""
+    n_iter: int = 5
+    """Newton-Schulz steps."""
+    eps: float = 1e-5
+    """Added to the diagonal of the covariance."""
+    momentum: float = 0.1
+    """Rate of the running averages."""
+    sampling_stride: int = 3
+    """Statistics use every so many-th window in each direction."""
+    grouping: Grouping = "channel"
+    """Blocks of neighbouring channels, or those of the authors' code."""
+    stem_n_iter: int = 15
+    """Newton-Schulz steps of the first convolution."""
+    stem_freeze: bool = True
+    """The first convolution holds its statistics nine tenths of the time."""
+    freeze_iter: int = 100
+    """Steps in which a frozen layer updates its statistics, of every ten times as many."""
+    fc_block: int = 0
+    """Features whitened together in linear layers, which become Delinear; 0 keeps them."""
+
+    def __post_init__(self) -> None:
+        check_options(self.block, self.n_iter, self.eps, self.momentum, self.sampling_stride)
+        if min(self.stem_n_iter, self.freeze_iter) < 1 or self.fc_block < 0:
+            raise NormError(
+                f"deconv: stem_n_iter={self.stem_n_iter} and freeze_iter={self.freeze_iter} must be at least 1, "
+                f"fc_block={self.fc_block} at least 0"
+            )
+
+    def override(self, options: dict[str, Any]) -> Recipe:
+        """An n_iter given for some layers holds for the stem too, if it is one of them."""
+        if "n_iter" in options:
+            options = {"stem_n_iter": options["n_iter"], **options}
+        return super().override(options)
+
+    def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        return nn.Identity()
+
+    def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
+        whole = at.last and old.kernel_size == (1, 1)
+        new = FastDeconv(
+            **conv_arguments(old),
+            block=old.in_channels if whole else self.block,
+            n_iter=self.stem_n_iter if at.first else self.n_iter,
+            eps=self.eps,
+            momentum=self.momentum,
+            sampling_stride=self.sampling_stride,
+            freeze=at.first and self.stem_freeze,
+            freeze_iter=self.freeze_iter,
+            grouping=self.grouping,
+        )
+        return _copy_conv(old, new)
+
+    def linear(self, old: nn.Linear, at: Place) -> nn.Module:
+        if self.fc_block == 0:
+            return old
+        new = Delinear(
+            old.in_features,
+            old.out_features,
+            block=self.fc_block,
+            n_iter=self.n_iter,
+            eps=self.eps,
+            momentum=self.momentum,
+        )
+        new.to(old.weight.device, old.weight.dtype)
+        with torch.no_grad():
+            new.weight.copy_(old.weight)
+            new.bias.zero_() if old.bias is None else new.bias.copy_(old.bias)
+        return new.train(old.training)
+
+
+def _copy_norm(old: nn.BatchNorm2d, new: nn.Module) -> nn.Module:
+    """`new` with those parameters and buffers of `old` that it has too, on its device."""
+    mine = {**dict(new.named_parameters()), **dict(new.named_buffers())}
+    with torch.no_grad():
+        for name, value in {**dict(old.named_parameters()), **dict(old.named_buffers())}.items():
+            if name in mine:
+                mine[name].copy_(value)
+    reference = next((t for t in (old.weight, old.running_mean) if t is not None), None)
+    if reference is not None:
+        new.to(reference.device, reference.dtype)
+    return new.train(old.training)

@@ -1,0 +1,155 @@
+"""The mathematics of network deconvolution, as pure functions.
+
+A convolution sees its input as patches. Network deconvolution (Ye et al., "Network Deconvolution", ICLR 2020,
+arXiv 1905.11926, sections 3 and 4) whitens the patches before the weights are applied:
+
+    mu  = mean of the patches
+    Cov = mean of (patch - mu)(patch - mu)^T + eps I
+    D   = Cov^(-1/2)                                    (`inverse_sqrt`)
+    y   = W D (patch - mu) + b = (W D) patch + (b - W D mu)
+
+so that the layer is an ordinary convolution with the weight W D and the bias b - W D mu (`fold_weight`).
+
+Shapes, with C channels, G conv groups and kernel k_h x k_w. A *block* is B channels; its patches have
+F = B k_h k_w features.
+
+- patches      (F, rows), or (G, F, rows) for a grouped convolution
+- mean         (F,)       or (G F,)
+- deconv D     (F, F)     or (G, F, F)
+
+One D serves all C / B blocks of an ungrouped convolution: their patches are stacked as further rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grouping = Literal["channel", "published"]
+Pair = tuple[int, int]
+
+
+def resolve_block(channels: int, block: int) -> int:
+    """Channels a block holds: `block`, at most `channels`; gcd of both where `block` does not divide `channels`."""
+    return channels if block > channels else math.gcd(block, channels)
+
+
+def sample(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, sampling_stride: int) -> Tensor:
+    """The patches that the statistics are taken from: (N, C, H, W) -> (N', C k_h k_w, rows), channel-major features.
+
+    Kernels larger than 1x1: the zero-padded windows at `sampling_stride` times the stride of the convolution.
+    1x1: every (sampling_stride^2 stride_h stride_w)-th pixel of the flattened N x H x W list, whatever the padding.
+    Only what is sampled is gathered.
+    """
+    step = (sampling_stride * stride[0], sampling_stride * stride[1])
+    if kernel_size != (1, 1):
+        return F.unfold(x, kernel_size, dilation, padding, step)
+    n, c, h, w = x.shape
+    every = step[0] * step[1]
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).reshape(-1, c)[::every].t().unsqueeze(0)
+    pixels = x.flatten(2)
+    if (h * w) % every == 0:
+        return pixels[:, :, ::every]
+    index = torch.arange(0, n * h * w, every, device=x.device)
+    return pixels[index.div(h * w, rounding_mode="floor"), :, index % (h * w)].t().unsqueeze(0)
+
+
+def group_patches(patches: Tensor, features: int, groups: int, grouping: Grouping) -> Tensor:
+    """(N, C k_h k_w, rows) -> (F, N C/B rows), or (G, F, N rows) for a grouped convolution.
+
+    grouping "channel": a block is B neighbouring channels, as in the paper. "published": block j holds the features
+    whose channel-major index is j modulo C / B, as the authors' code reshapes them.
+    """
+    n, _, rows = patches.shape
+    if groups > 1:
+        return patches.reshape(n, groups, features, rows).permute(1, 2, 0, 3).reshape(groups, features, -1)
+    if grouping == "channel":
+        return patches.reshape(n, -1, features, rows).permute(2, 0, 1, 3).reshape(features, -1)
+    return patches.reshape(n, features, -1, rows).permute(1, 0, 2, 3).reshape(features, -1)
+
+
+def mean_and_covariance(patches: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and covariance + eps I over the rows, in the same dtype: (..., F, rows) -> (..., F), (..., F, F)."""
+    mean = patches.mean(-1)
+    centred = patches - mean.unsqueeze(-1)
+    eye = torch.eye(patches.shape[-2], dtype=patches.dtype, device=patches.device)
+    return mean, centred @ centred.mT / patches.shape[-1] + eps * eye
+
+
+def inverse_sqrt(matrix: Tensor, n_iter: int) -> Tensor:
+    """`n_iter` Newton-Schulz steps towards A^(-1/2) of symmetric positive definite A, (..., F, F).
+
+    Y0 = A / |A|_F, Z0 = I; T = (3 I - Z Y) / 2, Y = Y T, Z = T Z; the result is Z / sqrt(|A|_F). Five steps are not
+    converged for an ill-conditioned A; that is part of the method: no direction is amplified by more than
+    1.5^n_iter / sqrt(|A|_F). The first step needs no product with Z0, the last none for Y: 3 n_iter - 3 products.
+    """
+    scale = torch.linalg.matrix_norm(matrix, keepdim=True)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    y = matrix / scale
+    t = 1.5 * eye - 0.5 * y
+    z = t
+    for _ in range(n_iter - 1):
+        y = y @ t
+        t = 1.5 * eye - 0.5 * (z @ y)
+        z = t @ z
+    return z * scale.rsqrt()
+
+
+def statistics(patches: Tensor, eps: float, n_iter: int) -> tuple[Tensor, Tensor]:
+    """Mean (F,) or (G F,) and deconv D of grouped patches; float32 under autocast, float64 stays float64."""
+    with torch.autocast(device_type=patches.device.type, enabled=False):
+        wide = patches if patches.dtype == torch.float64 else patches.float()
+        mean, covariance = mean_and_covariance(wide, eps)
+        return mean.flatten(), inverse_sqrt(covariance, n_iter)
+
+
+def split_weight(weight: Tensor, features: int, groups: int, grouping: Grouping) -> Tensor:
+    """A weight (out, C / G, k_h, k_w) as rows that a D multiplies: (out C/B, F), or (G, out / G, F)."""
+    if groups > 1:
+        return weight.reshape(groups, -1, features)
+    if grouping == "channel":
+        return weight.reshape(-1, features)
+    return weight.reshape(weight.shape[0], features, -1).transpose(1, 2).reshape(-1, features)
+
+
+def merge_weight(rows: Tensor, shape: torch.Size, groups: int, grouping: Grouping) -> Tensor:
+    """The inverse of `split_weight`."""
+    if groups == 1 and grouping == "published":
+        rows = rows.reshape(shape[0], -1, rows.shape[-1]).transpose(1, 2)
+    return rows.reshape(shape)
+
+
+def fold_weight(
+    weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, groups: int, grouping: Grouping
+) -> tuple[Tensor, Tensor]:
+    """Weight W D and bias b - W D mu of the ordinary convolution or linear layer, in the dtype of the statistics."""
+    features = deconv.shape[-1]
+    with torch.autocast(device_type=weight.device.type, enabled=False):
+        rows = split_weight(weight.to(deconv.dtype), features, groups, grouping) @ deconv
+        if groups > 1:
+            offset = (rows @ mean.view(groups, features, 1)).flatten()
+        else:
+            offset = (rows @ mean).view(weight.shape[0], -1).sum(1)
+        new_bias = -offset if bias is None else bias.to(deconv.dtype) - offset
+        return merge_weight(rows, weight.shape, groups, grouping), new_bias
+
+
+def unfold_weight(
+    weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, groups: int, grouping: Grouping
+) -> tuple[Tensor, Tensor]:
+    """The inverse of `fold_weight`, in float64: the W, b that fold to `weight`, `bias`."""
+    mean, deconv = mean.double(), deconv.double()
+    features = deconv.shape[-1]
+    rows = split_weight(weight.double(), features, groups, grouping)
+    new_rows = torch.linalg.solve(deconv, rows, left=False)
+    if groups > 1:
+        offset = (rows @ mean.view(groups, features, 1)).flatten()
+    else:
+        offset = (rows @ mean).view(weight.shape[0], -1).sum(1)
+    new_bias = offset if bias is None else bias.double() + offset
+    return merge_weight(new_rows, weight.shape, groups, grouping), new_bias
