@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError, SamePad2d, SamePadded
-from norm.recipes import conv_arguments
+from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError, Padded, SamePad2d
+from norm.recipes import conv_arguments, copy_conv
 
 Kind = Literal["norm", "conv", "linear"]
 Rebuild = Callable[[nn.Module], nn.Module]
@@ -25,7 +25,10 @@ _NORM_ACT = {
     "timm.layers.norm_act.SyncBatchNormAct",
     "timm.layers.norm_act.FrozenBatchNormAct2d",
 }
-_SAME_CONV = {"timm.layers.conv2d_same.Conv2dSame", "timm.layers.conv2d_same.Conv2dSameExport"}
+_SMP_EFFICIENTNET = "segmentation_models_pytorch.encoders._efficientnet"
+_SAME_CONV = {"timm.layers.conv2d_same.Conv2dSame", f"{_SMP_EFFICIENTNET}.Conv2dDynamicSamePadding"}
+_STATIC_SAME_CONV = {f"{_SMP_EFFICIENTNET}.Conv2dStaticSamePadding"}
+_STANDARDISED = {"timm.layers.std_conv.StdConv2d", "timm.layers.std_conv.ScaledStdConv2d"}
 # Linear layers whose weight another module reads: replacing them would change nothing or break it.
 _READ_BY_OTHERS = {"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"}
 
@@ -60,7 +63,12 @@ def take_apart(layer: nn.Module, kind: Kind) -> tuple[nn.Module, Rebuild]:
     if name in _NORM_ACT:
         return _plain_norm(layer), lambda new: _norm_act(new, layer)
     if name in _SAME_CONV and isinstance(layer, nn.Conv2d):
-        return _plain_conv(layer), lambda new: _same_conv(new, layer)
+        pad = SamePad2d(layer.kernel_size, layer.stride, layer.dilation)
+        return _plain_conv(layer), lambda new: Padded(pad, new, type(layer))
+    if name in _STATIC_SAME_CONV and isinstance(layer, nn.Conv2d):
+        return _plain_conv(layer), lambda new: Padded(layer.get_submodule("static_padding"), new)
+    if name in _STANDARDISED and isinstance(layer, nn.Conv2d):
+        return _standardised_conv(layer), _as_it_is
     if isinstance(layer, (FastDeconv, Delinear, ChannelDeconv)):
         raise NormError(f"is already a {type(layer).__name__}; convert the network as it was built")
     raise NormError(f"is a {name}, a {kind} layer that may do more than the plain one")
@@ -108,13 +116,16 @@ def _norm_act(new: nn.Module, old: nn.Module) -> nn.Module:
 
 
 def _plain_conv(layer: nn.Conv2d) -> nn.Conv2d:
-    arguments = conv_arguments(layer) | {"padding": 0}
-    plain = nn.Conv2d(**arguments, bias=layer.bias is not None).to(layer.weight.device, layer.weight.dtype)
-    plain.load_state_dict(layer.state_dict())
-    plain.weight.requires_grad_(layer.weight.requires_grad)
-    return plain.train(layer.training)
+    """A Conv2d with the weight and bias of `layer`, for a layer that does its padding itself."""
+    plain = nn.Conv2d(**conv_arguments(layer) | {"padding": 0}, bias=layer.bias is not None)
+    return copy_conv(layer, plain)
 
 
-def _same_conv(new: nn.Module, old: nn.Conv2d) -> nn.Module:
-    pad = SamePad2d(old.kernel_size, old.stride, old.dilation)
-    return SamePadded(pad, new, type(old))
+def _standardised_conv(layer: nn.Conv2d) -> nn.Conv2d:
+    """A Conv2d with the weight that a weight-standardising `layer` convolves with at present."""
+    plain = copy_conv(layer, nn.Conv2d(**conv_arguments(layer), bias=layer.bias is not None))
+    eps, gain, scale = float(vars(layer)["eps"]), layer._parameters.get("gain"), vars(layer).get("scale", 1.0)
+    with torch.no_grad():
+        var, mean = torch.var_mean(layer.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        plain.weight.copy_((layer.weight - mean) * (var + eps).rsqrt() * (1.0 if gain is None else gain) * scale)
+    return plain

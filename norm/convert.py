@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from norm import calibration
 from norm.adapters import Kind, Rebuild, class_name, kind_of, probe, take_apart
-from norm.layers import NormError, SamePadded
+from norm.layers import NormError, Padded
 from norm.registry import Place, Recipe, recipe
 
 Overrides = Mapping[str, Mapping[str, Any]]
@@ -72,7 +72,7 @@ class Swap:
     def lead(self) -> nn.Module:
         """What the new layer does to its input before `core` sees it: an explicit padding, or nothing."""
         new = self.new
-        return new.pad if isinstance(new, SamePadded) else nn.Identity()
+        return new.pad if isinstance(new, Padded) else nn.Identity()
 
 
 def convert(
@@ -111,6 +111,7 @@ def convert(
     for swap in swaps:
         new = swap.new
         if new is not swap.old:
+            new.train(swap.old.training)
             _move_hooks(swap.old, new)
             replacements[id(swap.old)] = new
         rows.append(Row(swap.names[0], _describe(swap.old), _describe(new), swap.why))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from norm.convert import replace
-from norm.layers import ChannelAffine, ChannelDeconv, Delinear, FastDeconv, NormError, SamePadded, WSConv2d
+from norm.layers import ChannelAffine, ChannelDeconv, Delinear, FastDeconv, NormError, Padded, WSConv2d
 from norm.recipes import conv_arguments
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)
@@ -42,7 +42,7 @@ def _folded(layer: nn.Module, name: str) -> nn.Module | None:
     """The plain layer; None for a layer that is not the norm's."""
     if isinstance(layer, FastDeconv):
         return _conv(layer, *layer.folded())
-    if isinstance(layer, SamePadded):
+    if isinstance(layer, Padded) and layer.kind is not None:
         inner = _folded(layer.conv, name)
         return _conv(inner, inner.weight, inner.bias, layer.kind) if isinstance(inner, nn.Conv2d) else None
     if isinstance(layer, WSConv2d):
@@ -61,7 +61,10 @@ def _folded(layer: nn.Module, name: str) -> nn.Module | None:
 
 
 def _conv(old: nn.Conv2d, weight: Tensor, bias: Tensor | None, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
-    new = kind(**conv_arguments(old), bias=bias is not None)
+    arguments = conv_arguments(old)
+    if kind is not nn.Conv2d:
+        del arguments["padding_mode"]  # layers that pad by themselves don't take it
+    new = kind(**arguments, bias=bias is not None)
     return _filled(new, weight, bias)
 
 

@@ -310,8 +310,8 @@ class ChannelDeconv(_Whitening):
         return 1 if dense else self.sampling_stride**2
 
     def _rate(self) -> Tensor:
-        first = self.num_batches_tracked == 0
-        return torch.where(first, 1.0, self.momentum).to(self.running_mean.dtype)
+        first = (self.num_batches_tracked == 0).to(self.running_mean.dtype)
+        return first * (1 - self.momentum) + self.momentum
 
     def _whiten(self, x: Tensor) -> Tensor:
         channels = x.transpose(0, 1)
@@ -381,13 +381,16 @@ class SamePad2d(nn.Module):
         return F.pad(x, pads) if any(pads) else x
 
 
-class SamePadded(nn.Sequential):
-    """A SamePad2d and the convolution behind it, standing for a convolution of the class `kind` that did both."""
+class Padded(nn.Sequential):
+    """An explicit padding and the convolution behind it, standing for one layer that did both.
 
-    pad: SamePad2d
+    kind: the class of that layer if it can be made again from a Conv2d's arguments (`norm.fold` does so), else None.
+    """
+
+    pad: nn.Module
     conv: nn.Module
 
-    def __init__(self, pad: SamePad2d, conv: nn.Module, kind: type[nn.Conv2d]) -> None:
+    def __init__(self, pad: nn.Module, conv: nn.Module, kind: type[nn.Conv2d] | None = None) -> None:
         super().__init__(OrderedDict([("pad", pad), ("conv", conv)]))
         self.kind = kind
 

@@ -14,7 +14,7 @@ from norm.registry import Place, Recipe, register
 from norm.whitening import Grouping
 
 
-def _copy_conv(old: nn.Conv2d, new: nn.Conv2d) -> nn.Conv2d:
+def copy_conv(old: nn.Conv2d, new: nn.Conv2d) -> nn.Conv2d:
     """`new` with the weight and bias of `old`, on its device; a bias that `old` lacks starts at zero."""
     new.to(old.weight.device, old.weight.dtype)
     with torch.no_grad():
@@ -101,7 +101,7 @@ class GroupNorm(Recipe):
         # A filter of one number has no variance, and the layer that predicts is not normalised afterwards.
         if not self.weight_standardisation or at.last or old.weight[0].numel() == 1:
             return old
-        return _copy_conv(old, WSConv2d(**conv_arguments(old), bias=old.bias is not None))
+        return copy_conv(old, WSConv2d(**conv_arguments(old), bias=old.bias is not None))
 
 
 @register("in")
@@ -135,7 +135,7 @@ class NoNorm(Recipe):
         return nn.Identity()
 
     def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
-        return old if old.bias is not None else _copy_conv(old, nn.Conv2d(**conv_arguments(old), bias=True))
+        return old if old.bias is not None else copy_conv(old, nn.Conv2d(**conv_arguments(old), bias=True))
 
 
 @register("deconv")
@@ -194,7 +194,7 @@ class Deconv(Recipe):
             freeze_iter=self.freeze_iter,
             grouping=self.grouping,
         )
-        return _copy_conv(old, new)
+        return copy_conv(old, new)
 
     def linear(self, old: nn.Linear, at: Place) -> nn.Module:
         if self.fc_block == 0:

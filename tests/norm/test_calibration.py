@@ -1,0 +1,131 @@
+"""Trained batch-norm networks become deconvolution networks that compute the same function."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import norm
+from norm import FastDeconv
+from norm.layers import ChannelAffine
+
+
+def trained(model: nn.Module, size: int = 32) -> nn.Module:
+    """Statistics and affine parameters of batch norms unlike those of a new network."""
+    torch.manual_seed(0)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, 0, 0.3)
+    for _ in range(5):
+        model(torch.randn(8, 3, size, size) + 1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2", "shufflenet_v2_x0_5", "regnet_x_400mf"])
+def test_the_function_stays(name):
+    model = trained(torchvision.models.get_model(name, num_classes=7))
+    x = torch.randn(4, 3, 32, 32) + 1
+    want = model(x)
+    report = norm.convert(model, "deconv", calibrate=[torch.randn(4, 3, 32, 32) + 1 for _ in range(2)])
+    assert (model(x) - want).abs().max() < 1e-3 * want.abs().max()
+    assert report.deviation is not None and report.deviation < 1e-3
+    assert any(isinstance(layer, FastDeconv) for layer in model.modules())
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+    plain = norm.fold(model)
+    assert (plain(x) - want).abs().max() < 1e-3 * want.abs().max()
+    assert not any(type(layer).__module__.startswith("norm") for layer in plain.modules())
+    model.train()(x).sum().backward()
+
+
+def test_statistics_are_those_of_the_batches():
+    """One batch gives the layer the mean and D that it would compute in training."""
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+    x = torch.randn(6, 3, 20, 20)
+    hidden = model[:3](x)
+    norm.convert(model, "deconv", calibrate=x)
+    twin = copy.deepcopy(model[3]).train()
+    twin.momentum = 1.0
+    twin(hidden)
+    torch.testing.assert_close(model[3].running_mean, twin.running_mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[3].running_deconv, twin.running_deconv, rtol=1e-3, atol=1e-3)
+
+
+def test_a_batch_norm_read_elsewhere_too_is_not_folded():
+    class Tapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.out = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            raw = self.conv(x)
+            return self.out(self.bn(raw).relu() + raw.abs())
+
+    model = trained(Tapped())
+    x = torch.randn(4, 3, 9, 9)
+    want = model(x)
+    report = norm.convert(model, "deconv", calibrate=x)
+    assert isinstance(model.bn, ChannelAffine)
+    assert "scale and shift kept" in {row.name: row.why for row in report.rows}["bn"]
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_one_convolution_with_two_batch_norms():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+            self.a, self.b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.b(self.conv(self.a(self.conv(x)).relu()))
+
+    model = trained(Shared())
+    x = torch.randn(4, 3, 9, 9)
+    want = model(x)
+    norm.convert(model, "deconv", calibrate=x)
+    assert isinstance(model.a, ChannelAffine) and isinstance(model.b, ChannelAffine)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_kept_layers_keep_the_function_too():
+    model = trained(torchvision.models.resnet18(num_classes=3))
+    x = torch.randn(2, 3, 32, 32)
+    want = model(x)
+    norm.convert(
+        model, "deconv", calibrate=x, overrides={"layer1.*": {"recipe": "keep"}, "layer2.0.conv1": {"recipe": "keep"}}
+    )
+    assert type(model.layer1[0].bn1) is nn.BatchNorm2d and isinstance(model.layer2[0].bn1, ChannelAffine)
+    torch.testing.assert_close(model(x), want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+def test_heads_that_do_not_run_keep_their_weights():
+    model = torchvision.models.googlenet(num_classes=3, init_weights=False)
+    report = norm.convert(model.eval(), "deconv", calibrate=torch.randn(2, 3, 64, 64))
+    assert {row.name: row.why for row in report.rows}["aux1.conv.conv"] == "not reached by calibration: weights kept"
+
+
+def test_modes_come_back_and_errors_change_nothing():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    for bad, text in (
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "expected float tensors.*found a tensor of torch.uint8"),
+        ([], "calibrate holds no batch"),
+        (["x"], "found str"),
+    ):
+        with pytest.raises(norm.NormError, match=text):
+            norm.convert(model, "deconv", calibrate=bad)
+    with pytest.raises(norm.NormError, match="goes with a recipe that whitens"):
+        norm.convert(model, "gn", groups=2, calibrate=torch.randn(1, 3, 4, 4))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert model.training and not model[1].training
+
+
+def test_batch_norm_without_statistics_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(norm.NormError, match="needs batch norms with running statistics"):
+        norm.convert(model, "deconv", calibrate=torch.randn(2, 3, 4, 4))

@@ -1,0 +1,239 @@
+"""Conversion of networks: places, overrides, sharing, adapters, and that an error changes nothing."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers.std_conv import ScaledStdConv2d, StdConv2d
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+import norm
+from norm import Delinear, FastDeconv
+
+
+def block(width: int = 8) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(True), nn.Conv2d(width, 5, 1)
+    )
+
+
+def deconvs(model: nn.Module) -> dict[str, FastDeconv]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, FastDeconv)}
+
+
+def test_every_conv_becomes_a_deconvolution_and_every_batch_norm_goes():
+    model = torchvision.models.resnet18()
+    report = norm.convert(model, "deconv", fc_block=64)
+    assert len(deconvs(model)) == 20 and isinstance(model.fc, Delinear)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+    assert len(report.rows) == len(report.changed) == 41
+    stem, other = model.conv1, model.layer1[0].conv1
+    assert (stem.n_iter, stem.freeze, stem.block) == (15, True, 3) and (other.n_iter, other.freeze) == (5, False)
+
+
+def test_weights_survive_and_linear_layers_stay_without_fc_block():
+    model = torchvision.models.resnet18(num_classes=3)
+    before = copy.deepcopy(model)
+    norm.convert(model, "deconv")
+    assert torch.equal(model.layer2[0].conv1.weight, before.layer2[0].conv1.weight)
+    assert type(model.fc) is nn.Linear
+    assert model.layer2[0].conv1.bias.abs().sum() == 0
+
+
+def test_last_convs_of_all_heads_take_their_whole_input_as_a_block():
+    model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, aux_loss=True)
+    report = norm.convert(model, "deconv")
+    last = [row.name for row in report.rows if "last" in row.why]
+    assert last == ["classifier.4", "aux_classifier.4"]
+    assert model.classifier[4].block == 256 and model.aux_classifier[4].block == 256
+    assert model.classifier[1].block == 64
+
+
+def test_overrides_by_pattern():
+    model = torchvision.models.resnet18()
+    overrides = {
+        "layer4.*": {"n_iter": 3},
+        "layer4.1.conv2": {"block": 32},
+        "layer3.*": {"recipe": "keep"},
+        "layer2.*.bn1": {"recipe": "gn", "groups": 8},
+        "conv1": {"n_iter": 10},
+    }
+    report = norm.convert(model, "deconv", overrides=overrides)
+    assert model.layer4[0].conv1.n_iter == 3 and model.layer4[1].conv2.block == 32 and model.layer4[1].conv2.n_iter == 3
+    assert type(model.layer3[0].conv1) is nn.Conv2d and type(model.layer3[0].bn1) is nn.BatchNorm2d
+    assert isinstance(model.layer2[0].bn1, nn.GroupNorm) and isinstance(model.layer2[0].bn2, nn.Identity)
+    assert model.conv1.n_iter == 10
+    assert any("override layer4.1.conv2" in row.why for row in report.rows)
+
+
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        ({"layer9.*": {"n_iter": 3}}, r"overrides\['layer9.\*'\] matches no layer; layers are named 0, 1, 3"),
+        ({"0": {"n_iters": 3}}, r"overrides\['0'\]: recipe 'deconv' has no option 'n_iters' \(did you mean 'n_iter'"),
+        ({"0": {"n_iter": 0}}, r"overrides\['0'\]: n_iter is 0"),
+        ({"0": {"recipe": "nope"}}, r"overrides\['0'\]: unknown recipe 'nope'"),
+        ({"0": {}}, r"overrides\['0'\] is \{\}; expected options"),
+    ],
+)
+def test_bad_overrides_are_named_and_change_nothing(overrides, text):
+    model = block()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(norm.NormError, match=text):
+        norm.convert(model, "deconv", overrides=overrides)
+    assert type(model[0]) is nn.Conv2d and model.state_dict().keys() == before.keys()
+
+
+def test_a_layer_in_two_places_stays_one_layer():
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.ReLU(), shared)
+    report = norm.convert(model, "deconv")
+    assert model[1] is model[3] and isinstance(model[1], FastDeconv)
+    assert [row.why for row in report.rows] == ["first", "last, in 2 places"]
+
+
+def test_layers_that_share_a_weight_are_refused():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    model[1].weight = model[0].weight
+    with pytest.raises(norm.NormError, match="0 and 1 are two layers that share one weight"):
+        norm.convert(model, "deconv")
+
+
+def test_an_unknown_subclass_is_refused_by_name_and_can_be_kept():
+    class Scaled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Scaled(4, 4, 1), nn.BatchNorm2d(4))
+    with pytest.raises(norm.NormError, match=r"1 is a .*Scaled, a conv layer that may do more.*\{'recipe': 'keep'\}"):
+        norm.convert(model, "deconv")
+    assert type(model[0]) is nn.Conv2d
+    norm.convert(model, "gn", groups=2)  # replaces no convolution: the subclass does not matter
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Scaled(4, 4, 1))
+    norm.convert(model, "deconv", overrides={"1": {"recipe": "keep"}})
+    assert type(model[1]) is Scaled
+
+
+def test_a_second_conversion_is_refused():
+    model = block()
+    norm.convert(model, "deconv")
+    with pytest.raises(norm.NormError, match="0 is already a FastDeconv; convert the network as it was built"):
+        norm.convert(model, "deconv")
+
+
+def test_models_without_layers_and_bare_layers_are_refused():
+    with pytest.raises(norm.NormError, match="has no Conv2d, BatchNorm2d or Linear layer"):
+        norm.convert(nn.Sequential(nn.ReLU()), "deconv")
+    with pytest.raises(norm.NormError, match="bare Conv2d; put it into an nn.Sequential"):
+        norm.convert(nn.Conv2d(3, 3, 1), "deconv")
+
+
+def test_computed_weights_are_refused():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)))
+    with pytest.raises(norm.NormError, match="ParametrizedConv2d, a conv layer that may do more"):
+        norm.convert(model, "deconv")
+
+
+def test_a_recipe_must_return_a_module(monkeypatch):
+    monkeypatch.setattr(norm.recipe("deconv").__class__, "conv", lambda self, old, at: None)
+    with pytest.raises(norm.NormError, match="Deconv.conv returned None for 0, not a module"):
+        norm.convert(block(), "deconv")
+
+
+def test_batch_norm_with_activation_keeps_it():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8, act_layer=nn.SiLU))
+    x = torch.randn(2, 3, 6, 6)
+    norm.convert(model, "gn", groups=2)
+    hidden = nn.functional.group_norm(model[0](x), 2)
+    torch.testing.assert_close(model(x), nn.functional.silu(hidden))
+
+
+def test_uneven_padding_is_kept_and_comes_back_when_folded():
+    model = nn.Sequential(Conv2dSame(3, 8, 3, stride=2), nn.ReLU())
+    reference = copy.deepcopy(model)
+    norm.convert(model, "none")
+    x = torch.randn(2, 3, 10, 11)
+    torch.testing.assert_close(model(x), reference(x))
+    norm.convert(reference, "deconv")
+    reference(x)
+    plain = norm.fold(reference)
+    assert type(plain[0]) is Conv2dSame
+    torch.testing.assert_close(plain(x), reference.eval()(x))
+
+
+@pytest.mark.parametrize("kind", [StdConv2d, ScaledStdConv2d])
+def test_weight_standardised_convs_hand_over_the_weight_they_use(kind):
+    model = nn.Sequential(kind(3, 8, 3, bias=False))
+    x = torch.randn(2, 3, 8, 8)
+    want = model(x)
+    norm.convert(model, "none")
+    assert type(model[0]) is nn.Conv2d or model[0].bias is not None
+    torch.testing.assert_close(model(x), want)
+
+
+def test_frozen_batch_norm_of_torchvision_is_a_norm():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4))
+    norm.convert(model, "gn", groups=2)
+    assert isinstance(model[1], nn.GroupNorm)
+
+
+def test_in_place_activation_behind_a_norm_that_goes_does_not_reach_the_shortcut():
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.act, self.conv = nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return x + self.conv(self.act(self.norm(x)))
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), PreActivation())
+    norm.convert(model, "none")
+    x = torch.randn(2, 3, 5, 5)
+    hidden = model[0](x)
+    torch.testing.assert_close(model(x), hidden + model[1].conv(hidden.relu()))
+    usual = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+    norm.convert(usual, "none")
+    assert usual[2].inplace  # behind a convolution the memory is saved
+
+
+def test_hooks_move_to_the_new_layer():
+    model = block()
+    seen = []
+    model[0].register_forward_hook(lambda layer, args, out: seen.append(type(layer)))
+    norm.convert(model, "deconv")
+    model(torch.randn(2, 3, 9, 9))
+    assert seen == [FastDeconv]
+
+
+def test_frozen_weights_and_evaluation_mode_stay():
+    model = block().eval()
+    model[0].weight.requires_grad_(False)
+    norm.convert(model, "deconv")
+    assert not model[0].weight.requires_grad and not model[0].training
+    assert not any(layer.training for layer in model.modules())
+
+
+def test_attention_projections_are_left_to_their_owner():
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1), "attention": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 2)})
+    norm.convert(model, "deconv", fc_block=8)
+    assert isinstance(model["fc"], Delinear) and not isinstance(model["attention"].out_proj, Delinear)
+
+
+def test_the_report_reads_as_a_table():
+    model = block()
+    lines = str(norm.convert(model, "deconv", block=4)).splitlines()
+    assert lines[0].split() == ["layer", "|", "from", "|", "to", "|", "why"]
+    assert "FastDeconv(block=3, n_iter=15)" in lines[1] and lines[1].endswith("first")
+    assert lines[-1].startswith("Deconv(block=4") and lines[-1].endswith("3 of 3 layers replaced")
+
+
+def test_pre_activation_network_of_timm_trains():
+    torch.manual_seed(0)
+    model = timm.create_model("resnetv2_50d_evos" if False else "resnetv2_18", num_classes=4)
+    norm.convert(model, "deconv")
+    model(torch.randn(2, 3, 64, 64)).logsumexp(1).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

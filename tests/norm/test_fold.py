@@ -1,0 +1,68 @@
+"""Folded networks are plain and equal."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import norm
+from norm.layers import ChannelAffine
+
+
+def test_every_layer_of_the_norm_becomes_plain():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding="same", groups=4),
+        ChannelAffine(8),
+        norm.ChannelDeconv(3),
+        nn.Conv2d(8, 4, 1, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        norm.ChannelDeconv(2),
+        nn.Linear(4, 3),
+    )
+    norm.convert(model, "deconv", fc_block=2)
+    nn.init.normal_(model[3].weight)
+    x = torch.randn(40, 3, 8, 8)
+    for _ in range(3):
+        model(x)
+    plain = norm.fold(model)
+    assert model.training and not plain.training
+    kinds = {type(layer) for layer in plain.modules()} - {nn.Sequential, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Flatten}
+    assert kinds == {nn.Conv2d, nn.Linear}
+    assert plain[0].padding_mode == "reflect" and plain[2].padding == "same"
+    torch.testing.assert_close(plain(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_weight_standardised_networks_fold_too():
+    model = torchvision.models.resnet18(num_classes=3)
+    norm.convert(model, "gn", weight_standardisation=True)
+    x = torch.randn(2, 3, 32, 32)
+    plain = norm.fold(model)
+    assert {type(m) for m in plain.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
+    torch.testing.assert_close(plain(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_shared_layers_and_bare_layers():
+    layer = norm.FastDeconv(3, 3, 3, padding=1)
+    x = torch.randn(2, 3, 8, 8)
+    layer(x)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    plain = norm.fold(model)
+    assert plain[0] is plain[2] and type(plain[0]) is nn.Conv2d
+    torch.testing.assert_close(plain(x), model.eval()(x))
+    assert type(norm.fold(layer)) is nn.Conv2d
+
+
+def test_folded_half_precision_works_where_the_layer_refuses_it():
+    layer = nn.Sequential(norm.FastDeconv(3, 4, 3))
+    layer(torch.randn(2, 3, 8, 8))
+    half = norm.fold(layer).bfloat16()
+    assert half(torch.randn(1, 3, 8, 8).bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_channel_deconv_that_saw_nothing_is_named():
+    with pytest.raises(norm.NormError, match="0: a ChannelDeconv learns its channels from its input; run one batch"):
+        norm.fold(nn.Sequential(norm.ChannelDeconv(4), nn.ReLU()))
