@@ -15,10 +15,8 @@ import norm
 from norm import Delinear, FastDeconv
 
 
-def block(width: int = 8) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(True), nn.Conv2d(width, 5, 1)
-    )
+def block() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(True), nn.Conv2d(8, 5, 1))
 
 
 def deconvs(model: nn.Module) -> dict[str, FastDeconv]:
@@ -233,7 +231,7 @@ def test_the_report_reads_as_a_table():
 
 def test_pre_activation_network_of_timm_trains():
     torch.manual_seed(0)
-    model = timm.create_model("resnetv2_50d_evos" if False else "resnetv2_18", num_classes=4)
-    norm.convert(model, "deconv")
+    model = timm.create_model("resnetv2_18", num_classes=4)
+    norm.convert(model, "deconv", block=16)
     model(torch.randn(2, 3, 64, 64)).logsumexp(1).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
