@@ -1,0 +1,205 @@
+"""Checkpoints: complete, written atomically, safe to load (tensors and plain containers, never code)."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import UserError
+
+FORMAT = 1
+KEYS = (
+    "format",  # version of this list
+    "task",  # name of the trainer
+    "config",  # resolved configuration, plain dict
+    "meta",  # the task's own facts (class names ...), plain dict
+    "step",  # updates done
+    "epoch",  # epoch in which the next step lies
+    "step_in_epoch",  # position of the sampler: steps of that epoch already done
+    "steps_per_epoch",
+    "model",  # state dict
+    "ema",  # state dict of the averaged network, or None
+    "ema_updates",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng",  # random states, a dict for each rank
+    "score",  # the evaluated score of this very state, or None
+    "best_score",  # or None
+    "best_step",
+)
+
+
+def save(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write `state` so that `path` always holds either the old file or the whole new one.
+
+    Raises:
+        UserError: it cannot be written (permission, disk full ...); the old file is untouched.
+    """
+    _write_atomically(Path(path), lambda temporary: torch.save(dict(state), temporary))
+
+
+def export_weights(path: str | Path, state_dict: Mapping[str, Tensor]) -> None:
+    """Write weights as safetensors, for other programs; tensors may share memory, then each gets its own copy.
+
+    Raises:
+        UserError: it cannot be written; the old file is untouched.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state_dict.items()}
+    _write_atomically(Path(path), lambda temporary: save_file(tensors, temporary))
+
+
+def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(str(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself survives a power cut
+        finally:
+            os.close(folder)
+    except Exception as error:  # torch and safetensors turn a full disk into errors of their own
+        with suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError | RuntimeError) and type(error).__name__ != "SafetensorError":
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: cannot write: {reason}; check the permissions and the free space of {path.parent}"
+        ) from error
+
+
+def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint that `save` wrote, without running any code that it may hold.
+
+    Raises:
+        UserError: missing, truncated, not a checkpoint, of another format, or with code in it.
+    """
+    state = read(path, map_location)
+    if not isinstance(state, dict) or "format" not in state:
+        found = f"a {type(state).__name__}" + (
+            f" with the keys {_some(list(state))}" if isinstance(state, dict) else ""
+        )
+        raise UserError(f"{path}: found {found}, expected a checkpoint written by tools/train.py")
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"{path}: a checkpoint of format {state['format']!r}, this version reads format {FORMAT}; load it with the "
+            "version that wrote it"
+        )
+    missing = [key for key in KEYS if key not in state]
+    if missing:
+        raise UserError(f"{path}: the checkpoint lacks {', '.join(missing)}; it was not written whole")
+    return state
+
+
+def read(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
+    """Read any file of tensors and plain containers (`torch.save`, or safetensors by its suffix), never code.
+
+    Raises:
+        UserError: missing, truncated, not such a file, or with code in it.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the checkpoint: {error.strerror}") from None
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, map_location)
+    if not start:
+        raise UserError(f"{path}: the file is empty (0 bytes), expected a checkpoint")
+    if start == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path}: the checkpoint is truncated ({path.stat().st_size} bytes, its end is missing); take another one, "
+            "or copy it again"
+        )
+    if start != b"PK\x03\x04" and start[:1] != b"\x80":
+        raise UserError(f"{path}: not a checkpoint (its first bytes are {start!r})")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        if name is None and "unsupported" not in str(error).lower():
+            raise UserError(f"{path}: the checkpoint is damaged: {_first_line(error)}") from None
+        held = f"refers to the code {name[1]}" if name else "holds more than tensors and plain containers"
+        raise UserError(
+            f"{path}: refused, because the file {held} and loading it could run anything; expected tensors and plain "
+            "containers only"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
+        raise UserError(f"{path}: the checkpoint is damaged: {_first_line(error)}") from None
+
+
+def _read_safetensors(path: Path, map_location: str | torch.device) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=str(map_location))
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load weights into `model`; every layer must match. `path` is only named in errors.
+
+    Raises:
+        UserError: layers differ; lists their shapes here and on disk, what is missing and what is unexpected. The model
+            is left as it was.
+    """
+    here = model.state_dict()
+    shapes = {
+        name: (tuple(here[name].shape), tuple(tensor.shape))
+        for name, tensor in state_dict.items()
+        if name in here and here[name].shape != tensor.shape
+    }
+    missing = [name for name in here if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in here]
+    if not (shapes or missing or unexpected):
+        model.load_state_dict(dict(state_dict))
+        return
+    lines = [f"{path}: these weights are of another network than {type(model).__name__}"]
+    lines += _listing("of another shape", [f"{name}: here {a}, in the file {b}" for name, (a, b) in shapes.items()])
+    lines += _listing("missing in the file", missing)
+    lines += _listing("unexpected in the file", unexpected)
+    lines.append(f"  {_hint(list(here), list(shapes), missing, unexpected)}")
+    raise UserError("\n".join(lines))
+
+
+def _hint(here: list[str], shapes: list[str], missing: list[str], unexpected: list[str]) -> str:
+    if shapes and not missing and not unexpected and all(name in here[-len(here) // 4 :] for name in shapes):
+        return "only the last layers differ: probably another number of classes"
+    layers = {name.rpartition(".")[0] for name in missing} & {name.rpartition(".")[0] for name in unexpected}
+    statistics = ("running_mean", "running_var", "running_deconv", "num_batches_tracked")
+    if layers or any(name.endswith(statistics) for name in [*missing, *unexpected]):
+        return "whole layers are of another kind: check norm.name and its options, then model.name"
+    return "check model.name and its options"
+
+
+def _listing(title: str, names: list[str], most: int = 10) -> list[str]:
+    if not names:
+        return []
+    more = [f"    ... and {len(names) - most} more"] if len(names) > most else []
+    return [f"  {len(names)} {title}:", *(f"    {name}" for name in names[:most]), *more]
+
+
+def _some(names: list[Any], most: int = 5) -> str:
+    return ", ".join(map(str, names[:most])) + (" ..." if len(names) > most else "")

@@ -1,0 +1,124 @@
+"""From a plain network to one that is ready to train: the one place for the order of the steps."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine import distributed
+from engine.config import ExperimentConfig, NormConfig, RuntimeConfig
+from engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network ready to train."""
+
+    raw: nn.Module
+    """The network itself; its state dict always has the plain names."""
+    wrapped: nn.Module
+    """What is called in training: `raw`, or its DistributedDataParallel wrapper."""
+    device: torch.device
+    report: str
+    """What was done, for the log."""
+
+
+@contextmanager
+def session(runtime: RuntimeConfig) -> Iterator[torch.device]:
+    """Processes, threads, seeds and determinism for the length of a `with` block; yields this process's device.
+
+    Raises:
+        UserError: see `distributed.setup`.
+    """
+    if runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    joined = not distributed.is_joined()
+    device = distributed.setup(runtime.device, runtime.ddp_timeout_minutes)
+    before = (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.get_num_threads())
+    try:
+        torch.use_deterministic_algorithms(runtime.deterministic)
+        torch.backends.cudnn.benchmark = not runtime.deterministic
+        if runtime.threads:
+            torch.set_num_threads(runtime.threads)
+        seed_all(runtime.seed)
+        yield device
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        torch.set_num_threads(before[2])
+        if joined:
+            distributed.cleanup()
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def convert_norm(model: nn.Module, section: NormConfig, calibrate: Iterable[Tensor] | None = None) -> str:
+    """Apply the normalization of a config to `model`, in place; returns the printable report.
+
+    `calibrate` holds batches of images, N x C x H x W, with which a trained batch-norm network keeps its function.
+
+    Raises:
+        UserError: the recipe does not know what to do with a layer, or an override matches nothing.
+    """
+    import norm
+
+    try:
+        report = norm.convert(
+            model, section.name, overrides=section.overrides or None, calibrate=calibrate, **section.options
+        )
+    except norm.NormError as error:
+        raise UserError(f"norm: {error}") from None
+    return str(report)
+
+
+def prepare(model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor] | None = None) -> Prepared:
+    """Norm recipe, device, memory layout, checks, compile, DistributedDataParallel, in that order.
+
+    Call it inside `session`. `images` are batches N x C x H x W to calibrate with; `norm.calibrate_batches` of them are
+    used. `model` is changed in place.
+
+    Raises:
+        UserError: see `convert_norm`; sync_bn among several processes without GPUs.
+    """
+    device = current_device(cfg.runtime)
+    wanted = cfg.norm.calibrate_batches
+    batches = list(islice(images, wanted)) if images is not None and wanted else None
+    report = [convert_norm(model, cfg.norm, batches)]
+    model.to(device)
+    if cfg.runtime.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        if distributed.world_size() == 1:
+            report.append("one process: SyncBatchNorm works as BatchNorm")
+        elif device.type != "cuda":
+            raise UserError(
+                "norm.name: sync_bn synchronises GPUs, and this run is on CPUs; use bn, or runtime.device=cuda"
+            )
+    if cfg.runtime.compile:
+        model.compile()  # in place: the names in the state dict stay
+    wrapped = model
+    if distributed.world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return Prepared(model, wrapped, device, "\n".join(report))
+
+
+def current_device(runtime: RuntimeConfig) -> torch.device:
+    """The device that `session` has chosen for this process."""
+    if runtime.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,307 @@
+"""What a run tells: progress lines, `metrics.jsonl`, TensorBoard, and a picture of the curves at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from engine import distributed
+from engine.config import ReportConfig
+from engine.errors import UserError
+
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found, in words that know no task."""
+
+    score: float
+    """The one number to compare by, higher is better."""
+    scalars: dict[str, float] = field(default_factory=dict)
+    """More numbers, by TensorBoard tag, such as `IoU/road`."""
+    images: dict[str, np.ndarray] = field(default_factory=dict)
+    """Pictures, uint8 H x W x 3."""
+    text: str = ""
+    """What to print, such as a table."""
+
+
+class Log:
+    """The reports of one run; on all ranks but the first it does nothing.
+
+    A `with` block around the training closes the files. `stream` takes the console lines.
+
+    Raises:
+        UserError: the work directory cannot be written.
+    """
+
+    def __init__(
+        self, work_dir: str | Path, cfg: ReportConfig, *, resume_step: int = 0, stream: TextIO | None = None
+    ) -> None:
+        self._dir = Path(work_dir)
+        self._on = distributed.is_main()
+        self._stream = stream or sys.stdout
+        self._total = self._per_epoch = self._images_per_step = 0
+        self._step = self._first_step = resume_step
+        self._began = self._last = time.monotonic()
+        self._paused = 0.0
+        self._board: Any = None
+        if not self._on:
+            return
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            _drop_rows_past(self._dir / METRICS, resume_step)
+            self._metrics = open(self._dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise UserError(f"{self._dir}: cannot write the work directory: {error.strerror}") from None
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._dir), purge_step=resume_step + 1 if resume_step else None)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def message(self, text: str) -> None:
+        """Print lines."""
+        if self._on:
+            print(text, file=self._stream, flush=True)
+
+    def begin(self, *, total_steps: int, steps_per_epoch: int, images_per_step: int) -> None:
+        """Tell the size of the run and start the clock of the throughput and of the time left."""
+        self._total, self._per_epoch, self._images_per_step = (total_steps, steps_per_epoch, images_per_step)
+        self._began = self._last = time.monotonic()
+        self._paused = 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside does not count for the throughput (evaluation, checkpoints)."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - start
+
+    def train(self, step: int, loss: float, parts: Mapping[str, float], rates: Mapping[str, float]) -> None:
+        """Report on the steps since the last report: mean loss, its parts, the rates now."""
+        if not self._on:
+            return
+        now = time.monotonic()
+        seconds = max(now - self._last - self._paused, 1e-9)
+        speed = (step - self._step) * self._images_per_step / seconds
+        left = (now - self._began) / max(step - self._first_step, 1) * (self._total - step)
+        memory = _peak_memory()
+        width = len(str(self._total))
+        words = [f"step {step:>{width}}/{self._total}", f"epoch {step / self._per_epoch:.2f}", f"loss {loss:.4f}"]
+        if len(parts) > 1:
+            words[-1] += " (" + " ".join(f"{name} {value:.4f}" for name, value in parts.items()) + ")"
+        words += [f"{name if name == 'lr' else 'lr ' + name} {rate:.3g}" for name, rate in rates.items()]
+        words += [f"{speed:.1f} img/s", f"{memory / 2**30:.1f} GiB", f"left {_clock(left)}"]
+        self.message("  ".join(words))
+        self._write(
+            {
+                "kind": "train",
+                "step": step,
+                "epoch": step / self._per_epoch,
+                "loss": loss,
+                "parts": dict(parts),
+                "rates": dict(rates),
+                "images_per_second": speed,
+                "peak_memory_bytes": memory,
+            }
+        )
+        scalars = {"loss/total": loss, "speed/images_per_second": speed, "memory/peak_GiB": memory / 2**30}
+        scalars.update({f"loss/{name}": value for name, value in parts.items()})
+        scalars.update({f"rate/{name}": value for name, value in rates.items()})
+        self._plot(step, scalars)
+        self._step, self._last, self._paused = step, now, 0.0
+
+    def evaluation(self, step: int, found: Evaluation, *, seconds: float, best: bool) -> None:
+        """Report an evaluation; `best` says that it is the best one so far."""
+        if not self._on:
+            return
+        if found.text:
+            self.message(found.text.rstrip())
+        star = "  (best so far)" if best else ""
+        self.message(f"evaluated after step {step}: score {found.score:.4f}{star}  in {seconds:.1f} s")
+        self._write(
+            {
+                "kind": "eval",
+                "step": step,
+                "epoch": step / self._per_epoch,
+                "score": found.score,
+                "scalars": dict(found.scalars),
+            }
+        )
+        self._plot(step, {"score": found.score, **found.scalars})
+        if self._board is not None:
+            for name, image in found.images.items():
+                self._board.add_image(name if "/" in name else f"images/{name}", image, step, dataformats="HWC")
+
+    def curves(self) -> None:
+        """Draw loss, rates and score over the steps, from all rows of the metrics file, into `curves.png`."""
+        if self._on:
+            rows = read_metrics(self._dir / METRICS)
+            if rows:
+                with _told(self._dir / CURVES):
+                    plot_curves(rows, self._dir / CURVES, self._dir.resolve().name)
+
+    def close(self) -> None:
+        """Close the files; may be called twice."""
+        if self._on:
+            self._metrics.close()
+            if self._board is not None:
+                self._board.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        with _told(self._dir / METRICS):
+            self._metrics.write(json.dumps(_finite(row)) + "\n")
+            self._metrics.flush()
+
+    def _plot(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror}; check the free space and the permissions") from None
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a crash has cut off is left out. No file: no rows."""
+    path = Path(path)
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _drop_rows_past(path: Path, step: int) -> None:
+    """What a run did after its last checkpoint is done again: its rows would be there twice."""
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept if step), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null says 'no number', as for a class that does not occur."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _peak_memory() -> int:
+    """Bytes: the peak of the GPU, or of the process without one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> None:
+    """Draw the rows of a metrics file as panels of loss, learning rate and score over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [row for row in rows if row["kind"] == "train"]
+    scores = [row for row in rows if row["kind"] == "eval" and row["score"] is not None]
+    panels = [name for name, there in (("loss", train), ("learning rate", train), ("score", scores)) if there]
+    figure = Figure(figsize=(4.6 * max(len(panels), 1), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    for axis, name in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
+        if name == "loss":
+            _draw_losses(axis, train)
+        elif name == "learning rate":
+            _draw_rates(axis, train)
+        else:
+            _draw_scores(axis, scores)
+        axis.set(xlabel="step", title=name)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.02)
+    figure.savefig(path, dpi=130)
+
+
+def _draw_losses(axis: Any, train: list[dict[str, Any]]) -> None:
+    steps = [row["step"] for row in train]
+    names = list(train[-1]["parts"]) if len(train[-1]["parts"]) > 1 else []
+    curves = {"total": [row["loss"] for row in train]}
+    curves.update({name: [row["parts"].get(name, math.nan) for row in train] for name in names})
+    window = max(1, len(train) // 25)
+    for number, (name, values) in enumerate(curves.items()):
+        smooth = [float(np.mean(values[max(0, i - window + 1) : i + 1])) for i in range(len(values))]
+        if window > 1:
+            axis.plot(steps, values, color=f"C{number}", linewidth=0.7, alpha=0.3)
+        axis.plot(steps, smooth, color=f"C{number}", linewidth=1.6, label=name, **_mark(steps))
+    if names:
+        axis.legend(frameon=False, fontsize=8)
+    axis.set_ylim(bottom=0)
+
+
+def _draw_rates(axis: Any, train: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in train for name in row["rates"]))
+    for name in names:
+        points = [(row["step"], row["rates"][name]) for row in train if name in row["rates"]]
+        axis.plot(*zip(*points, strict=True), linewidth=1.6, label=name, **_mark(points))
+    if len(names) > 1:
+        axis.legend(frameon=False, fontsize=8)
+    axis.set_ylim(bottom=0)
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+
+
+def _draw_scores(axis: Any, scores: list[dict[str, Any]]) -> None:
+    steps, values = [row["step"] for row in scores], [row["score"] for row in scores]
+    axis.plot(steps, values, color="C2", linewidth=1.6, marker="o", markersize=3.5)
+    best = max(range(len(values)), key=lambda i: values[i])
+    axis.plot(steps[best], values[best], color="C3", marker="o", markersize=6)
+    middle = (steps[0] + steps[-1]) / 2
+    axis.annotate(
+        f"best {values[best]:.4f}",
+        (steps[best], values[best]),
+        textcoords="offset points",
+        xytext=(0, 8),
+        ha="left" if steps[best] < middle else "right" if steps[best] > middle else "center",
+        fontsize=9,
+        color="C3",
+    )
+    axis.margins(y=0.15)
+
+
+def _mark(points: list[Any]) -> dict[str, Any]:
+    """A line of one point is invisible without a marker."""
+    return {"marker": "o", "markersize": 3} if len(points) < 3 else {}

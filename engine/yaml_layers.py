@@ -1,0 +1,184 @@
+"""YAML files and `key=value` overrides as layers of leaves that remember where they were written.
+
+A layer is a nested dict whose leaves are `Leaf(value, origin)`. Mappings merge deep, everything else (a list too)
+replaces what was there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from engine.errors import UserError
+
+DEEPEST_BASE = 2
+DEEPEST_NESTING = 20
+
+
+class Leaf(NamedTuple):
+    value: Any
+    origin: str  # "configs/seg/x.yaml:12" or "override"
+
+
+Layer = dict[str, Any]  # str -> Leaf | Layer
+_WORDS: dict[type[yaml.Node], str] = {yaml.ScalarNode: "a single value", yaml.SequenceNode: "a list"}
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but `1e-4` is a number, as YAML 1.2 and everybody's expectation has it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_chain(path: str | Path) -> list[Layer]:
+    """Read a file and the files that its `base:` keys name; the deepest base comes first.
+
+    Raises:
+        UserError: missing or unreadable file, not YAML, empty, not a mapping, a key twice, `base:` in a circle or
+            nested more than two deep.
+    """
+    layers: list[Layer] = []
+    chain: list[str] = []
+    current = os.path.normpath(path)
+    while True:
+        if any(os.path.realpath(current) == os.path.realpath(seen) for seen in chain):
+            raise UserError(f"{chain[0]}: its base files go in a circle: {' -> '.join([*chain, current])}")
+        chain.append(current)
+        if len(chain) > DEEPEST_BASE + 1:
+            raise UserError(
+                f"{chain[0]}: base files may be nested {DEEPEST_BASE} deep, this goes deeper: {' -> '.join(chain)}"
+            )
+        layer = _read_file(current, chain)
+        layers.insert(0, layer)
+        base = layer.pop("base", None)
+        if base is None:
+            return layers
+        if not isinstance(base, Leaf) or not isinstance(base.value, str) or not base.value:
+            found = repr(base.value) if isinstance(base, Leaf) else "a mapping"
+            raise UserError(f"{current}: base: found {found}, expected the path of one YAML file")
+        current = os.path.normpath(os.path.join(os.path.dirname(current), base.value))
+
+
+def _read_file(path: str, chain: Sequence[str]) -> Layer:
+    asked = f" (named by base: in {chain[-2]})" if len(chain) > 1 else ""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file{asked}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8, expected a YAML config{asked}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config{asked}: {error.strerror}") from None
+    node = _compose(text, path)
+    if node is None:
+        raise UserError(f"{path}: the config is empty, expected keys such as 'task: seg'")
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}: found {_WORDS[type(node)]}, expected a mapping of keys such as 'task: seg'")
+    return dict(_build(node, path, lambda line: f"{path}:{line}"))
+
+
+def parse_overrides(overrides: Sequence[str]) -> Layer:
+    """Turn `["optim.lr=0.1", "data.crop=[96, 96]"]` into one layer; values are YAML, a later one wins.
+
+    Raises:
+        UserError: no `=`, an empty part of the key, or a value that is not YAML.
+    """
+    layer: Layer = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise UserError(f"override {text!r}: expected key=value, such as optim.lr=0.05")
+        if parts == ["base"]:
+            raise UserError(f"override {text!r}: base can only be written in a config file")
+        where = f"override {text!r}"
+        node = _compose(value, where)
+        one: Any = Leaf(None, "override") if node is None else _build(node, where, lambda _: "override")
+        for part in reversed(parts):
+            one = {part: one}
+        layer = merge(layer, one)
+    return layer
+
+
+def from_plain(data: Any, origin: str) -> Any:
+    """Wrap plain containers (a config stored in a checkpoint) as a layer whose leaves all come from `origin`."""
+    if isinstance(data, dict) and data:
+        return {str(key): from_plain(value, origin) for key, value in data.items()}
+    return Leaf(data, origin)
+
+
+def to_plain(layer: Any) -> Any:
+    """The values of a layer, as plain containers."""
+    return layer.value if isinstance(layer, Leaf) else {key: to_plain(value) for key, value in layer.items()}
+
+
+def leaves(layer: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Leaf]]:
+    """Every leaf with its path of keys."""
+    if isinstance(layer, Leaf):
+        yield path, layer
+        return
+    for key, value in layer.items():
+        yield from leaves(value, (*path, key))
+
+
+def merge(below: Layer, above: Layer) -> Layer:
+    """`above` over `below`; neither is changed."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = merge(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _compose(text: str, where: str) -> yaml.Node | None:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_node()
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {_reason(error)}") from None
+    finally:
+        loader.dispose()
+
+
+def _reason(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
+
+
+def _build(node: yaml.Node, where: str, origin: Any, depth: int = 0) -> Any:
+    """A layer from a YAML node; `origin` turns a line number (from 1) into the words a leaf carries."""
+    line = node.start_mark.line + 1
+    if depth > DEEPEST_NESTING:
+        raise UserError(f"{where}: line {line}: nested more than {DEEPEST_NESTING} deep")
+    loader = _Loader("")
+    try:
+        if not isinstance(node, yaml.MappingNode):
+            return Leaf(loader.construct_document(node), origin(line))
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen and key != "<<":
+                raise UserError(f"{where}: line {key_node.start_mark.line + 1}: the key {key!r} is written twice")
+            seen.add(key)
+        loader.flatten_mapping(node)  # resolves `<<: *anchor`
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise UserError(f"{where}: line {line}: not a value this config may hold: {_reason(error)}") from None
+    finally:
+        loader.dispose()
+    if not node.value:
+        return Leaf({}, origin(line))
+    layer: Layer = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{where}: line {key_node.start_mark.line + 1}: a key must be a word")
+        layer[key_node.value] = _build(value_node, where, origin, depth + 1)
+    return layer

@@ -1,0 +1,1 @@
+"""Street-scene segmentation: data, models, losses, training, scoring, prediction."""

@@ -1,0 +1,315 @@
+"""Pictures: palettes, overlays with a legend, panels, plots of scores, and the one picture of several runs.
+
+Arrays in and out are uint8: images and colours (H, W, 3) in RGB, ids (H, W). Ids are train ids unless another palette
+is given; 255 is void and drawn black. Plots are written to a path, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from engine.errors import UserError
+from seg import labels
+from seg.images import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.uint8]
+Record = Mapping[str, Any]
+
+_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+_RUN_COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#17becf")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, as `plot_runs` shows it."""
+
+    name: str
+    metrics: Path | str | Sequence[Record]
+    """A metrics.jsonl or its records; those with "loss" or "score" (0 to 1) beside "step" are drawn."""
+    class_iou: Mapping[str, float | None] | None = None
+    """IoU by class (0 to 1; nan or None: nothing to score), if known."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image, its true train ids (None: there are none) and each run's prediction (train ids) by the run's name."""
+
+    image: Array
+    label: Array | None
+    predictions: Mapping[str, Array]
+
+
+def colorize(ids: NDArray[Any], palette: NDArray[np.uint8] | None = None) -> Array:
+    """Colours of ids (H, W): RGB uint8 (H, W, 3). `palette` (K, 3) defaults to the 19 train classes; 255 becomes black.
+
+    Raises ValueError on any other id outside the palette, since that means ids of another kind.
+    """
+    palette = labels.TRAIN_COLORS if palette is None else palette
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = palette
+    strange = [i for i in _present(ids) if not (0 <= i < len(palette) or i == labels.IGNORE)]
+    if strange:
+        raise ValueError(f"ids {strange[:5]} are not in a palette of {len(palette)} colours (255 is void)")
+    return cast(Array, table[ids])
+
+
+def overlay(image: Array, ids: NDArray[Any], alpha: float = 0.5, legend: bool = True) -> Array:
+    """The image tinted with the colours of its train ids; void pixels stay as they are.
+
+    Has the image's size; with `legend`, a strip below it names the classes present, the largest first (and a very small
+    image gets a margin at its right so that the words fit).
+    """
+    if image.shape[:2] != ids.shape:
+        raise ValueError(f"image {image.shape[:2]} and ids {ids.shape} differ in size")
+    mixed = cv2.addWeighted(image, 1 - alpha, colorize(ids), alpha, 0).astype(np.uint8, copy=False)
+    void = ids == labels.IGNORE
+    mixed[void] = image[void]
+    return (
+        _stack([mixed, _legend(ids, mixed.shape[1], size=max(12, min(64, mixed.shape[1] // 60)))]) if legend else mixed
+    )
+
+
+def panel(
+    image: Array, label: NDArray[Any] | None, prediction: NDArray[Any], max_width: int = 640, legend: bool = True
+) -> Array:
+    """Image, true label (if there is one) and prediction beside each other, titled, each at most `max_width` wide."""
+    parts: list[tuple[str, Array]] = [("image", image)]
+    if label is not None:
+        parts.append(("label", colorize(label)))
+    parts.append(("prediction", colorize(prediction)))
+    tiles = [_titled(_fit(pixels, max_width, smooth=title == "image"), title) for title, pixels in parts]
+    gap = np.full((tiles[0].shape[0], 4, 3), 255, np.uint8)
+    row = np.concatenate([x for tile in tiles for x in (tile, gap)][:-1], axis=1)
+    shown = prediction if label is None else np.concatenate([label.ravel(), prediction.ravel()])[None]
+    return _stack([row, _legend(shown, row.shape[1], _title_size(tiles[0]))]) if legend else row
+
+
+def plot_confusion(matrix: Any, names: Sequence[str], path: Path | str, title: str = "") -> None:
+    """Confusion matrix (K, K), true class by row, each row as percent of its pixels; a class without any is grey."""
+    counts = np.asarray(matrix, dtype=np.float64)
+    if counts.shape != (len(names), len(names)):
+        raise ValueError(f"matrix {counts.shape} does not go with {len(names)} names")
+    total = counts.sum(axis=1, keepdims=True)
+    share = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+    side = 2.2 + 0.38 * len(names)
+    with _figure(path, (side + 0.6, side)) as figure:
+        axes = figure.add_subplot()
+        axes.set_facecolor("0.88")
+        picture = axes.imshow(np.ma.masked_invalid(share), cmap="Blues", vmin=0, vmax=1)
+        for row, column in np.argwhere(share >= 0.005):
+            value = share[row, column]
+            axes.text(
+                column,
+                row,
+                f"{100 * value:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if value > 0.5 else "0.15",
+            )
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(length=0, labelsize=8)
+        axes.set(xlabel="predicted", ylabel="true", title=title or "Confusion, % of the true class's pixels")
+        figure.colorbar(picture, ax=axes, fraction=0.045, pad=0.02, format=lambda x, _: f"{100 * x:.0f} %")
+
+
+def plot_class_iou(
+    class_iou: Mapping[str, float | None] | Mapping[str, Mapping[str, float | None]], path: Path | str, title: str = ""
+) -> None:
+    """Bars of IoUs (0 to 1; nan or None: nothing to score), of one run {class: IoU} or several {run: {class: IoU}}."""
+    first = next(iter(class_iou.values()), None)
+    runs = class_iou if isinstance(first, Mapping) else {"": class_iou}
+    runs = cast(Mapping[str, Mapping[str, float | None]], runs)
+    classes = list(dict.fromkeys(name for run in runs.values() for name in run))
+    with _figure(path, (7, 1.4 + len(classes) * (0.16 + 0.13 * len(runs)))) as figure:
+        _bars(figure.add_subplot(), runs, classes, title or "Class IoU, %")
+
+
+def plot_runs(runs: Sequence[Run], path: Path | str, examples: Sequence[Example] = (), title: str = "") -> None:
+    """One picture of several runs: loss and mIoU over steps, class IoUs, and predictions side by side with labels."""
+    classes = list(dict.fromkeys(name for run in runs for name in run.class_iou or {}))
+    columns = 2 + len(runs)
+    ratio = max((x.image.shape[0] / x.image.shape[1] for x in examples), default=0)
+    width = 13.0
+    tall = width / columns * ratio + 0.35
+    top = max(5.0, 1.2 + len(classes) * (0.12 + 0.1 * len(runs))) if classes else 5.0
+    with _figure(path, (width, top + tall * len(examples))) as figure:
+        parts: Any = figure.subfigures(2, 1, height_ratios=[top, tall * len(examples)]) if examples else [figure]
+        plots = parts[0].subplot_mosaic([["mIoU", "bars"], ["loss", "bars"]] if classes else [["mIoU", "loss"]])
+        _curves(plots["mIoU"], plots["loss"], [(run.name, _records(run.metrics)) for run in runs])
+        if classes:
+            _bars(plots["bars"], {run.name: run.class_iou or {} for run in runs}, classes, "Class IoU, %")
+        if examples:
+            _examples(parts[1], examples, [run.name for run in runs])
+        if title:
+            figure.suptitle(title)
+
+
+def _curves(score: Axes, loss: Axes, runs: Sequence[tuple[str, list[Record]]]) -> None:
+    for (name, records), color in zip(runs, _cycle(len(runs)), strict=True):
+        points = [(r["step"], 100 * r["score"]) for r in records if _finite(r.get("score"))]
+        losses = [(r["step"], r["loss"]) for r in records if _finite(r.get("loss"))]
+        best = f", best {max(y for _, y in points):.1f}" if points else ""
+        score.plot(*_columns(points), color=color, marker="o", markersize=3, label=name + best)
+        loss.plot(*_columns(losses), color=color, linewidth=1.2, label=name)
+    score.set(xlabel="step", ylabel="%", title="Mean IoU on the validation split")
+    loss.set(xlabel="step", title="Training loss")
+    for axes in (score, loss):
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8)
+
+
+def _bars(axes: Axes, runs: Mapping[str, Mapping[str, float | None]], classes: Sequence[str], title: str) -> None:
+    """Horizontal bars, the first class and the first run on top."""
+    height = 0.8 / max(1, len(runs))
+    for i, ((name, scores), color) in enumerate(zip(runs.items(), _cycle(len(runs)), strict=True)):
+        values = [100 * (math.nan if (score := scores.get(c)) is None else score) for c in classes]
+        known = [v for v in values if math.isfinite(v)]
+        mean = f"mean {sum(known) / len(known):.1f}" if known else "no scores"
+        places = np.arange(len(classes)) + (i - (len(runs) - 1) / 2) * height
+        axes.barh(places, np.nan_to_num(values), height * 0.92, color=color, label=f"{name}: {mean}" if name else mean)
+        for y, value in zip(places, values, strict=True):
+            words = f"{value:.1f}" if math.isfinite(value) else "–"
+            axes.text((value if math.isfinite(value) else 0) + 1, y, words, va="center", fontsize=6.5, color="0.3")
+    axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    axes.set(xlim=(0, 108), ylim=(len(classes) - 0.4, -0.6), title=title)
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=max(1, len(runs)), frameon=False)
+
+
+def _examples(figure: Any, examples: Sequence[Example], names: Sequence[str]) -> None:
+    grid = figure.subplots(len(examples), 2 + len(names), squeeze=False)
+    for row, example in zip(grid, examples, strict=True):
+        shown = [example.image, None if example.label is None else colorize(example.label)]
+        shown += [colorize(example.predictions[n]) if n in example.predictions else None for n in names]
+        for axes, pixels in zip(row, shown, strict=True):
+            axes.axis("off")
+            if pixels is not None:
+                axes.imshow(pixels, interpolation="nearest")
+    for axes, text in zip(grid[0], ["image", "label", *names], strict=True):
+        axes.set_title(text, fontsize=9)
+
+
+def _records(metrics: Path | str | Sequence[Record]) -> list[Record]:
+    """The records of a metrics.jsonl, or the given ones. Raises UserError if the file is missing or empty."""
+    if not isinstance(metrics, (str, Path)):
+        return list(metrics)
+    from engine.report import read_metrics
+
+    rows: list[Record] = [*read_metrics(metrics)]
+    if not rows:
+        raise UserError(f"{metrics}: missing or without records; the metrics.jsonl of a run is expected here.")
+    return rows
+
+
+@contextmanager
+def _figure(path: Path | str, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure of `size` inches that is saved to `path` on leaving; no global state of pyplot is used."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    yield figure
+    data = io.BytesIO()
+    figure.savefig(data, format=Path(path).suffix.lstrip(".") or "png")
+    write_bytes(path, data.getvalue())
+
+
+def _legend(ids: NDArray[Any], width: int, size: int) -> Array:
+    """Colour and name of the classes present, the largest first, flowing in rows over at least `width` pixels."""
+    font = ImageFont.load_default(size)
+    box, gap, line = size, size // 2, round(size * 1.6)
+    entries = []
+    for i in _present(ids, by_size=True):
+        name, color = (
+            ("void", (0, 0, 0))
+            if i == labels.IGNORE
+            else (labels.TRAIN_CLASSES[i], tuple(labels.TRAIN_COLORS[i].tolist()))
+        )
+        entries.append((name, color, box + gap // 2 + math.ceil(font.getlength(name)) + gap * 2))
+    width = max([width, *(gap + length for *_, length in entries)])
+    places, x, y = [], gap, gap // 2
+    for name, color, length in entries:
+        if x > gap and x + length > width:
+            x, y = gap, y + line
+        places.append((x, y, name, color))
+        x += length
+    strip = Image.new("RGB", (width, y + line + gap // 2), _PAPER)
+    pen = ImageDraw.Draw(strip)
+    for x, y, name, color in places:
+        middle = y + line // 2
+        pen.rectangle((x, middle - box // 2, x + box, middle + box // 2), fill=color, outline=_INK)
+        pen.text((x + box + gap // 2, middle), name, font=font, fill=_INK, anchor="lm")
+    return np.asarray(strip)
+
+
+def _title_size(tile: Array) -> int:
+    return max(12, min(20, tile.shape[1] // 30))
+
+
+def _titled(pixels: Array, title: str) -> Array:
+    size = _title_size(pixels)
+    bar = Image.new("RGB", (pixels.shape[1], size + 8), _PAPER)
+    ImageDraw.Draw(bar).text(
+        (pixels.shape[1] // 2, bar.height // 2), title, font=ImageFont.load_default(size), fill=_INK, anchor="mm"
+    )
+    return np.concatenate([np.asarray(bar), pixels])
+
+
+def _fit(pixels: Array, max_width: int, smooth: bool) -> Array:
+    """Brings a picture to at most `max_width`, and a tiny one up to 160 pixels so that its title fits."""
+    height, width = pixels.shape[:2]
+    factor = min(max_width / width, max(1, math.ceil(160 / width)))
+    if factor == 1:
+        return pixels
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    way = Image.Resampling.BOX if smooth and factor < 1 else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(pixels).resize(size, way))
+
+
+def _stack(parts: Sequence[Array]) -> Array:
+    """Pictures below each other, left-aligned on white."""
+    width = max(p.shape[1] for p in parts)
+    return np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in parts])
+
+
+def _present(ids: NDArray[Any], by_size: bool = False) -> list[int]:
+    if ids.dtype == np.uint8:
+        counts = np.bincount(ids.ravel(), minlength=256)
+        found = np.flatnonzero(counts)
+        return [int(i) for i in (found[np.argsort(-counts[found], kind="stable")] if by_size else found)]
+    values, sizes = np.unique(ids, return_counts=True)
+    return [int(i) for i in (values[np.argsort(-sizes, kind="stable")] if by_size else values)]
+
+
+def _cycle(count: int) -> list[str]:
+    return [_RUN_COLORS[i % len(_RUN_COLORS)] for i in range(count)]
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,244 @@
+"""Scores of a model on a split, or of a folder of predicted label PNGs, and what is written about them."""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from engine import distributed
+from engine.errors import UserError
+from seg import draw
+from seg.config import SegConfig
+from seg.data import EvalBatches, Rgb, Sample, eval_batches
+from seg.images import write_png
+from seg.labels import TRAIN_CLASSES, TRAIN_LABEL_IDS, read_instance_ids, read_label_ids, to_label_ids, to_train_ids
+from seg.metrics import ConfusionMatrix, Scores, mean
+from seg.predict import Predictor
+
+_TRUTH = "_gtFine_labelIds.png"
+
+
+def evaluate_model(
+    model: nn.Module,
+    cfg: SegConfig,
+    *,
+    split: str | None = None,
+    batches: EvalBatches | None = None,
+    max_batches: int | None = None,
+    pictures: int | None = None,
+) -> tuple[Scores, dict[str, Rgb]]:
+    """Score a model on a split, every image on exactly one rank; all ranks get the same scores.
+
+    Predictions are those of `seg.predict.Predictor`, as in tools/predict.py: the logits go up to the image size, which
+    is the label's (labels are never resized), then argmax gives the class. Computed in float32 on the device of the
+    model's parameters; the model is in eval mode meanwhile and gets its mode back.
+
+    Args:
+        model: see Predictor.
+        cfg: data and predict sections, workers and number of pictures.
+        split: default `data.val_split`.
+        batches: those of `eval_batches` to use again, instead of making them from `split`.
+        max_batches: stop after as many on each rank (a trial run); None takes all.
+        pictures: how many panels to draw, default `report.images`.
+
+    Returns:
+        The scores, and panels image | label | prediction by sample name, uint8 RGB (H, W, 3); on rank 0 only.
+
+    Raises:
+        UserError: bad data (see seg.data), or a split without labels.
+    """
+    world, rank = distributed.world_size(), distributed.rank()
+    batches = batches or eval_batches(cfg, split, world, rank)
+    wanted = _spread(batches.samples, cfg.report.images if pictures is None else pictures) if rank == 0 else set()
+    device = next(model.parameters()).device
+    confusion, panels = ConfusionMatrix(device), dict[str, Rgb]()
+    training = model.training
+    model.eval()
+    try:
+        predictor = Predictor.from_config(model, cfg, device)
+        for items in islice(batches, max_batches):
+            for item, ids in zip(items, predictor.predict_batch([item["image"] for item in items]), strict=True):
+                sample, label = item["sample"], item["label"]
+                if label is None:
+                    raise UserError(
+                        f"{sample.image}: has no label to score against, the split 'test' has no public ones. Score "
+                        "another split, or write predictions with tools/predict.py and hand them in at the Cityscapes "
+                        "test server."
+                    )
+                confusion.update(to_label_ids(ids), label, item["instance"], name=str(sample.label))
+                if sample in wanted:
+                    panels[sample.name] = draw.panel(item["image"], to_train_ids(label, sample.label), ids)
+    finally:
+        model.train(training)
+    return confusion.reduce().scores(), panels
+
+
+def evaluate_checkpoint(
+    path: Path, overrides: Sequence[str] = (), split: str | None = None, pictures: int | None = None
+) -> tuple[Scores, dict[str, Rgb]] | None:
+    """Score a checkpoint's model on the device, and among the processes, that its config and torchrun say.
+
+    `overrides` (key=value) change the config, such as data.root or runtime.device. The result is that of
+    `evaluate_model` on rank 0 and None on the others.
+    """
+    from engine.prepare import session
+    from seg.models import from_checkpoint
+
+    model, cfg, _ = from_checkpoint(path, list(overrides))
+    with session(cfg.runtime) as device:
+        result = evaluate_model(model.to(device), cfg, split=split, pictures=pictures)
+        return result if distributed.is_main() else None
+
+
+def evaluate_folder(predictions: Path | str, ground_truth: Path | str, workers: int | None = None) -> Scores:
+    """Score label PNGs as the official evaluation does.
+
+    Args:
+        predictions: searched recursively for `<city>_<sequence>_<frame>*.png`, one for each label file; label ids.
+        ground_truth: searched recursively for `*_gtFine_labelIds.png`; the `_gtFine_instanceIds.png` beside them
+            give the iIoU, which is nan without any.
+        workers: threads, by default as many as there are cores.
+
+    Raises:
+        UserError: missing, ambiguous or unreadable files, other sizes, ids that are no label ids.
+    """
+    pairs = pair_files(Path(predictions), Path(ground_truth))
+    instances = [truth.with_name(truth.name.replace("labelIds", "instanceIds")) for _, truth in pairs]
+    missing = [path for path in instances if not path.is_file()]
+    if 0 < len(missing) < len(instances):
+        raise UserError(
+            f"{len(missing)} of {len(instances)} label files have no instance ids beside them; the first one missing "
+            f"is {missing[0]}. Unpack them all for the iIoU, or remove all of them."
+        )
+
+    def count(number: int) -> ConfusionMatrix:
+        prediction, truth = pairs[number]
+        one = ConfusionMatrix()
+        ids = None if missing else read_instance_ids(instances[number])
+        one.update(read_label_ids(prediction), read_label_ids(truth), ids, name=f"{prediction} for {truth}")
+        return one
+
+    total = ConfusionMatrix()
+    # decoding and most of the counting leave the interpreter's lock; adding up in order keeps the sums reproducible
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for one in pool.map(count, range(len(pairs))):
+            total.merge(one)
+    scores = total.scores()
+    _refuse_train_ids(scores, Path(predictions))
+    return scores
+
+
+def pair_files(predictions: Path, ground_truth: Path) -> list[tuple[Path, Path]]:
+    """(prediction, label file) pairs: a prediction's name begins with its label file's, up to `_gtFine_labelIds.png`.
+
+    Raises:
+        UserError: no such folder, no label files, a label file without a prediction or with several.
+    """
+    for folder, option in ((predictions, "--predictions"), (ground_truth, "--ground-truth")):
+        if not folder.is_dir():
+            raise UserError(f"{folder} ({option}): no such folder.")
+    truths = [path for path in _pngs(ground_truth) if path.name.endswith(_TRUTH)]
+    if not truths:
+        raise UserError(f"{ground_truth} (--ground-truth): no *{_TRUTH} in it; give a folder such as gtFine/val.")
+    files = sorted(_pngs(predictions), key=lambda path: (path.name, path))
+    names = [path.name for path in files]
+    pairs, missing = [], []
+    for truth in sorted(truths):
+        prefix = truth.name.removesuffix(_TRUTH)
+        found = []
+        for place in range(bisect_left(names, prefix), len(names)):
+            if not names[place].startswith(prefix):
+                break
+            if not names[place][len(prefix)].isdigit():  # frame 10 begins with frame 1
+                found.append(files[place])
+        if len(found) > 1:
+            raise UserError(
+                f"{truth.name}: {len(found)} predictions, {found[0]} and {found[1]}; expected one. "
+                "Give a folder that holds the label PNGs only."
+            )
+        pairs += [(path, truth) for path in found]
+        missing += [] if found else [prefix]
+    if missing:
+        raise UserError(
+            f"{predictions} (--predictions): no prediction for {len(missing)} of {len(truths)} label files in "
+            f"{ground_truth}; the first one missing is {missing[0]}*.png."
+        )
+    return pairs
+
+
+def report(
+    result: tuple[Scores, Mapping[str, Rgb]] | None, json_file: Path | None = None, out: Path | None = None
+) -> None:
+    """Print the table and write the files asked for; `result` is None on ranks that have nothing to say."""
+    if result is None:
+        return
+    scores, pictures = result
+    print(scores.table())
+    if json_file:
+        write_json(scores, json_file)
+    if out:
+        write_pictures(scores, pictures, out)
+
+
+def write_json(scores: Scores, path: Path | str) -> None:
+    """Write the scores (see Scores.to_json) as JSON. Raises UserError when the file can't be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(scores.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+
+
+def write_pictures(scores: Scores, pictures: Mapping[str, Rgb], out: Path | str) -> None:
+    """Write `confusion.png`, `class_iou.png` and the panels to a folder. Raises UserError when that can't be done.
+
+    The matrix is drawn for the 19 evaluated classes; what was predicted as void is left out.
+    """
+    out, ids = Path(out), list(TRAIN_LABEL_IDS)
+    draw.plot_confusion(scores.matrix[np.ix_(ids, ids)], TRAIN_CLASSES, out / "confusion.png")
+    draw.plot_class_iou(scores.class_iou, out / "class_iou.png")
+    for name, picture in pictures.items():
+        write_png(out / f"{name}.png", picture)
+
+
+def _spread(samples: Sequence[Sample], wanted: int) -> set[Sample]:
+    """Up to `wanted` samples, evenly spread (neighbours show the same street)."""
+    return {samples[i * len(samples) // wanted] for i in range(wanted)} if samples else set()
+
+
+def _pngs(folder: Path) -> Iterable[Path]:
+    """PNG files below a folder; links to folders are followed, each real folder once."""
+    seen = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(here, name) for name in files if name.endswith(".png") and not name.startswith("."))
+
+
+def _refuse_train_ids(scores: Scores, predictions: Path) -> None:
+    """Train ids 0-18 are valid label ids too, but score much better when they are taken for what they are."""
+    classes = len(TRAIN_LABEL_IDS)
+    if scores.matrix[:, classes:].any():
+        return
+    as_train = scores.matrix[list(TRAIN_LABEL_IDS), :classes]
+    hits = np.diagonal(as_train)
+    union = as_train.sum(0) + as_train.sum(1) - hits
+    other = mean(float(h) / float(u) if u else float("nan") for h, u in zip(hits, union, strict=True))
+    if other > scores.mean_iou + 0.1:
+        raise UserError(
+            f"{predictions} (--predictions): the files hold train ids, not label ids: read as train ids they'd get a "
+            f"mean IoU of {100 * other:.1f}%, as label ids {100 * scores.mean_iou:.1f}%. Convert them with "
+            "seg.labels.to_label_ids."
+        )

@@ -1,0 +1,340 @@
+"""A user's files: finding and reading images of any kind, writing label, colour and overlay PNGs.
+
+`label_files` is what tools/predict.py does. One bad file is reported and stops nothing; nothing is written outside the
+output folder; a picture is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from engine.errors import UserError
+
+Array = NDArray[np.uint8]
+
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif"}
+)
+"""Endings of the files that are taken from folders, in lower case; a file named by itself may have any."""
+MAX_PIXELS = 128_000_000
+"""Images with more pixels are refused before they are decoded, unless told otherwise."""
+KINDS = {"labels": "_labelIds.png", "color": "_color.png", "overlay": "_overlay.png"}
+"""What `label_files` can save, and how the files end."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image file and the name of its outputs: a relative path without suffix that no other input has."""
+
+    path: Path
+    name: str
+
+
+@dataclass
+class Summary:
+    """What `label_files` did: images labelled, and what went wrong, one sentence each."""
+
+    done: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        done = f"{self.done} image{'s' if self.done != 1 else ''} labelled"
+        if not self.problems:
+            return done
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        return "\n".join([f"{done}, {count}:", *(f"  {problem}" for problem in self.problems)])
+
+
+def label_files(
+    predict: Callable[[Array], NDArray[Any]],
+    inputs: Sequence[str | Path],
+    out: Path | str,
+    save: Sequence[str] = ("labels",),
+    *,
+    max_pixels: int = MAX_PIXELS,
+    say: Callable[[str], None] = print,
+) -> Summary:
+    """Labels every image that `inputs` (files, folders, globs) name and writes the pictures below `out`.
+
+    `predict` takes an RGB image (H, W, 3) uint8 and returns train ids (H, W). `save` names what is kept: `labels`
+    (8-bit label ids, the test server's format), `color` (RGB), `overlay` (with a legend below), each in a folder of
+    that name under `out`. Raises UserError if nothing can be done at all: no image, an unknown kind, `out` can't be
+    written.
+    """
+    unknown = [kind for kind in save if kind not in KINDS]
+    if unknown or not save:
+        raise UserError(f"Cannot save {', '.join(unknown) or 'nothing'}; choose from {', '.join(KINDS)}.")
+    out = Path(out)
+    found, problems = find_images(inputs, own=[out / kind for kind in KINDS])
+    if not found:
+        raise UserError("; ".join(problems))
+    _check_writable(out)
+    summary = Summary(problems=problems)
+    for number, item in enumerate(found, 1):
+        try:
+            image = read_image(item.path, max_pixels)
+            ids = _named(predict, image, item.path)
+            for kind in dict.fromkeys(save):
+                target = out / kind / f"{item.name}{KINDS[kind]}"
+                write_png(target, _picture(kind, image, ids), inside=out)
+            summary.done += 1
+            say(f"[{number}/{len(found)}] {show(item.path)}: {image.shape[1]} x {image.shape[0]} -> {show(item.name)}")
+        except UserError as error:
+            summary.problems.append(str(error))
+            say(f"[{number}/{len(found)}] {show(item.path)}: FAILED")
+    return summary
+
+
+def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Array:
+    """An image file as upright RGB, uint8 (H, W, 3).
+
+    Grey, palette, CMYK and 1-bit images are converted, 16-bit ones lose their lower byte, transparent pixels show
+    white, the EXIF orientation is applied, an animation gives its first frame. Float images must lie in [0, 1].
+    Raises UserError (naming the file) if it can't be opened, isn't an image, is cut off, or has more than `max_pixels`.
+    """
+    path = Path(path)
+    try:
+        with _open(path) as file, _without_pil_limit(), Image.open(file) as image:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
+                found = f"{image.width} x {image.height} = {pixels / 1e6:.4g} megapixels"
+                limit = f"the limit is {max_pixels / 1e6:g}; raise it if you trust the file"
+                raise UserError(f"{show(path)}: {found}, {limit}.")
+            return _rgb(ImageOps.exif_transpose(image), path)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{show(path)}: not an image of a known format, or cut off at its start.") from error
+    except OSError as error:
+        reason = error.strerror or f"damaged or cut off: {error}"
+        raise UserError(f"{show(path)}: cannot be read ({reason}).") from error
+    except UserError:
+        raise
+    except Exception as error:  # the decoders raise whatever they like on damaged files: SyntaxError, struct.error, ...
+        raise UserError(f"{show(path)}: cannot be decoded ({type(error).__name__}: {error}).") from error
+
+
+def find_images(inputs: Sequence[str | Path], own: Sequence[Path] = ()) -> tuple[list[Found], list[str]]:
+    """Images that files, folders (recursively, by suffix, hidden files left out) and globs name: (images, problems).
+
+    The order is that of the inputs, sorted within each; a file named twice comes once. Files in the folders `own` (the
+    program's outputs) are left out, so that none is read again and no input is overwritten. Outputs are named by the
+    path relative to the folder or the glob's fixed part; names that meet are told apart by folders above or suffix.
+    """
+    problems: list[str] = []
+    left_out: list[str] = []
+    chosen: dict[Path, tuple[Path, Path]] = {}
+    own_keys = [Path(os.path.realpath(folder)) for folder in own]
+    for text in map(str, inputs):
+        files = [(_key(path), path, relative) for path, relative in _expand(text, problems)]
+        others = [file for file in files if not any(file[0].is_relative_to(folder) for folder in own_keys)]
+        for key, path, relative in others:
+            chosen.setdefault(key, (path, relative))
+        if not files:
+            problems.append(f"{show(text) or 'an empty name'}: no such file or no image in it.")
+        elif not others:
+            left_out.append(f"{show(text)}: only outputs of this program, which are left out.")
+    if not chosen:
+        problems += left_out
+    paths = [path for path, _ in chosen.values()]
+    names = _output_names(list(chosen), [relative for _, relative in chosen.values()])
+    return [Found(path, name) for path, name in zip(paths, names, strict=True)], problems
+
+
+def write_png(path: Path | str, pixels: Array, inside: Path | str | None = None) -> None:
+    """Writes uint8 (H, W) or (H, W, 3) as PNG by `write_bytes`."""
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "png", compress_level=4)
+    write_bytes(path, data.getvalue(), inside)
+
+
+def write_bytes(path: Path | str, data: bytes, inside: Path | str | None = None) -> None:
+    """Writes a file whole or not at all: a temporary file in the same folder takes the name when it is complete.
+
+    With `inside`, a path that leads out of that folder (through a symbolic link) is refused.
+    Raises UserError naming the path.
+    """
+    path = Path(path)
+    part = path.parent / f".{uuid4().hex[:12]}.part"
+    try:
+        if inside is not None and not path.parent.resolve().is_relative_to(Path(inside).resolve()):
+            raise UserError(f"{show(path)}: leads out of the output folder through a symbolic link; remove the link.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{show(path)}: cannot be written ({error.strerror or error}).") from error
+
+
+def show(path: Path | str) -> str:
+    """A path for a message: control characters and bytes that are no text are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in os.fspath(path))
+
+
+def _picture(kind: str, image: Array, ids: NDArray[Any]) -> Array:
+    from seg import draw, labels
+
+    if kind == "labels":
+        return labels.to_label_ids(ids)
+    return draw.colorize(ids) if kind == "color" else draw.overlay(image, ids)
+
+
+def _named(predict: Callable[[Array], NDArray[Any]], image: Array, path: Path) -> NDArray[Any]:
+    try:
+        return predict(image)
+    except UserError as error:
+        raise UserError(f"{show(path)}: {error}") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise UserError(f"{show(path)}: not a regular file.")
+    if info.st_size == 0:
+        raise UserError(f"{show(path)}: the file is empty (0 bytes).")
+    return open(path, "rb")
+
+
+@contextmanager
+def _without_pil_limit() -> Iterator[None]:
+    """Pillow's own limit is one for the whole program; `max_pixels`, checked before decoding, takes its place."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _rgb(image: Image.Image, path: Path) -> Array:
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        top = 1 if image.mode == "F" else 65535
+        if not (low >= 0 and high <= top):
+            found = f"values from {low:.9g} to {high:.9g}"
+            raise UserError(f"{show(path)}: {found}, expected 0 to {top} in an image of mode {image.mode}.")
+        grey = np.rint(values * 255) if image.mode == "F" else values >> 8
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        paper = Image.new("RGB", image.size, (255, 255, 255))
+        paper.paste(layer, mask=layer.getchannel("A"))
+        return np.array(paper)
+    return np.array(image.convert("RGB"))
+
+
+def _expand(text: str, problems: list[str]) -> Iterator[tuple[Path, Path]]:
+    """Files that one input names, each with its path relative to the folder it was searched in."""
+    if os.path.isdir(text) and text:
+        yield from ((p, p.relative_to(text)) for p in _walk(text, problems))
+    elif os.path.lexists(text):
+        yield Path(text), Path(Path(text).name)
+    elif glob.has_magic(text):
+        fixed = Path(*_fixed_parts(text))
+        for hit in _glob(text, problems):
+            inner = _walk(hit, problems) if os.path.isdir(hit) else [hit]
+            yield from ((p, p.relative_to(fixed)) for p in inner)
+
+
+def _glob(pattern: str, problems: list[str]) -> list[Path]:
+    """Sorted matches. `**` goes through `_walk`, because the library's own follows links in circles."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return sorted(map(Path, glob.glob(pattern)))
+    fixed = Path(*_fixed_parts(pattern))
+    wanted = parts[len(fixed.parts) :]
+    files = _walk(fixed, problems, SUFFIXES if wanted[-1] == "**" else None)
+    return [path for path in files if _matches(path.relative_to(fixed).parts, wanted)]
+
+
+def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return wanted == ("**",) or any(_matches(parts[i:], wanted[1:]) for i in range(len(parts)))
+    return bool(parts) and fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
+
+
+def _fixed_parts(pattern: str) -> list[str]:
+    parts = Path(pattern).parts
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    return list(parts[:first])
+
+
+def _walk(folder: Path | str, problems: list[str], suffixes: frozenset[str] | None = SUFFIXES) -> Iterator[Path]:
+    """Files below a folder in sorted order. Links to folders are followed, each real folder is entered once."""
+    seen: set[tuple[int, int]] = set()
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{show(error.filename)}: the folder cannot be read ({error.strerror}).")
+
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        info = os.stat(here)
+        if (info.st_dev, info.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            known = suffixes is None or os.path.splitext(name)[1].lower() in suffixes
+            if known and not name.startswith("."):
+                yield Path(here, name)
+
+
+def _output_names(keys: Sequence[Path], relative: Sequence[Path]) -> list[str]:
+    """A name for each file: as short as it can be, names that meet grow by the folders above, then by the suffix.
+
+    `keys` are absolute and differ, so the longest form (folders below the common one, and the suffix) is always unique.
+    """
+    common = os.path.commonpath([key.parent for key in keys]) if keys else ""
+    forms = [
+        [rel.parent / rel.stem, key.parent.relative_to(common) / key.stem, rel, key.relative_to(common)]
+        for key, rel in zip(keys, relative, strict=True)
+    ]
+    levels = [0] * len(forms)
+    while True:
+        meeting: dict[Path, list[int]] = {}
+        for i, level in enumerate(levels):
+            meeting.setdefault(forms[i][level], []).append(i)
+        clashes = [i for group in meeting.values() if len(group) > 1 for i in group if levels[i] < 3]
+        if not clashes:
+            return [str(forms[i][level]) for i, level in enumerate(levels)]
+        for i in clashes:
+            levels[i] += 1
+
+
+def _key(path: Path) -> Path:
+    """Where a file really is; its own name stays, so that two links to one image are two images."""
+    return Path(os.path.realpath(path.parent), path.name)
+
+
+def _check_writable(folder: Path) -> None:
+    """Finds out before the first prediction rather than after it. Raises UserError."""
+    probe = folder / f".{uuid4().hex[:12]}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{show(folder)}: cannot write there ({error.strerror}); choose another output folder."
+        ) from error

@@ -1,0 +1,57 @@
+"""Train a segmentation network: the central chapter. Everything it uses has a file of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from engine.config import Loaded
+from engine.distributed import rank, world_size
+from engine.loop import Evaluation, Result, fit
+from engine.optim import parameter_groups
+from engine.prepare import prepare, session
+from engine.report import Log
+from engine.resume import open_work_dir
+from seg import losses, models
+from seg.config import SegConfig
+from seg.data import eval_batches, train_batches
+from seg.evaluate import evaluate_model
+from seg.labels import TRAIN_CLASSES
+
+
+def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = None) -> Result:
+    """Train, evaluate and save as the config says; goes on from a checkpoint if `resume` names one ("auto" or a path).
+
+    Raises:
+        UserError: bad data, config, checkpoint or work directory, or a loss that is not finite.
+    """
+    cfg = loaded.config
+    with session(cfg.runtime):
+        loss = losses.build(cfg)
+        training = train_batches(cfg, world_size(), rank())
+        validation = eval_batches(cfg, world=world_size(), rank=rank())
+        state = open_work_dir(work_dir, loaded, resume)
+        with Log(work_dir, cfg.report, resume_step=state["step"] if state else 0) as log:
+            model = models.build(cfg.model, pretrained=state is None)
+            images = models.blank_images() if state else (batch["image"] for batch in training.epoch(0))
+            prepared = prepare(model, cfg, images=images)
+            log.message(prepared.report)
+
+            def evaluate(network: nn.Module, max_batches: int | None) -> Evaluation:
+                scores, panels = evaluate_model(network, cfg, batches=validation, max_batches=max_batches)
+                scalars = {**scores.means(), **{f"IoU/{name}": value for name, value in scores.class_iou.items()}}
+                return Evaluation(scores.mean_iou, scalars, panels, scores.table() if max_batches is None else "")
+
+            return fit(
+                prepared,
+                cfg,
+                training,
+                loss=loss,
+                evaluate=evaluate,
+                groups=parameter_groups(prepared.raw, cfg.optim, models.is_backbone),
+                log=log,
+                work_dir=work_dir,
+                resume=state,
+                meta={"classes": list(TRAIN_CLASSES)},
+            )

@@ -1,0 +1,499 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import checkpoint, distributed
+from engine.config import Length
+from engine.errors import UserError
+from engine.loop import Batch, Evaluation, Loss
+from engine.report import read_metrics
+from engine.resume import find_resume
+from tests.engine import toy
+from tests.engine.toy import ToyConfig, config, in_processes, train
+
+Tree = dict[str, Any]
+FIRST = Length(1, "steps")
+
+
+def weights(work_dir: Path, name: str = "last.pt") -> dict[str, Tensor]:
+    return checkpoint.load(work_dir / name)["model"]  # type: ignore[no-any-return]
+
+
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def differing(a: Any, b: Any, path: str = "") -> list[str]:
+    """Paths in which two checkpoints are not bit for bit equal."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [one for key in a for one in differing(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [one for i, (x, y) in enumerate(zip(a, b, strict=True)) for one in differing(x, y, f"{path}[{i}]")]
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    return [] if type(a) is type(b) and a == b else [path]
+
+
+def learn(cfg: ToyConfig, work_dir: Path) -> dict[str, Tensor]:
+    train(cfg, work_dir)
+    return weights(work_dir)
+
+
+# ---- the gradient is that of the whole step
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    train(config(steps=40, optim__lr=0.5), tmp_path)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_one_step_is_the_mean_over_valid_pixels(tmp_path: Path) -> None:
+    cfg = config(steps=1, optim__lr=0.5, optim__momentum=0.0, optim__weight_decay=0.0, dtype="float64")
+    before: dict[str, Tensor] = {}
+    train(cfg, tmp_path, hook=lambda net: before.update({k: v.clone() for k, v in net.state_dict().items()}))
+    net = toy.Net(False).double()
+    net.load_state_dict(before)
+    batch = next(toy.ToyBatches(cfg).epoch(0))
+    nn.functional.cross_entropy(net(batch["image"]), batch["target"], ignore_index=255).backward()
+    expected = {name: (one - 0.5 * one.grad).detach() for name, one in net.named_parameters()}
+    assert_close(weights(tmp_path), expected, 1e-12)
+
+
+def test_accumulation_equals_the_big_batch(tmp_path: Path) -> None:
+    more: Tree = {"dtype": "float64", "optim__clip_norm": 0.05, "optim__ema_decay": 0.9}
+    big = learn(config(**more), tmp_path / "big")
+    small = learn(config(micro=2, **more), tmp_path / "small")
+    assert_close(small, big, 1e-10)
+    assert (
+        float((big["head.weight"] - learn(config(steps=1, **more), tmp_path / "one")["head.weight"]).abs().max()) > 1e-3
+    )
+
+
+def test_step_without_a_valid_pixel(tmp_path: Path) -> None:
+    cfg = config(steps=3, void=True, optim__weight_decay=0.0)
+    before: dict[str, Tensor] = {}
+    train(cfg, tmp_path, hook=lambda net: before.update({k: v.clone() for k, v in net.state_dict().items()}))
+    assert not differing(weights(tmp_path), before)
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train"] == [0.0, 0.0]
+
+
+def test_clipping_bounds_the_update(tmp_path: Path) -> None:
+    cfg = config(steps=1, optim__lr=1.0, optim__clip_norm=0.01, optim__weight_decay=0.0)
+    before: dict[str, Tensor] = {}
+    train(cfg, tmp_path, hook=lambda net: before.update({k: v.clone() for k, v in net.state_dict().items()}))
+    moved = torch.stack([(one - before[name]).norm() for name, one in weights(tmp_path).items()]).norm()
+    assert 0.0099 < float(moved) < 0.0101
+
+
+def test_logged_loss_is_the_mean_over_the_interval(tmp_path: Path) -> None:
+    cfg = config(steps=4, optim__lr=1e-12, report__log_every=Length(4, "steps"))
+    net: list[nn.Module] = []
+    train(cfg, tmp_path, hook=net.append)
+    stream = toy.ToyBatches(cfg).epoch(0)
+    found = [toy.loss(net[0], next(stream)) for _ in range(4)]
+    row = read_metrics(tmp_path / "metrics.jsonl")[0]
+    expected = sum(float(one.total) for one in found) / sum(float(one.weight) for one in found)
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+    assert row["parts"] == pytest.approx({"main": expected, "twice": 2 * expected}, rel=1e-5)
+
+
+# ---- several processes
+
+
+def several(folder: Path) -> None:
+    """All that needs two processes, in one start of them."""
+    more: Tree = {"dtype": "float64", "optim__clip_norm": 0.05}
+    train(config(**more), folder / "2x4")
+    train(config(micro=2, **more), folder / "2x2x2")
+    exact: Tree = {"dropout": True, "report__checkpoint_every": Length(3, "steps"), "report__keep_all": True}
+    train(config(steps=8, **exact), folder / "whole")
+    state = checkpoint.load(folder / "whole" / "step-00000003.pt")
+    train(config(steps=8, **exact), folder / "resumed", resume=state)
+    try:
+        train(config(bad=(20,), report__checkpoint_every=FIRST), folder / "nan")
+    except UserError as error:
+        (folder / f"nan_{os.environ['RANK']}.txt").write_text(str(error))
+
+    def signal_one(model: nn.Module, batch: Batch) -> Loss:
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return toy.loss(model, batch)
+
+    calls: list[int] = []
+    result = train(config(), folder / "stopped", loss=signal_one)
+    (folder / f"stopped_{os.environ['RANK']}.txt").write_text(f"{result.stopped} {result.step}")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    in_processes(several, folder)
+    return folder
+
+
+def test_two_processes_equal_one(two: Path, tmp_path: Path) -> None:
+    one = learn(config(dtype="float64", optim__clip_norm=0.05), tmp_path)
+    assert_close(weights(two / "2x4"), one, 1e-10)
+    assert_close(weights(two / "2x2x2"), one, 1e-10)
+    alone, both = (read_metrics(path / "metrics.jsonl") for path in (tmp_path, two / "2x4"))
+    assert [row["loss"] for row in both if row["kind"] == "train"] == pytest.approx(
+        [row["loss"] for row in alone if row["kind"] == "train"], rel=1e-10
+    )
+
+
+def test_names_are_plain_under_distributed_data_parallel(two: Path) -> None:
+    assert set(weights(two / "2x4")) == {"backbone.0.weight", "backbone.0.bias", "head.weight", "head.bias"}
+
+
+def test_two_processes_resume_bit_for_bit(two: Path) -> None:
+    whole, resumed = (checkpoint.load(two / name / "last.pt") for name in ("whole", "resumed"))
+    assert len(whole["rng"]) == 2
+    assert differing(whole["rng"][0], whole["rng"][1])
+    assert not differing(whole, resumed)
+
+
+def test_nan_on_any_process_stops_all(two: Path) -> None:
+    texts = [(two / f"nan_{rank}.txt").read_text() for rank in (0, 1)]
+    assert texts[0].startswith("the loss became nan at step ") and texts[1].startswith("the loss became nan at step ")
+    report = json.loads((two / "nan" / "nan_batch.json").read_text())
+    assert len(report["batches"]) == 2
+    (bad,) = report["not_finite"]
+    assert "image_20.png" in bad["names"] and len(bad["names"]) == 4
+
+
+def test_signal_to_one_process_stops_all_after_the_same_step(two: Path) -> None:
+    assert [(two / f"stopped_{rank}.txt").read_text() for rank in (0, 1)] == ["True 4", "True 4"]
+    assert checkpoint.load(two / "stopped" / "last.pt")["step"] == 4
+
+
+def test_resume_with_another_number_of_processes_is_said(
+    two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = checkpoint.load(two / "whole" / "step-00000003.pt")
+    train(config(steps=8, dropout=True), tmp_path, resume=state)
+    assert (
+        "resumed after step 3 of 8; the checkpoint was written by 2 processes, now there are 1"
+        in capsys.readouterr().out
+    )
+
+
+# ---- resume
+
+
+EVERYTHING: Tree = {
+    "dropout": True,
+    "optim__ema_decay": 0.9,
+    "optim__clip_norm": 1.0,
+    "optim__warmup": Length(2, "steps"),
+    "optim__schedule": "cosine",
+    "report__checkpoint_every": FIRST,
+    "report__keep_all": True,
+    "report__eval_every": Length(2, "steps"),
+}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"optim__name": "adamw", "optim__lr": 0.01, "micro": 4},
+        {"runtime__amp": "bf16"},
+        {"runtime__amp": "fp16"},
+        {"norm__name": "deconv"},
+    ],
+    ids=["sgd", "adamw", "bf16", "fp16", "deconv"],
+)
+def test_resume_is_bit_identical(tmp_path: Path, more: Tree) -> None:
+    cfg = config(steps=12, **EVERYTHING, **more)
+    train(cfg, tmp_path / "whole")
+    whole = checkpoint.load(tmp_path / "whole" / "last.pt")
+    assert whole["steps_per_epoch"] == 5
+    for step in (3, 5, 6):  # within the first epoch, at its end, in the second
+        folder = tmp_path / f"from_{step}"
+        folder.mkdir()
+        shutil.copy(tmp_path / "whole" / f"step-{step:08}.pt", folder / "last.pt")
+        shutil.copy(tmp_path / "whole" / "metrics.jsonl", folder / "metrics.jsonl")
+        state = find_resume(folder, "auto", cfg)
+        assert state is not None
+        assert (state["step"], state["epoch"], state["step_in_epoch"]) == (step, step // 5, step % 5)
+        result = train(cfg, folder, resume=state)
+        assert not differing(whole, checkpoint.load(folder / "last.pt"))
+        assert (result.score, result.best_step) == (whole["best_score"], whole["best_step"])
+        rows = [
+            [(row["kind"], row["step"]) for row in read_metrics(where / "metrics.jsonl")]
+            for where in (tmp_path / "whole", folder)
+        ]
+        assert rows[1] == [row for row in rows[0] if row in rows[1]] and rows[1][-1] == rows[0][-1]
+        assert len(set(rows[1])) == len(rows[1])
+
+
+def test_resume_reads_no_batch_twice(tmp_path: Path) -> None:
+    cfg = config(steps=5)
+    batches = toy.ToyBatches(cfg)
+    list(batches.epoch(0, 3))
+    assert len(batches.read) == 16 and len(set(batches.read)) == 16
+
+
+def test_resume_with_another_training_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(steps=5)
+    train(cfg, tmp_path / "a")
+    state = find_resume(tmp_path / "a", "auto", cfg)
+    monkeypatch.setattr(toy, "IMAGES", 24)
+    with pytest.raises(
+        UserError, match=r"a/last.pt: was trained with 5 steps an epoch, here an epoch has 3: the training"
+    ):
+        train(cfg, tmp_path / "a", resume=state)
+
+
+def test_a_finished_run_stays_finished(tmp_path: Path) -> None:
+    cfg = config(steps=5)
+    first = train(cfg, tmp_path)
+    before = weights(tmp_path)
+    again = train(cfg, tmp_path, resume=find_resume(tmp_path, "auto", cfg))
+    assert (again.score, again.step, again.stopped) == (first.score, 5, False)
+    assert not differing(before, weights(tmp_path))
+
+
+def test_longer_length_goes_on(tmp_path: Path) -> None:
+    train(config(steps=5), tmp_path)
+    longer = config(steps=7)
+    assert train(longer, tmp_path, resume=find_resume(tmp_path, "auto", longer)).step == 7
+
+
+# ---- not finite
+
+
+def test_nan_stops_and_names_the_batch(tmp_path: Path) -> None:
+    cfg = config(steps=20, report__checkpoint_every=FIRST)
+    order = torch.randperm(toy.IMAGES, generator=torch.Generator().manual_seed(0)).tolist()
+    cfg = cfg.model_copy(update={"bad": (order[21],)})  # the sixth image of the third step
+    with pytest.raises(UserError) as caught:
+        train(cfg, tmp_path)
+    assert str(caught.value) == (
+        f"the loss became nan at step 3; the files of its batch are listed in {tmp_path}/nan_batch.json; the last good "
+        f"checkpoint is {tmp_path}/last.pt (step 2); try a lower optim.lr, optim.clip_norm=1 or runtime.amp=none"
+    )
+    report = json.loads((tmp_path / "nan_batch.json").read_text())
+    assert (report["step"], report["loss"]) == (3, "nan")
+    (bad,) = report["not_finite"]
+    assert bad["names"] == [f"image_{index:02}.png" for index in order[16:24]]
+    saved = checkpoint.load(tmp_path / "last.pt")
+    assert saved["step"] == 2
+    assert all(bool(torch.isfinite(one).all()) for one in saved["model"].values())
+
+
+def test_first_of_several_bad_steps_is_named(tmp_path: Path) -> None:
+    order = torch.randperm(toy.IMAGES, generator=torch.Generator().manual_seed(0)).tolist()
+    cfg = config(steps=20, micro=4, bad=(order[12],), report__log_every=Length(5, "steps"))
+    with pytest.raises(UserError, match="the loss became nan at step 2; .*; no checkpoint has been written yet"):
+        train(cfg, tmp_path)
+    report = json.loads((tmp_path / "nan_batch.json").read_text())
+    assert [batch["finite"] for batch in report["batches"]] == [True, False]
+    assert report["not_finite"][0]["names"] == [f"image_{index:02}.png" for index in order[12:16]]
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_spoilt_weights_are_never_saved(tmp_path: Path) -> None:
+    """The loss of the step is still finite, the gradient is not."""
+    calls: list[int] = []
+
+    def spoil(net: toy.Net) -> None:
+        def hook(gradient: Tensor) -> Tensor:
+            calls.append(1)
+            return gradient * (float("inf") if len(calls) == 4 else 1)
+
+        net.head.weight.register_hook(hook)
+
+    with pytest.raises(
+        UserError, match=r"after step 4 the weights are spoilt \(the last good.*\(step 3\)\): head.weight"
+    ):
+        train(config(report__checkpoint_every=FIRST, optim__lr=1e-3), tmp_path, hook=spoil)
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
+
+
+# ---- evaluation and checkpoints
+
+
+class Recorder:
+    """Scores in a given order, and what the loop asked for."""
+
+    def __init__(self, scores: list[float]) -> None:
+        self.scores = iter(scores)
+        self.asked: list[int | None] = []
+        self.states: list[dict[str, Tensor]] = []
+
+    def __call__(self, model: nn.Module, max_batches: int | None) -> Evaluation:
+        assert not model.training and not torch.is_grad_enabled()
+        self.asked.append(max_batches)
+        self.states.append({name: one.clone() for name, one in model.state_dict().items()})
+        return Evaluation(score=0.0 if max_batches else next(self.scores))
+
+
+def test_two_batches_are_evaluated_before_the_first_step(tmp_path: Path) -> None:
+    def broken(model: nn.Module, max_batches: int | None) -> Evaluation:
+        raise UserError(f"asked for {max_batches} batches")
+
+    with pytest.raises(UserError, match="asked for 2 batches"):
+        train(config(), tmp_path, evaluate=broken)
+
+
+def test_best_and_last(tmp_path: Path) -> None:
+    recorder = Recorder([0.2, float("nan"), 0.7, 0.5])
+    result = train(config(steps=7, report__eval_every=Length(2, "steps")), tmp_path, evaluate=recorder)
+    assert recorder.asked == [2, None, None, None, None]  # after 2, 4, 6 steps and at the end
+    assert (result.score, result.best_step, result.last_score, result.step) == (0.7, 6, 0.5, 7)
+    best, last = checkpoint.load(tmp_path / "best.pt"), checkpoint.load(tmp_path / "last.pt")
+    assert (best["step"], best["score"], last["step"], last["score"], last["best_score"]) == (6, 0.7, 7, 0.5, 0.7)
+    assert not differing(best["model"], recorder.states[3])
+    assert (last["task"], last["meta"], last["config"]["batch_size"]) == ("toy", {"classes": ["a", "b", "c"]}, 8)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["best.pt", "curves.png", "last.pt", "metrics.jsonl"]
+
+
+def test_end_is_not_evaluated_twice(tmp_path: Path) -> None:
+    recorder = Recorder([0.1, 0.2])
+    train(config(steps=4, report__eval_every=Length(2, "steps")), tmp_path, evaluate=recorder)
+    assert recorder.asked == [2, None, None]
+
+
+def test_nothing_to_evaluate(tmp_path: Path) -> None:
+    result = train(config(steps=3), tmp_path, evaluate=None)
+    assert (result.score, result.last_score) == (None, None)
+    assert not (tmp_path / "best.pt").exists() and (tmp_path / "last.pt").exists()
+
+
+def test_evaluated_network_is_the_moving_average(tmp_path: Path) -> None:
+    recorder = Recorder([0.1])
+    decay = 0.8
+    snapshots: list[dict[str, Tensor]] = []
+
+    def recording(model: nn.Module, batch: Batch) -> Loss:
+        snapshots.append({name: one.detach().clone() for name, one in model.state_dict().items()})
+        return toy.loss(model, batch)
+
+    train(config(steps=3, optim__ema_decay=decay, dropout=True), tmp_path, loss=recording, evaluate=recorder)
+    best = checkpoint.load(tmp_path / "best.pt")
+    after = [*snapshots[1:], best["model"]]
+    name = "head.weight"
+    expected = after[0][name]
+    for one in after[1:]:
+        expected = decay * expected + (1 - decay) * one[name]
+    torch.testing.assert_close(best["ema"][name], expected)
+    assert not differing(best["ema"], recorder.states[-1])
+    assert torch.equal(best["ema"]["backbone.1.running_mean"], best["model"]["backbone.1.running_mean"])
+    assert best["ema_updates"] == 3
+
+
+def test_periodic_checkpoints_are_kept_on_request(tmp_path: Path) -> None:
+    train(config(steps=5, report__checkpoint_every=Length(2, "steps"), report__keep_all=True), tmp_path)
+    assert sorted(one.name for one in tmp_path.glob("step-*.pt")) == ["step-00000002.pt", "step-00000004.pt"]
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_ends_and_the_rest_is_as_if_nothing_had_happened(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(steps=8, dropout=True, report__eval_every=Length(4, "steps"))
+    train(cfg, tmp_path / "whole")
+    calls: list[int] = []
+
+    def interrupted(model: nn.Module, batch: Batch) -> Loss:
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
+        return toy.loss(model, batch)
+
+    folder = tmp_path / "stopped"
+    capsys.readouterr()
+    handlers = signal.getsignal(number)
+    result = train(cfg, folder, loss=interrupted)
+    assert signal.getsignal(number) is handlers
+    assert (result.stopped, result.step, checkpoint.load(folder / "last.pt")["step"]) == (True, 4, 4)
+    out = capsys.readouterr().out
+    assert f"stopped by a signal after step 4; {folder}/last.pt is saved, --resume auto goes on" in out
+    train(cfg, folder, resume=find_resume(folder, "auto", cfg))
+    assert not differing(checkpoint.load(tmp_path / "whole" / "last.pt"), checkpoint.load(folder / "last.pt"))
+
+
+def test_third_signal_interrupts_at_once(tmp_path: Path) -> None:
+    def impatient(model: nn.Module, batch: Batch) -> Loss:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        return toy.loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(), tmp_path, loss=impatient)
+
+
+# ---- precision and layout
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision(tmp_path: Path, amp: str) -> None:
+    kinds: set[torch.dtype] = set()
+
+    def looking(model: nn.Module, batch: Batch) -> Loss:
+        kinds.add(model(batch["image"]).dtype)
+        return toy.loss(model, batch)
+
+    train(config(steps=30, optim__lr=0.5, runtime__amp=amp), tmp_path, loss=looking)
+    assert kinds == {torch.bfloat16 if amp == "bf16" else torch.float16}
+    losses = [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    assert losses[-1] < 0.95 * losses[0]
+    last = checkpoint.load(tmp_path / "last.pt")
+    assert all(one.dtype == torch.float32 for one in last["model"].values())
+    assert bool(last["scaler"]) == (amp == "fp16")
+
+
+def test_fp16_overflow_skips_the_update_and_lowers_the_scale(tmp_path: Path) -> None:
+    def huge(net: toy.Net) -> None:
+        calls: list[int] = []
+
+        def hook(gradient: Tensor) -> Tensor:
+            calls.append(1)
+            return gradient * (float("inf") if len(calls) == 1 else 1)
+
+        net.head.weight.register_hook(hook)
+
+    train(config(steps=2, runtime__amp="fp16"), tmp_path, hook=huge)
+    last = checkpoint.load(tmp_path / "last.pt")
+    assert last["scaler"]["scale"] == 2.0**15
+    assert all(bool(torch.isfinite(one).all()) for one in last["model"].values())
+
+
+def test_channels_last(tmp_path: Path) -> None:
+    def looking(model: nn.Module, batch: Batch) -> Loss:
+        assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+        assert next(model.parameters()).is_contiguous(memory_format=torch.channels_last)
+        return toy.loss(model, batch)
+
+    train(config(steps=2, runtime__channels_last=True), tmp_path, loss=looking)
+
+
+def test_batch_larger_than_the_training_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="batch_size: 64 is more than the training set holds"):
+        train(config(batch=64), tmp_path)
+
+
+def test_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(steps=4, micro=2), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "batch of 8 = 1 process x 4 accumulated x 2 images; 4 steps, 5 an epoch"
+    assert lines[1].startswith("step 2/4  epoch 0.40  loss ") and "(main " in lines[1] and " img/s " in lines[1]
+    assert lines[-1].startswith("evaluated after step 4: score 0.") and "(best so far)" in lines[-1]
+    assert distributed.world_size() == 1

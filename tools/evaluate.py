@@ -1,0 +1,46 @@
+"""Score a checkpoint on a split, or a folder of label PNGs, with the official Cityscapes metric.
+
+python tools/evaluate.py runs/x/best.pt --split val --out runs/x/val data.root=/data/cityscapes
+python tools/evaluate.py --predictions DIR --ground-truth DIR --json scores.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.errors import UserError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="a .pt file of tools/train.py")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to its config")
+    parser.add_argument("--split", help="split to score (default: the config's data.val_split)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="same as runtime.device=...")
+    parser.add_argument("--predictions", type=Path, help="folder of predicted label-id PNGs to score, not a model")
+    parser.add_argument("--ground-truth", type=Path, help="folder of *_gtFine_labelIds.png, such as gtFine/val")
+    parser.add_argument("--json", type=Path, help="file to write all scores to")
+    parser.add_argument("--out", type=Path, help="folder for pictures: confusion matrix, class IoUs, predictions")
+    args = parser.parse_intermixed_args()
+    if [args.checkpoint is None, args.predictions is None, args.ground_truth is None] not in ([0, 1, 1], [1, 0, 0]):
+        parser.error("give either a checkpoint, or both --predictions and --ground-truth")
+    from seg import evaluate
+
+    try:
+        if args.checkpoint:
+            overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])
+            evaluate.report(evaluate.evaluate_checkpoint(args.checkpoint, overrides, args.split), args.json, args.out)
+        else:
+            evaluate.report((evaluate.evaluate_folder(args.predictions, args.ground_truth), {}), args.json, args.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Label a user's images with a trained network.
+
+python tools/predict.py runs/x/best.pt photos/ 'more/**/*.jpg' --out labelled --save labels color overlay
+
+Writes labelled/labels/..._labelIds.png (8-bit label ids, as the test server and `tools/evaluate.py --predictions
+labelled/labels` take them), labelled/color/..._color.png and labelled/overlay/..._overlay.png. Exit status: 0 all done,
+1 some inputs failed (listed at the end), 2 nothing could be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.errors import UserError
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="image, folder, glob in quotes, or key=value (config)"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write to; nothing goes elsewhere"
+    )
+    parser.add_argument("--save", nargs="+", default=["labels"], metavar="KIND", help="labels, color, overlay (labels)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="in place of the config's runtime.device")
+    parser.add_argument(
+        "--max-megapixels", type=float, default=128, metavar="N", help="refuse larger images (%(default)s)"
+    )
+    args = parser.parse_intermixed_args(argv)
+    words = [*args.inputs, *(word for word in args.save if "=" in word)]
+    args.save = [word for word in args.save if "=" not in word]
+    args.overrides = [w for w in words if re.match(r"[a-z_]+(\.\w+)*=", w) and not os.path.lexists(w)]
+    args.inputs = [word for word in words if word not in args.overrides]
+    if args.device:
+        args.overrides.append(f"runtime.device={args.device}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        from engine.prepare import session
+        from seg.images import label_files
+        from seg.models import from_checkpoint
+        from seg.predict import Predictor
+
+        model, cfg, _ = from_checkpoint(args.checkpoint, args.overrides)
+        with session(cfg.runtime) as device:
+            predict = Predictor.from_config(model, cfg, device).predict
+            limit = int(args.max_megapixels * 1e6)
+            summary = label_files(predict, args.inputs, args.out, args.save, max_pixels=limit)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(summary)
+    return 1 if summary.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
