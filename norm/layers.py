@@ -77,6 +77,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
             the running averages in between (for the first layer, whose input does not change).
         grouping: "channel": blocks of neighbouring channels, as in the paper. "published": the authors' code, whose
             blocks interleave features, and which updates one step more of every freeze cycle.
+        dense_small_maps: take more windows where the output is at most 16 high or wide (`whitening.dense_strides`).
+            The authors' code does not.
         padding_mode: as in Conv2d.
 
     Shape: (N, C_in, H, W) -> (N, C_out, H_out, W_out) as Conv2d. The dtype of the output is Conv2d's; statistics,
@@ -110,6 +112,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
         freeze: bool = False,
         freeze_iter: int = 100,
         grouping: Grouping = "channel",
+        dense_small_maps: bool = False,
         padding_mode: PaddingMode = "zeros",
     ) -> None:
         check_options(block, n_iter, eps, momentum, sampling_stride)
@@ -128,6 +131,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
         self.freeze = freeze
         self.freeze_iter = freeze_iter
         self.grouping: Grouping = grouping
+        self.dense_small_maps = dense_small_maps
         features = self.block * self.kernel_size[0] * self.kernel_size[1]
         deconv = torch.eye(features)
         self.register_buffer("running_mean", torch.zeros(features * groups))
@@ -162,7 +166,11 @@ class FastDeconv(_Whitening, nn.Conv2d):
     def patches(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         """The sampled patches of the (padded) input, (F, rows) or (groups, F, rows), in the dtype of `x`."""
         kernel_size, stride, dilation = (cast(Pair, each) for each in (self.kernel_size, self.stride, self.dilation))
-        sampled = whitening.sample(x, kernel_size, stride, padding, dilation, self.sampling_stride)
+        every = (self.sampling_stride, self.sampling_stride)
+        if self.dense_small_maps:
+            size = (x.shape[-2], x.shape[-1])
+            every = whitening.dense_strides(size, kernel_size, stride, padding, dilation, self.sampling_stride)
+        sampled = whitening.sample(x, kernel_size, stride, padding, dilation, every)
         return whitening.group_patches(sampled, self.running_deconv.shape[-1], self.groups, self.grouping)
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -186,6 +194,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, block={self.block}, n_iter={self.n_iter}, eps={self.eps}"
         text += f", sampling_stride={self.sampling_stride}, grouping={self.grouping}"
+        text += ", dense_small_maps=True" if self.dense_small_maps else ""
         return text + (", freeze=True" if self.freeze else "")
 
 

@@ -155,6 +155,8 @@ class Deconv(Recipe):
     """Statistics use every so many-th window in each direction."""
     grouping: Grouping = "channel"
     """Blocks of neighbouring channels, or those of the authors' code."""
+    dense_small_maps: bool = True
+    """Take every window where the output is small, not the corners that the authors' stride leaves."""
     stem_n_iter: int = 15
     """Newton-Schulz steps of the first convolution."""
     stem_freeze: bool = True
@@ -193,6 +195,7 @@ class Deconv(Recipe):
             freeze=at.first and self.stem_freeze,
             freeze_iter=self.freeze_iter,
             grouping=self.grouping,
+            dense_small_maps=self.dense_small_maps,
         )
         return copy_conv(old, new)
 

@@ -38,14 +38,29 @@ def resolve_block(channels: int, block: int) -> int:
     return channels if block > channels else math.gcd(block, channels)
 
 
-def sample(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, sampling_stride: int) -> Tensor:
+def dense_strides(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, most: int) -> Pair:
+    """Sampling strides that leave no small map with a corner or two: where the convolution has up to 8 positions in a
+    direction every one is taken, up to 16 every second, beyond that every `most`-th; never fewer than every `most`-th.
+
+    At stride 3 a 1x1 convolution sees one of eight images in an image-pooling branch: a covariance of one row is eps I,
+    and the layer amplifies by eps^(-1/2).
+    """
+    found = []
+    for side, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True):
+        positions = (side + 2 * p - d * (k - 1) - 1) // s + 1
+        found.append(min(most, 1 if positions <= 8 else 2 if positions <= 16 else most))
+    return found[0], found[1]
+
+
+def sample(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, sampling_stride: Pair) -> Tensor:
     """The patches that the statistics are taken from: (N, C, H, W) -> (N', C k_h k_w, rows), channel-major features.
 
     Kernels larger than 1x1: the zero-padded windows at `sampling_stride` times the stride of the convolution.
-    1x1: every (sampling_stride^2 stride_h stride_w)-th pixel of the flattened N x H x W list, whatever the padding.
+    1x1: every (product of both strides in both directions)-th pixel of the flattened N x H x W list, whatever the
+    padding.
     Only what is sampled is gathered.
     """
-    step = (sampling_stride * stride[0], sampling_stride * stride[1])
+    step = (sampling_stride[0] * stride[0], sampling_stride[1] * stride[1])
     if kernel_size != (1, 1):
         return F.unfold(x, kernel_size, dilation, padding, step)
     n, c, h, w = x.shape

@@ -28,6 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     "7x7 stem": dict(channels=3, out=4, kernel_size=7, stride=2, padding=3, n_iter=15),
     "no bias": dict(channels=4, out=4, kernel_size=3, bias=False),
     "one step": dict(channels=4, out=4, kernel_size=3, n_iter=1),
+    "small map": dict(channels=4, out=4, kernel_size=3, stride=2, padding=1, dense_small_maps=True),
+    "small 1x1 map": dict(channels=8, out=4, kernel_size=1, stride=2, dense_small_maps=True),
     "every window": dict(channels=4, out=4, kernel_size=3, sampling_stride=1),
 }
 
@@ -46,12 +48,15 @@ def reference(layer: FastDeconv, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Output, mean and D of a training step: patches of every block whitened, then multiplied by the weight."""
     k, s, p, d = layer.kernel_size[0], layer.stride[0], layer.padding[0], layer.dilation[0]
     n, c, _, _ = x.shape
-    every, groups = layer.sampling_stride, layer.groups
+    groups, positions = layer.groups, F.conv2d(x, layer.weight, None, s, p, d, layer.groups).shape[2:]
+    every = (layer.sampling_stride,) * 2
+    if layer.dense_small_maps:
+        every = tuple(1 if side <= 8 else 2 if side <= 16 else layer.sampling_stride for side in positions)
     all_patches = F.unfold(x, k, d, p, s)  # (N, C k k, L)
     if k == 1:
-        sampled = x.permute(0, 2, 3, 1).reshape(-1, c)[:: (every * s) ** 2].t()[None]
+        sampled = x.permute(0, 2, 3, 1).reshape(-1, c)[:: every[0] * every[1] * s**2].t()[None]
     else:
-        sampled = F.unfold(x, k, d, p, every * s)
+        sampled = F.unfold(x, k, d, p, (every[0] * s, every[1] * s))
     features = layer.block * k * k
     blocks = c * k * k // features
 

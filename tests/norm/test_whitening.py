@@ -25,7 +25,7 @@ def windows(x: Tensor, kernel: tuple[int, int], step: tuple[int, int], padding: 
 @pytest.mark.parametrize("kernel, stride, padding, dilation", [((3, 3), 1, 1, 1), ((3, 3), 2, 2, 2), ((1, 5), 1, 0, 1)])
 def test_windows_are_those_at_the_sampling_stride(kernel, stride, padding, dilation):
     x = torch.randn(2, 3, 11, 12, dtype=torch.float64)
-    got = whitening.sample(x, kernel, (stride, stride), (padding, padding), (dilation, dilation), 3)
+    got = whitening.sample(x, kernel, (stride, stride), (padding, padding), (dilation, dilation), (3, 3))
     want = windows(x, kernel, (3 * stride, 3 * stride), padding, dilation).flatten(2).transpose(1, 2)
     assert torch.equal(got, want)
 
@@ -35,9 +35,18 @@ def test_windows_are_those_at_the_sampling_stride(kernel, stride, padding, dilat
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_pixels_are_every_ninth_of_the_flattened_list(size, stride, memory_format):
     x = torch.randn(5, 4, *size).to(memory_format=memory_format)
-    got = whitening.sample(x, (1, 1), (stride, stride), (3, 3), (1, 1), 3)
+    got = whitening.sample(x, (1, 1), (stride, stride), (3, 3), (1, 1), (3, 3))
     want = x.permute(0, 2, 3, 1).reshape(-1, 4)[:: (3 * stride) ** 2]
     assert torch.equal(got.permute(0, 2, 1).reshape(-1, 4), want)
+
+
+def test_dense_strides_take_every_window_of_small_maps():
+    def strides(size, kernel=3, stride=1, padding=1, dilation=1, most=3):
+        return whitening.dense_strides(size, (kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2, most)
+
+    assert strides((8, 17)) == (1, 3) and strides((9, 16)) == (2, 2) and strides((32, 33), stride=2) == (2, 3)
+    assert strides((1, 1), kernel=1, padding=0) == (1, 1) and strides((10, 20), padding=0) == (1, 3)
+    assert strides((12, 40), most=1) == (1, 1) and strides((12, 40), padding=0, dilation=2) == (1, 3)
 
 
 def test_blocks_follow_the_gcd_rule():
