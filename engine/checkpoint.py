@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -61,7 +63,7 @@ def export_weights(path: str | Path, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is overwritten by the next
     try:
         write(str(temporary))
         with open(temporary, "rb") as file:
@@ -130,18 +132,32 @@ def read(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
     if start != b"PK\x03\x04" and start[:1] != b"\x80":
         raise UserError(f"{path}: not a checkpoint (its first bytes are {start!r})")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # such a file is an error below
+            return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
-        if name is None and "unsupported" not in str(error).lower():
-            raise UserError(f"{path}: the checkpoint is damaged: {_first_line(error)}") from None
-        held = f"refers to the code {name[1]}" if name else "holds more than tensors and plain containers"
+        if name is None and not _is_pickle(path):
+            reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+            raise UserError(
+                f"{path}: the checkpoint is damaged: {reason[1] if reason else _first_line(error)}"
+            ) from None
+        held = f"refers to the code {name[1]}" if name else "is a bare pickle"
         raise UserError(
             f"{path}: refused, because the file {held} and loading it could run anything; expected tensors and plain "
             "containers only"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
         raise UserError(f"{path}: the checkpoint is damaged: {_first_line(error)}") from None
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether the file is a pickle from its first byte; looks at the instructions and carries out none."""
+    try:
+        with open(path, "rb") as file:
+            return any(instruction.name == "STOP" for instruction, _, _ in pickletools.genops(file))
+    except Exception:  # genops raises whatever a wrong byte leads to
+        return False
 
 
 def _read_safetensors(path: Path, map_location: str | torch.device) -> dict[str, Tensor]:

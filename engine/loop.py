@@ -116,17 +116,7 @@ def fit(
         plan = _plan(cfg, batches)
         state = _build_state(prepared, cfg, groups, plan, meta or {})
         work = _Work(prepared, cfg, loss, evaluate, state, log, Path(work_dir), plan)
-        seed_all(cfg.runtime.seed + distributed.rank())  # the same weights everywhere, but not the same dropout
-        if resume is not None:
-            remark = state.restore(resume, str(resume.get("path", "checkpoint")))
-            log.message(f"resumed after step {state.step} of {plan.total}" + (f"; {remark}" if remark else ""))
-        log.message(plan.text)
-        prepared.raw.train()
-        if evaluate is not None and state.step < plan.total:
-            work.evaluation(SANITY_BATCHES)  # an error in the evaluation shows now, not after an epoch
-        log.begin(total_steps=plan.total, steps_per_epoch=plan.per_epoch, images_per_step=cfg.batch_size)
-        if resume is not None and state.score is None and plan.due(state.step, cfg.report.eval_every):
-            work.evaluate_and_keep()  # a signal came between the step and its evaluation
+        work.begin(resume)
         stopped = False
         while state.step < plan.total and not stopped:
             epoch, done = divmod(state.step, plan.per_epoch)
@@ -150,7 +140,6 @@ def fit(
 
 @dataclass(frozen=True)
 class _Plan:
-    micro_batch: int
     accumulation: int
     per_epoch: int  # steps
     total: int  # steps
@@ -177,7 +166,7 @@ def _plan(cfg: ExperimentConfig, batches: Batches) -> _Plan:
         f"batch of {cfg.batch_size} = {world} process{'es' if world > 1 else ''} x {split.accumulation} accumulated x "
         f"{split.micro_batch} images; {total} steps, {per_epoch} an epoch"
     )
-    return _Plan(split.micro_batch, split.accumulation, per_epoch, total, text)
+    return _Plan(split.accumulation, per_epoch, total, text)
 
 
 def _build_state(
@@ -199,7 +188,7 @@ def _build_state(
 def _stream(batches: Batches, epoch: int, start: int, seed: int) -> Iterator[Batch]:
     """An epoch's batches; what the loader draws from the global generators must not shift the network's own numbers,
     or a resumed run would differ."""
-    with isolated_rng(seed + epoch):
+    with isolated_rng((seed + epoch) * distributed.world_size() + distributed.rank()):
         stream = iter(batches.epoch(epoch, start))
         first = list(itertools.islice(stream, 1))
     return itertools.chain(first, stream)
@@ -227,6 +216,21 @@ class _Work:
         self.rates: dict[str, float] = {}
         self.asked_before: Tensor | None = None
         self.parameters = [one for group in state.optimizer.param_groups for one in group["params"]]
+
+    def begin(self, resume: Mapping[str, Any] | None) -> None:
+        """Everything before the first step."""
+        cfg, state, plan = self.cfg, self.state, self.plan
+        seed_all(cfg.runtime.seed + distributed.rank())  # the same weights everywhere, but not the same dropout
+        if resume is not None:
+            remark = state.restore(resume, str(resume.get("path", "checkpoint")))
+            self.log.message(f"resumed after step {state.step} of {plan.total}" + (f"; {remark}" if remark else ""))
+        self.log.message(plan.text)
+        self.prepared.raw.train()
+        if self.evaluate is not None and state.step < plan.total:
+            self.evaluation(SANITY_BATCHES)  # an error in the evaluation shows now, not after an epoch
+        self.log.begin(total_steps=plan.total, steps_per_epoch=plan.per_epoch, images_per_step=cfg.batch_size)
+        if resume is not None and state.score is None and plan.due(state.step, cfg.report.eval_every):
+            self.evaluate_and_keep()  # a signal came between the step and its evaluation
 
     def autocast(self) -> torch.autocast:
         dtype = torch.float16 if self.cfg.runtime.amp == "fp16" else torch.bfloat16

@@ -236,6 +236,7 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> Non
     """Draw the rows of a metrics file as panels of loss, learning rate and score over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     train = [row for row in rows if row["kind"] == "train"]
     scores = [row for row in rows if row["kind"] == "eval" and row["score"] is not None]
@@ -253,7 +254,8 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> Non
         axis.set(xlabel="step", title=name)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.02)
+        axis.set_xlim(0, 1.03 * rows[-1]["step"])
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     figure.savefig(path, dpi=130)
 
 
@@ -264,7 +266,8 @@ def _draw_losses(axis: Any, train: list[dict[str, Any]]) -> None:
     curves.update({name: [row["parts"].get(name, math.nan) for row in train] for name in names})
     window = max(1, len(train) // 25)
     for number, (name, values) in enumerate(curves.items()):
-        smooth = [float(np.mean(values[max(0, i - window + 1) : i + 1])) for i in range(len(values))]
+        half = window // 2
+        smooth = [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
         if window > 1:
             axis.plot(steps, values, color=f"C{number}", linewidth=0.7, alpha=0.3)
         axis.plot(steps, smooth, color=f"C{number}", linewidth=1.6, label=name, **_mark(steps))

@@ -64,9 +64,9 @@ def take_apart(layer: nn.Module, kind: Kind) -> tuple[nn.Module, Rebuild]:
         return _plain_norm(layer), lambda new: _norm_act(new, layer)
     if name in _SAME_CONV and isinstance(layer, nn.Conv2d):
         pad = SamePad2d(layer.kernel_size, layer.stride, layer.dilation)
-        return _plain_conv(layer), lambda new: Padded(pad, new, type(layer))
+        return _plain_conv(layer, 0), lambda new: Padded(pad, new, type(layer))
     if name in _STATIC_SAME_CONV and isinstance(layer, nn.Conv2d):
-        return _plain_conv(layer), lambda new: Padded(layer.get_submodule("static_padding"), new)
+        return _plain_conv(layer, layer.padding), lambda new: Padded(layer.get_submodule("static_padding"), new)
     if name in _STANDARDISED and isinstance(layer, nn.Conv2d):
         return _standardised_conv(layer), _as_it_is
     if isinstance(layer, (FastDeconv, Delinear, ChannelDeconv)):
@@ -115,9 +115,9 @@ def _norm_act(new: nn.Module, old: nn.Module) -> nn.Module:
     return nn.Sequential(OrderedDict(parts))
 
 
-def _plain_conv(layer: nn.Conv2d) -> nn.Conv2d:
-    """A Conv2d with the weight and bias of `layer`, for a layer that does its padding itself."""
-    plain = nn.Conv2d(**conv_arguments(layer) | {"padding": 0}, bias=layer.bias is not None)
+def _plain_conv(layer: nn.Conv2d, padding: object) -> nn.Conv2d:
+    """A Conv2d with the weight and bias of `layer`, where `layer` pads by itself before."""
+    plain = nn.Conv2d(**conv_arguments(layer) | {"padding": padding}, bias=layer.bias is not None)
     return copy_conv(layer, plain)
 
 

@@ -42,9 +42,11 @@ def _folded(layer: nn.Module, name: str) -> nn.Module | None:
     """The plain layer; None for a layer that is not the norm's."""
     if isinstance(layer, FastDeconv):
         return _conv(layer, *layer.folded())
-    if isinstance(layer, Padded) and layer.kind is not None:
-        inner = _folded(layer.conv, name)
-        return _conv(inner, inner.weight, inner.bias, layer.kind) if isinstance(inner, nn.Conv2d) else None
+    if isinstance(layer, Padded):
+        inner = _folded(layer.conv, name) or layer.conv
+        if layer.kind is None or not isinstance(inner, nn.Conv2d):
+            return nn.Sequential(layer.pad, inner)
+        return _conv(inner, inner.weight, inner.bias, layer.kind)
     if isinstance(layer, WSConv2d):
         return _conv(layer, layer.standardised(), layer.bias)
     if isinstance(layer, Delinear):

@@ -70,6 +70,10 @@ class Net(nn.Module):
         return self.head(self.backbone(image))  # type: ignore[no-any-return]
 
 
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+
 class ToyBatches:
     """Images are a function of (epoch, index) alone; image i has 2 * (i % 5) of its 8 rows ignored."""
 
@@ -124,15 +128,28 @@ def evaluate(model: nn.Module, max_batches: int | None) -> Evaluation:
     return Evaluation(score=total % 1, scalars={"IoU/road": 0.5, "IoU/sky": float("nan")}, text="")
 
 
+class LogWithoutCurves(Log):
+    def curves(self) -> None:
+        pass
+
+
 def train(
-    cfg: ToyConfig, work_dir: Path, *, loss: Any = loss, evaluate: Any = evaluate, resume: Any = None, hook: Any = None
+    cfg: ToyConfig,
+    work_dir: Path,
+    *,
+    loss: Any = loss,
+    evaluate: Any = evaluate,
+    resume: Any = None,
+    hook: Any = None,
+    curves: bool = False,
 ) -> Result:
+    """`hook` gets the network before it is prepared; `curves` draws them, which takes longer than to train."""
     with session(cfg.runtime):
         net = Net(cfg.dropout).to(getattr(torch, cfg.dtype))
         if hook:
             hook(net)
         prepared = prepare(net, cfg)
-        log = Log(work_dir, cfg.report, resume_step=resume["step"] if resume else 0)
+        log = (Log if curves else LogWithoutCurves)(work_dir, cfg.report, resume_step=resume["step"] if resume else 0)
         groups = parameter_groups(prepared.raw, cfg.optim, lambda name: name.startswith("backbone"))
         return fit(
             prepared,

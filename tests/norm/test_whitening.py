@@ -111,6 +111,28 @@ def test_newton_schulz_is_the_published_recursion_with_gradient(n_iter, batch):
     torch.testing.assert_close(got_grad, want_grad, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("n_iter", [1, 5, 15])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_eigenvalue_form_equals_the_products(n_iter, batch, monkeypatch):
+    """As many features as rows, so that the eigenvalues span ten orders of magnitude and some coincide."""
+    rows = torch.randn(*batch, 130, 100, dtype=torch.float64).cumsum(-2)
+    matrix = (rows @ rows.mT / 100 + 1e-5 * torch.eye(130, dtype=torch.float64)).requires_grad_()
+    weight = torch.randn(*batch, 130, 130, dtype=torch.float64)
+    got = whitening.inverse_sqrt(matrix, n_iter)
+    (got_grad,) = torch.autograd.grad((got * weight).sum(), matrix)
+    monkeypatch.setattr(whitening, "_SPECTRAL_SIZE", 1000)
+    want = whitening.inverse_sqrt(matrix, n_iter)
+    (want_grad,) = torch.autograd.grad((want * weight).sum(), matrix)
+    assert (got - want).abs().max() < 1e-9 * want.abs().max()
+    assert (got_grad - want_grad).abs().max() < 1e-8 * want_grad.abs().max()
+
+
+def test_a_covariance_that_is_not_finite_gives_nan_and_no_exception():
+    matrix = torch.eye(200)
+    matrix[3, 3] = float("nan")
+    assert whitening.inverse_sqrt(matrix, 5).isnan().any()
+
+
 def test_many_steps_converge_to_the_inverse_root():
     root = torch.randn(8, 8, dtype=torch.float64)
     matrix = root @ root.T + torch.eye(8, dtype=torch.float64)

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from engine.checkpoint import KEYS, export_weights, load, load_weights, read, save
+from engine.errors import UserError
+
+
+def state(**more: Any) -> dict[str, Any]:
+    return {**dict.fromkeys(KEYS), "format": 1, "model": {"w": torch.arange(6.0).reshape(2, 3)}, **more}
+
+
+@pytest.fixture
+def no_space() -> Iterator[None]:
+    """No file may grow beyond 4 KiB, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    kept = state(step=3, meta={"classes": ["a"]}, rng=[{"python": (3, (1, 2), None)}], ema=None)
+    save(tmp_path / "a.pt", kept)
+    back = load(tmp_path / "a.pt")
+    assert torch.equal(back.pop("model")["w"], kept.pop("model")["w"])
+    assert back == kept
+    assert [one.name for one in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_old_file_stands_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.pt"
+    save(path, state(step=1))
+    during: list[Any] = []
+    synced: list[str] = []
+    real_save, real_sync = torch.save, os.fsync
+
+    def looking(content: Any, file: str) -> None:
+        real_save(content, file)
+        during.append((Path(file).parent, Path(file) != path, load(path)["step"]))
+
+    def sync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_sync(descriptor)
+
+    monkeypatch.setattr(torch, "save", looking)
+    monkeypatch.setattr(os, "fsync", sync)
+    save(path, state(step=2))
+    assert during == [(tmp_path, True, 1)]
+    assert load(path)["step"] == 2
+    assert len(synced) == 2 and ".last.pt" in synced[0] and synced[1] == str(tmp_path)
+
+
+def test_full_disk(tmp_path: Path, no_space: None) -> None:
+    path = tmp_path / "last.pt"
+    save(path, state(step=1))
+    with pytest.raises(UserError, match=r"last.pt: cannot write: .*; check the permissions and the free space of "):
+        save(path, state(step=2, model={"w": torch.zeros(100_000)}))
+    assert load(path)["step"] == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_no_such_folder_and_folder_that_is_a_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone/a.pt: cannot write: "):
+        save(tmp_path / "gone" / "a.pt", state())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/a.pt: cannot write: "):
+        export_weights(tmp_path / "file" / "a.pt", {"w": torch.zeros(1)})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match=r"a.pt: cannot write: "):
+        save(tmp_path / "a.pt", state())
+
+
+def test_a_mistake_in_the_content_is_not_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save(tmp_path / "a.pt", state(meta=lambda: 0))
+    assert not list(tmp_path.iterdir())
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch was_run",)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_code_is_refused(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.pt"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(Evil()))
+    else:
+        torch.save(state(meta=Evil()), path, _use_new_zipfile_serialization=form == "zip")
+    held = "is a bare pickle" if form == "pickle" else r"refers to the code (posix|os).system"
+    with pytest.raises(
+        UserError, match=rf"evil.pt: refused, because the file {held} and loading it could run anything"
+    ):
+        load(path)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_pickled_model_is_refused(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(
+        UserError, match=r"model.pt: refused, because the file refers to the code torch.nn.modules.linear.Linear"
+    ):
+        read(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
+def test_truncated(tmp_path: Path, part: float) -> None:
+    path = tmp_path / "a.pt"
+    save(path, state(model={"w": torch.zeros(5000)}))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(UserError, match=r"a.pt: the checkpoint is truncated \(\d+ bytes, its end is missing\)"):
+        load(path)
+
+
+def test_other_bad_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    with pytest.raises(UserError, match=r"a.pt: cannot read the checkpoint: No such file"):
+        load(path)
+    path.touch()
+    with pytest.raises(UserError, match=r"a.pt: the file is empty \(0 bytes\), expected a checkpoint"):
+        load(path)
+    path.write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(UserError, match=r"a.pt: not a checkpoint \(its first bytes are b'\\x89PNG'\)"):
+        load(path)
+    path.write_bytes(b"\x80\x02damaged")
+    with pytest.raises(UserError, match=r"a.pt: the checkpoint is damaged: "):
+        load(path)
+    with pytest.raises(UserError, match=r"cannot read the checkpoint: Is a directory"):
+        load(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(b"1234567890")
+    with pytest.raises(UserError, match=r"a.safetensors: not a whole safetensors file: "):
+        read(tmp_path / "a.safetensors")
+
+
+def test_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as file:
+        file.writestr("a.txt", "hello")
+    with pytest.raises(UserError, match=r"a.pt: the checkpoint is damaged: "):
+        load(tmp_path / "a.pt")
+
+
+def test_tensors_that_are_no_checkpoint_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"conv.weight": torch.zeros(1)}, path)
+    with pytest.raises(
+        UserError, match=r"a.pt: found a dict with the keys conv.weight, expected a checkpoint written by"
+    ):
+        load(path)
+    assert list(read(path)) == ["conv.weight"]
+    torch.save([1], path)
+    with pytest.raises(UserError, match=r"a.pt: found a list, expected a checkpoint"):
+        load(path)
+    torch.save(state(format=99), path)
+    with pytest.raises(UserError, match=r"a.pt: a checkpoint of format 99, this version reads format 1"):
+        load(path)
+    incomplete = state()
+    del incomplete["rng"], incomplete["scaler"]
+    torch.save(incomplete, path)
+    with pytest.raises(UserError, match=r"a.pt: the checkpoint lacks scaler, rng"):
+        load(path)
+
+
+def test_export(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    export_weights(tmp_path / "w.safetensors", {"a": weight, "same": weight})
+    found = load_file(tmp_path / "w.safetensors")
+    assert torch.equal(found["a"], weight) and torch.equal(found["same"], weight)
+    assert torch.equal(read(tmp_path / "w.safetensors")["a"], weight)
+
+
+# ---- weights of another network
+
+
+def network(classes: int = 19, width: int = 4, norm: bool = True) -> nn.Sequential:
+    layers = [nn.Conv2d(3, width, 3), nn.BatchNorm2d(width) if norm else nn.Identity(), nn.Conv2d(width, width, 3)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(width, classes, 1))
+
+
+def mismatch(model: nn.Module, other: nn.Module) -> str:
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        load_weights(model, other.state_dict(), "runs/x/best.pt")
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    return str(caught.value)
+
+
+def test_weights_that_fit() -> None:
+    a, b = network(), network()
+    load_weights(a, b.state_dict(), "x")
+    assert all(torch.equal(one, b.state_dict()[name]) for name, one in a.state_dict().items())
+
+
+def test_another_number_of_classes() -> None:
+    assert mismatch(network(19), network(11)).splitlines() == [
+        "runs/x/best.pt: these weights are of another network than Sequential",
+        "  2 of another shape:",
+        "    4.weight: here (19, 4, 1, 1), in the file (11, 4, 1, 1)",
+        "    4.bias: here (19,), in the file (11,)",
+        "  only the last layers differ: probably another number of classes",
+    ]
+
+
+def test_another_norm() -> None:
+    text = mismatch(network(norm=False), network())
+    assert "  5 unexpected in the file:\n    1.weight\n" in text
+    assert text.endswith("whole layers are of another kind: check norm.name and its options, then model.name")
+
+
+def test_another_model_lists_ten_and_counts() -> None:
+    text = mismatch(nn.Sequential(*[nn.Linear(2, 2) for _ in range(8)]), nn.ModuleDict({"a": nn.Linear(2, 2)}))
+    assert "  16 missing in the file:\n    0.weight\n" in text and "    ... and 6 more\n" in text
+    assert text.count("\n    ") == 10 + 1 + 2
+    assert text.endswith("check model.name and its options")

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import norm
+from engine.config import NormConfig, RuntimeConfig
+from engine.errors import UserError
+from engine.prepare import convert_norm, prepare, seed_all, session
+from tests.engine.toy import config, small
+
+
+def test_convert_norm_changes_the_model_and_reports() -> None:
+    net = small()
+    report = convert_norm(net, NormConfig(name="gn"))
+    assert isinstance(net[1], nn.GroupNorm)
+    assert "GroupNorm" in report
+
+
+def test_options_and_overrides_reach_the_recipe() -> None:
+    net = small()
+    convert_norm(net, NormConfig(name="deconv", n_iter=4, overrides={"3": {"n_iter": 2}}))
+    assert isinstance(net[0], norm.FastDeconv) and isinstance(net[3], norm.FastDeconv)
+    assert net[3].n_iter == 2
+
+
+def test_override_that_matches_nothing() -> None:
+    net = small()
+    with pytest.raises(UserError, match="^norm: .*nothing_here"):
+        convert_norm(net, NormConfig(name="deconv", overrides={"nothing_here.*": {"n_iter": 2}}))
+    assert isinstance(net[1], nn.BatchNorm2d)
+
+
+def test_calibration_takes_as_many_batches_as_asked_for() -> None:
+    net = small().eval()
+    images = [torch.randn(8, 3, 16, 16) for _ in range(5)]
+    taken: list[int] = []
+
+    def stream() -> object:
+        for number, image in enumerate(images):
+            taken.append(number)
+            yield image
+
+    before = net(images[0])
+    prepared = prepare(net, config(norm__name="deconv", norm__calibrate_batches=2), images=stream())  # type: ignore[arg-type]
+    assert taken == [0, 1]
+    torch.testing.assert_close(prepared.raw.eval()(images[0]), before, rtol=1e-3, atol=1e-3)
+
+
+def test_one_process() -> None:
+    net = small()
+    prepared = prepare(net, config(runtime__channels_last=True))
+    assert prepared.wrapped is prepared.raw is net
+    assert prepared.device == torch.device("cpu")
+    assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compile_is_in_place_and_keeps_the_names() -> None:
+    net = small()
+    names = list(net.state_dict())
+    prepared = prepare(net, config(runtime__compile=True))
+    assert prepared.raw is net and list(prepared.raw.state_dict()) == names
+    with torch.compiler.set_stance("force_eager"):
+        assert prepared.wrapped(torch.randn(2, 3, 8, 8)).shape == (2, 2, 6, 6)
+
+
+def test_sync_bn_in_one_process_is_said() -> None:
+    prepared = prepare(small(), config(norm__name="sync_bn"))
+    assert prepared.report.endswith("one process: SyncBatchNorm works as BatchNorm")
+    assert prepared.wrapped.train()(torch.randn(2, 3, 8, 8)).shape == (2, 2, 6, 6)
+
+
+def test_two_processes(two: Path) -> None:
+    assert (two / "wrapped_0").exists() and (two / "wrapped_1").exists()
+    text = (two / "sync_bn.txt").read_text()
+    assert text.startswith(
+        "norm.name: sync_bn synchronises GPUs, and this run is on CPUs; use bn, or runtime.device=cuda"
+    )
+
+
+def test_session_seeds_and_leaves_things_as_they_were() -> None:
+    threads = torch.get_num_threads()
+    draws = []
+    for _ in range(2):
+        with session(RuntimeConfig(device="cpu", seed=3, threads=1, deterministic=True)) as device:
+            assert device == torch.device("cpu")
+            assert torch.are_deterministic_algorithms_enabled() and torch.get_num_threads() == 1
+            draws.append((random.random(), np.random.rand(), float(torch.rand(()))))
+    assert draws[0] == draws[1]
+    assert not torch.are_deterministic_algorithms_enabled() and torch.get_num_threads() == threads
+
+
+def test_other_seed_other_numbers() -> None:
+    seed_all(0)
+    first = (random.random(), np.random.rand(), float(torch.rand(())))
+    seed_all(1)
+    second = (random.random(), np.random.rand(), float(torch.rand(())))
+    assert all(a != b for a, b in zip(first, second, strict=True))

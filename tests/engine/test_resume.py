@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine import checkpoint
+from engine.checkpoint import KEYS
+from engine.config import Loaded
+from engine.errors import UserError
+from engine.resume import differences, find_resume, open_work_dir
+from tests.engine.toy import ToyConfig, config
+
+
+def put(folder: Path, cfg: ToyConfig, name: str = "last.pt") -> Path:
+    folder.mkdir(exist_ok=True)
+    state = {**dict.fromkeys(KEYS), "format": 1, "config": cfg.model_dump(mode="json"), "step": 7}
+    checkpoint.save(folder / name, state)
+    return folder / name
+
+
+def test_new_and_empty_folders(tmp_path: Path) -> None:
+    assert find_resume(tmp_path / "new", None, config()) is None
+    assert find_resume(tmp_path, None, config()) is None
+    assert find_resume(tmp_path / "new", "auto", config()) is None
+
+
+def test_auto_file_and_folder(tmp_path: Path) -> None:
+    path = put(tmp_path / "run", config())
+    for work_dir, resume in (("run", "auto"), ("run", path), ("run", tmp_path / "run"), ("new", str(path))):
+        state = find_resume(tmp_path / work_dir, resume, config())
+        assert state is not None and (state["step"], state["path"]) == (7, str(path))
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    put(tmp_path, config(), "best.pt")
+    with pytest.raises(
+        UserError, match=r"holds the checkpoints of a run \(best.pt\); go on with --resume auto, or choose"
+    ):
+        find_resume(tmp_path, None, config())
+    with pytest.raises(
+        UserError, match=r"holds best.pt but no last.pt to resume; name a checkpoint with --resume PATH"
+    ):
+        find_resume(tmp_path, "auto", config())
+    other = put(tmp_path / "other", config())
+    with pytest.raises(
+        UserError, match=r"holds the checkpoints of a run \(best.pt\), and --resume names .*other/last.pt"
+    ):
+        find_resume(tmp_path, other, config())
+
+
+def test_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone.pt: cannot read the checkpoint: No such file"):
+        find_resume(tmp_path, tmp_path / "gone.pt", config())
+
+
+def test_another_configuration(tmp_path: Path) -> None:
+    path = put(tmp_path, config(norm__name="deconv", norm__block=32))
+    with pytest.raises(UserError) as caught:
+        find_resume(tmp_path, "auto", config(optim__lr=0.05))
+    assert str(caught.value).splitlines() == [
+        f"{path}: was trained with another configuration:",
+        "  optim.lr: was 0.1, now 0.05",
+        "  norm.name: was deconv, now bn",
+        "  norm.block: was 32, now not set",
+        "  choose another --work-dir, or resume with the same configuration (length, runtime.* and report.* may "
+        "differ)",
+    ]
+
+
+def test_what_may_differ(tmp_path: Path) -> None:
+    put(tmp_path, config(steps=10))
+    other = config(steps=20, runtime__compile=True, report__images=1)
+    assert find_resume(tmp_path, "auto", other) is not None
+    then, now = config().model_dump(mode="json"), config(runtime__seed=1).model_dump(mode="json")
+    assert differences(then, now) == ["runtime.seed: was 0, now 1"]
+
+
+def test_open_work_dir_writes_the_configuration(tmp_path: Path) -> None:
+    loaded = Loaded(config(), {}, "task: toy\n")
+    assert open_work_dir(tmp_path / "a" / "b", loaded, None) is None
+    assert (tmp_path / "a" / "b" / "config.yaml").read_text() == "task: toy\n"
+    assert [one.name for one in (tmp_path / "a" / "b").iterdir()] == ["config.yaml"]
+
+
+def test_work_dir_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"file/x: cannot write the work directory: Not a directory; choose another --work"
+    ):
+        open_work_dir(tmp_path / "file" / "x", Loaded(config(), {}, ""), None)
