@@ -1,0 +1,73 @@
+"""Several runs in one picture: curves, class IoUs, and predictions of each on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.report import METRICS, read_metrics
+from engine.resume import BEST
+from seg.data import Cityscapes, Sample, read_pair
+from seg.draw import Example, Run, plot_runs
+from seg.labels import to_train_ids
+from seg.models import from_checkpoint
+from seg.predict import Predictor
+
+
+def compare(runs: Sequence[Path], names: Sequence[str], picture: Path, examples: int = 2) -> str:
+    """Draw `picture` and return a table: run, best mIoU, its step, steps in all.
+
+    The class IoUs are those of each run's best evaluation, the predictions those of its best.pt on validation images of
+    the first run's data set.
+
+    Raises:
+        UserError: a folder that holds no run, or one without an evaluation; bad data; a picture that can't be written.
+    """
+    if len(set(names)) < len(names):
+        raise UserError(f"two runs are called the same, {', '.join(names)}; give each a name with --names")
+    best = [_best(run) for run in runs]
+    drawn = [
+        Run(name, run / METRICS, {k.removeprefix("IoU/"): v for k, v in row["scalars"].items() if k.startswith("IoU/")})
+        for run, name, row in zip(runs, names, best, strict=True)
+    ]
+    plot_runs(drawn, picture, _examples(runs, names, examples))
+    width = max(len(name) for name in names)
+    lines = [f"{'run':<{width}}  best mIoU  at step"]
+    lines += [f"{n:<{width}}  {100 * r['score']:>8.2f}%  {r['step']:>7}" for n, r in zip(names, best, strict=True)]
+    return "\n".join([*lines, f"drawn in {picture}"])
+
+
+def _best(run: Path) -> Mapping[str, Any]:
+    """The evaluation with the highest score."""
+    rows = [row for row in read_metrics(run / METRICS) if row.get("kind") == "eval" and row.get("score") is not None]
+    if not rows:
+        raise UserError(
+            f"{run}: no evaluation in {run / METRICS}; expected the work directory of a run that was scored"
+        )
+    return max(rows, key=lambda row: float(row["score"]))
+
+
+def _examples(runs: Sequence[Path], names: Sequence[str], wanted: int) -> list[Example]:
+    if wanted < 1:
+        return []
+    samples: list[Sample] = []
+    predictions: list[dict[str, Any]] = []
+    for run, name in zip(runs, names, strict=True):
+        model, cfg, _ = from_checkpoint(run / BEST)
+        if not samples:
+            every = Cityscapes(cfg.data.root, cfg.data.val_split).samples
+            places = np.linspace(0, len(every) - 1, min(wanted, len(every))).round()
+            samples = [every[int(place)] for place in places]
+            predictions = [{} for _ in samples]
+        predictor = Predictor.from_config(model, cfg)
+        for sample, found in zip(samples, predictions, strict=True):
+            found[name] = predictor.predict(read_pair(sample)[0])
+    pairs = [read_pair(sample) for sample in samples]
+    return [
+        Example(image, to_train_ids(label, str(sample.label)), found)
+        for sample, (image, label), found in zip(samples, pairs, predictions, strict=True)
+    ]

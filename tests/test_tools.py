@@ -1,0 +1,110 @@
+"""The programs in tools/ as a user starts them: exit status, what they print, what they write."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = """
+task: seg
+length: 2 steps
+batch_size: 2
+data: {crop: [64, 64]}
+model: {name: lraspp_mobilenet_v3_large, output_stride: 16}
+norm: {name: deconv, block: 16}
+runtime: {workers: 0, device: cpu, threads: 1}
+report: {log_every: 1 step, eval_every: 2 steps, tensorboard: false}
+"""
+
+
+def tool(name: str, *arguments: object, cwd: Path = ROOT, status: int = 0) -> str:
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, sample_root: Path) -> Path:
+    """A folder with a config and a trained run, made by the program."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    tool("train", "tiny.yaml", f"data.root={sample_root}", "--work-dir", "runs/x", cwd=folder)
+    return folder
+
+
+def test_every_tool_has_help():
+    for path in sorted((ROOT / "tools").glob("*.py")):
+        assert f"tools/{path.name}" in tool(path.stem, "--help")
+
+
+def test_show_prints_the_resolved_config_with_origins(project: Path, sample_root: Path):
+    text = tool("train", "tiny.yaml", "--show", "optim.lr=0.05", "norm.name=bn", cwd=project)
+    lines = {line.split(":")[0].strip(): line for line in text.splitlines()}
+    assert lines["lr"].split() == ["lr:", "0.05", "#", "override"]
+    assert "tiny.yaml:4" in lines["batch_size"] and "default" in lines["momentum"] and "block" not in lines
+
+
+def test_evaluate_a_checkpoint(project: Path):
+    out = tool("evaluate", "runs/x/best.pt", "--split", "val", "--json", "s.json", "--out", "pics", cwd=project)
+    assert "road" in out and "mean" in out
+    scores = json.loads((project / "s.json").read_text())
+    assert 0 <= scores["averageScoreClasses"] <= 1 and "road" in scores["classScores"]
+    assert {"confusion.png", "class_iou.png"} <= {path.name for path in (project / "pics").iterdir()}
+
+
+def test_predictions_score_as_the_checkpoint_does(project: Path, sample_root: Path):
+    """predict.py writes what evaluate.py scores: the numbers of both ways are equal."""
+    images = sample_root / "leftImg8bit/val"
+    tool("predict", "runs/x/best.pt", images, "--out", "out", "--save", "labels", "color", "overlay", cwd=project)
+    truth = sample_root / "gtFine/val"
+    tool("evaluate", "--predictions", "out/labels", "--ground-truth", truth, "--json", "a.json", cwd=project)
+    tool("evaluate", "runs/x/best.pt", "--json", "b.json", cwd=project)
+    a, b = (json.loads((project / name).read_text()) for name in ("a.json", "b.json"))
+    assert a["averageScoreClasses"] == b["averageScoreClasses"] and a["confMatrix"] == b["confMatrix"]
+    for kind in ("labels", "color", "overlay"):
+        files = sorted((project / "out" / kind).rglob("*.png"))
+        assert len(files) == 2 and cv2.imread(str(files[0])) is not None
+
+
+def test_one_unreadable_image_stops_nothing(project: Path, sample_root: Path):
+    folder = project / "photos"
+    folder.mkdir()
+    good = sorted(sample_root.glob("leftImg8bit/val/*/*.png"))[0]
+    (folder / "good.png").write_bytes(good.read_bytes())
+    (folder / "broken.png").write_bytes(good.read_bytes()[:200])
+    err = tool("predict", "runs/x/best.pt", "photos", "--out", "out2", cwd=project, status=1)
+    assert len(list((project / "out2/labels").glob("*.png"))) == 1
+    assert "Traceback" not in err
+
+
+def test_compare_draws_one_picture_of_two_runs(project: Path):
+    tool("compare", "runs/x", "runs/x", "--names", "one", "two", "--out", "both.png", cwd=project)
+    assert cv2.imread(str(project / "both.png")) is not None
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["train", "nowhere.yaml"], "error: nowhere.yaml: no such config file"),
+        (["train", "tiny.yaml", "optim.lrr=1"], "optim.lrr: unknown key; did you mean optim.lr?"),
+        (["train", "tiny.yaml", "norm.blocks=3"], "no option 'blocks' (did you mean 'block'?)"),
+        (["train", "tiny.yaml", "data.root=/nowhere"], "make_sample.py"),
+        (["train", "tiny.yaml", "task=paint"], "task: found 'paint', expected seg"),
+        (["evaluate", "nowhere.pt"], "nowhere.pt: cannot read the checkpoint"),
+        (["evaluate", "tiny.yaml"], "tiny.yaml: not a checkpoint"),
+        (["evaluate", "--predictions", "none", "--ground-truth", "."], "none (--predictions): no such folder"),
+        (["predict", "runs/x/best.pt", "nothing*.png", "--out", "o"], "nothing*.png"),
+        (["make_sample", "x", "--size", "big"], "error:"),
+        (["compare", "runs/none", "--out", "o.png"], "runs/none"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(project: Path, arguments: list[str], text: str):
+    err = tool(arguments[0], *arguments[1:], cwd=project, status=2)
+    assert text in err and "error:" in err
