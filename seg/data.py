@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import UserError
+from engine.signals import ignore_interrupt
 from seg import images
 from seg.config import DataConfig, SegConfig
 from seg.labels import IGNORE, Ids, damaged, png_header, read_bytes, read_instance_ids, read_label_ids, to_train_ids
@@ -353,11 +354,12 @@ def _loader(dataset: Dataset[Any], cfg: SegConfig, persistent_workers: bool = Fa
         num_workers=cfg.runtime.workers,
         pin_memory=cfg.runtime.device != "cpu" and torch.cuda.is_available(),
         persistent_workers=persistent_workers and cfg.runtime.workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         **options,
     )
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Workers are the parallelism; more threads in each would fight for the cores."""
+    ignore_interrupt(worker)  # Ctrl-C is for the training loop, which finishes its step and needs its workers for it
     cv2.setNumThreads(0)

@@ -82,17 +82,22 @@ def evaluate_model(
 
 
 def evaluate_checkpoint(
-    path: Path, overrides: Sequence[str] = (), split: str | None = None, pictures: int | None = None
+    path: Path,
+    overrides: Sequence[str] = (),
+    split: str | None = None,
+    pictures: int | None = None,
+    allow_imports: bool = False,
 ) -> tuple[Scores, dict[str, Rgb]] | None:
     """Score a checkpoint's model on the device, and among the processes, that its config and torchrun say.
 
-    `overrides` (key=value) change the config, such as data.root or runtime.device. The result is that of
+    `overrides` (key=value) change the config, such as data.root or runtime.device; `allow_imports` permits the stored
+    config to import its modules. The result is that of
     `evaluate_model` on rank 0 and None on the others.
     """
     from engine.prepare import session
     from seg.models import from_checkpoint
 
-    model, cfg, _ = from_checkpoint(path, list(overrides))
+    model, cfg, _ = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
     with session(cfg.runtime) as device:
         result = evaluate_model(model.to(device), cfg, split=split, pictures=pictures)
         return result if distributed.is_main() else None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError
+from engine.errors import UserError, fail
 
 
 def main() -> int:
@@ -28,8 +28,7 @@ def main() -> int:
 
         print(compare(args.runs, args.names or [run.name for run in args.runs], args.out, args.examples))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError
+from engine.errors import UserError, fail
 
 
 def main() -> int:
@@ -24,6 +24,9 @@ def main() -> int:
     parser.add_argument("--predictions", type=Path, help="folder of predicted label-id PNGs to score, not a model")
     parser.add_argument("--ground-truth", type=Path, help="folder of *_gtFine_labelIds.png, such as gtFine/val")
     parser.add_argument("--json", type=Path, help="file to write all scores to")
+    parser.add_argument(
+        "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
+    )
     parser.add_argument("--out", type=Path, help="folder for pictures: confusion matrix, class IoUs, predictions")
     args = parser.parse_intermixed_args()
     if [args.checkpoint is None, args.predictions is None, args.ground_truth is None] not in ([0, 1, 1], [1, 0, 0]):
@@ -33,12 +36,15 @@ def main() -> int:
     try:
         if args.checkpoint:
             overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])
-            evaluate.report(evaluate.evaluate_checkpoint(args.checkpoint, overrides, args.split), args.json, args.out)
+            evaluate.report(
+                evaluate.evaluate_checkpoint(args.checkpoint, overrides, args.split, allow_imports=args.allow_imports),
+                args.json,
+                args.out,
+            )
         else:
             evaluate.report((evaluate.evaluate_folder(args.predictions, args.ground_truth), {}), args.json, args.out)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
 
 

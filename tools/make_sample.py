@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError
+from engine.errors import UserError, fail
 from seg import sample
 
 
@@ -27,8 +27,7 @@ def main() -> int:
     try:
         root = sample.render(args.root, seed=args.seed, size=sample.parse_size(args.size), counts=counts)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     each = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(f"{sum(counts.values())} synthetic street scenes in {root}: {each}")
     return 0

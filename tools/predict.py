@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError
+from engine.errors import UserError, fail
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +33,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="in place of the config's runtime.device")
     parser.add_argument(
         "--max-megapixels", type=float, default=128, metavar="N", help="refuse larger images (%(default)s)"
+    )
+    parser.add_argument(
+        "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
     )
     args = parser.parse_intermixed_args(argv)
     words = [*args.inputs, *(word for word in args.save if "=" in word)]
@@ -52,14 +55,13 @@ def main(argv: list[str] | None = None) -> int:
         from seg.models import from_checkpoint
         from seg.predict import Predictor
 
-        model, cfg, _ = from_checkpoint(args.checkpoint, args.overrides)
+        model, cfg, _ = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
         with session(cfg.runtime) as device:
             predict = Predictor.from_config(model, cfg, device).predict
             limit = int(args.max_megapixels * 1e6)
             summary = label_files(predict, args.inputs, args.out, args.save, max_pixels=limit)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     print(summary)
     return 1 if summary.problems else 0
 

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError
+from engine.errors import UserError, fail
 
 
 def schema(task: str) -> type[Any]:
@@ -50,8 +50,7 @@ def main() -> int:
 
         result = train.run(loaded, args.work_dir or Path("runs", args.config.stem), args.resume)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     return 1 if result.stopped else 0
 
 

@@ -1,0 +1,45 @@
+# make demo    environment, sample data, batch norm and deconvolution trained, scored and drawn (DATA=/path/to/cityscapes: on that)
+# make test    environment, every test
+# make lint    ruff and mypy
+# Nothing is needed but Python >= 3.10 with pip and venv (PYTHON=python3.11 chooses one).
+
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+DATA ?= data/sample
+DEMO ?= runs/demo
+CONFIG = configs/seg/sample.yaml
+OPTIONS = data.root=$(DATA) $(SET)
+
+.PHONY: demo test lint install clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope $(ARGS)
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+data/sample: | install
+	$(PY) tools/make_sample.py $@
+
+demo: install $(if $(filter data/sample,$(DATA)),data/sample)
+	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/bn --resume auto $(OPTIONS)
+	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/deconv --resume auto norm.name=deconv $(OPTIONS)
+	for run in bn deconv; do \
+	  $(PY) tools/evaluate.py $(DEMO)/$$run/best.pt --json $(DEMO)/$$run/scores.json --out $(DEMO)/$$run/scores || exit 1; \
+	done
+	$(PY) tools/predict.py $(DEMO)/deconv/best.pt $(DATA)/leftImg8bit/test --out $(DEMO)/predictions --save labels color overlay
+	$(PY) tools/compare.py $(DEMO)/bn $(DEMO)/deconv --names "batch norm" "deconvolution" --out $(DEMO)/demo.png
+	@echo "Look at $(DEMO)/demo.png, and at the street images labelled in $(DEMO)/predictions/overlay."
+
+clean:
+	rm -rf $(VENV) runs/demo data/sample
