@@ -108,3 +108,15 @@ def test_compare_draws_one_picture_of_two_runs(project: Path):
 def test_mistakes_are_one_line_and_status_2(project: Path, arguments: list[str], text: str):
     err = tool(arguments[0], *arguments[1:], cwd=project, status=2)
     assert text in err and "error:" in err
+
+
+def test_two_processes_train_one_network(project: Path, sample_root: Path):
+    """As torchrun starts it, on CPUs: one global batch, one log, one set of checkpoints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "tools/train.py"), "tiny.yaml", f"data.root={sample_root}", "--work-dir", "runs/two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "batch of 2 = 2 processes x 1 accumulated x 1 images; 2 steps" in done.stdout
+    assert done.stdout.count("step 2/2") == 1 and done.stdout.count("evaluated after step 2") == 1
+    tool("evaluate", "runs/two/best.pt", cwd=project)
