@@ -35,7 +35,7 @@ demo: install $(if $(filter data/sample,$(DATA)),data/sample)
 	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/bn --resume auto $(OPTIONS)
 	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/deconv --resume auto norm.name=deconv $(OPTIONS)
 	for run in bn deconv; do \
-	  $(PY) tools/evaluate.py $(DEMO)/$$run/best.pt --json $(DEMO)/$$run/scores.json --out $(DEMO)/$$run/scores || exit 1; \
+	  $(PY) tools/evaluate.py $(DEMO)/$$run/best.pt || exit 1; \
 	done
 	$(PY) tools/predict.py $(DEMO)/deconv/best.pt $(DATA)/leftImg8bit/test --out $(DEMO)/predictions --save labels color overlay
 	$(PY) tools/compare.py $(DEMO)/bn $(DEMO)/deconv --names "batch norm" "deconvolution" --out $(DEMO)/demo.png

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError, Padded, SamePad2d
+from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError
+from norm.other_layers import Padded, SamePad2d
 from norm.recipes import conv_arguments, copy_conv
 
 Kind = Literal["norm", "conv", "linear"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from norm import whitening
-from norm.layers import ChannelAffine, Delinear, FastDeconv, NormError
-
-if TYPE_CHECKING:
-    from norm.convert import Swap
+from norm.layers import Delinear, FastDeconv, NormError
+from norm.other_layers import ChannelAffine
+from norm.plan import Swap
 
 
 @dataclass

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from norm.convert import replace
-from norm.layers import ChannelAffine, ChannelDeconv, Delinear, FastDeconv, NormError, Padded, WSConv2d
+from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError
+from norm.other_layers import ChannelAffine, Padded, WSConv2d
 from norm.recipes import conv_arguments
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)

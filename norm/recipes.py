@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from norm.layers import Delinear, FastDeconv, FrozenBatchNorm2d, NormError, WSConv2d, check_options
+from norm.layers import Delinear, FastDeconv, NormError, check_options
+from norm.other_layers import FrozenBatchNorm2d, WSConv2d
 from norm.registry import Place, Recipe, register
 from norm.whitening import Grouping
 

@@ -57,6 +57,9 @@ def test_evaluate_a_checkpoint(project: Path):
     scores = json.loads((project / "s.json").read_text())
     assert 0 <= scores["averageScoreClasses"] <= 1 and "road" in scores["classScores"]
     assert {"confusion.png", "class_iou.png"} <= {path.name for path in (project / "pics").iterdir()}
+    tool("evaluate", "runs/x/best.pt", cwd=project)
+    stored = project / "runs/x/scores_val"
+    assert json.loads((stored / "scores.json").read_text()) == scores and (stored / "confusion.png").exists()
 
 
 def test_predictions_score_as_the_checkpoint_does(project: Path, sample_root: Path):

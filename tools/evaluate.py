@@ -23,11 +23,15 @@ def main() -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="same as runtime.device=...")
     parser.add_argument("--predictions", type=Path, help="folder of predicted label-id PNGs to score, not a model")
     parser.add_argument("--ground-truth", type=Path, help="folder of *_gtFine_labelIds.png, such as gtFine/val")
-    parser.add_argument("--json", type=Path, help="file to write all scores to")
+    parser.add_argument(
+        "--json", type=Path, help="file for all scores (default with a checkpoint: scores.json in --out)"
+    )
     parser.add_argument(
         "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
     )
-    parser.add_argument("--out", type=Path, help="folder for pictures: confusion matrix, class IoUs, predictions")
+    parser.add_argument(
+        "--out", type=Path, help="folder for pictures (default with a checkpoint: scores_SPLIT beside it)"
+    )
     args = parser.parse_intermixed_args()
     if [args.checkpoint is None, args.predictions is None, args.ground_truth is None] not in ([0, 1, 1], [1, 0, 0]):
         parser.error("give either a checkpoint, or both --predictions and --ground-truth")
@@ -36,11 +40,11 @@ def main() -> int:
     try:
         if args.checkpoint:
             overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])
-            evaluate.report(
-                evaluate.evaluate_checkpoint(args.checkpoint, overrides, args.split, allow_imports=args.allow_imports),
-                args.json,
-                args.out,
+            result = evaluate.evaluate_checkpoint(
+                args.checkpoint, overrides, args.split, allow_imports=args.allow_imports
             )
+            out = args.out or args.checkpoint.with_name(f"scores_{args.split or 'val'}")
+            evaluate.report(result, args.json or out / "scores.json", out)
         else:
             evaluate.report((evaluate.evaluate_folder(args.predictions, args.ground_truth), {}), args.json, args.out)
     except UserError as error:

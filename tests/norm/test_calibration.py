@@ -9,7 +9,7 @@ from torch import nn
 
 import norm
 from norm import FastDeconv
-from norm.layers import ChannelAffine
+from norm.other_layers import ChannelAffine
 
 
 def trained(model: nn.Module, size: int = 32) -> nn.Module:

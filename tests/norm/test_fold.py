@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 import norm
-from norm.layers import ChannelAffine
+from norm.other_layers import ChannelAffine
 
 
 def test_every_layer_of_the_norm_becomes_plain():

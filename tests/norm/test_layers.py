@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import norm
 from norm import ChannelDeconv, Delinear, FastDeconv
-from norm.layers import SamePad2d, WSConv2d
+from norm.other_layers import SamePad2d, WSConv2d
 
 D64 = torch.float64
 

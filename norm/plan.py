@@ -1,0 +1,152 @@
+"""Which layer of a network becomes what: the plan that `convert` carries out when all of it is sound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from norm.adapters import Kind, Rebuild, kind_of, probe, take_apart
+from norm.layers import NormError
+from norm.other_layers import Padded
+from norm.registry import Place, Recipe, recipe
+
+Overrides = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class Swap:
+    """One layer, and what is to take its place."""
+
+    old: nn.Module
+    kind: Kind
+    at: Place
+    names: list[str]
+    plain: nn.Module
+    core: nn.Module
+    rebuild: Rebuild
+    why: str = ""
+
+    @property
+    def new(self) -> nn.Module:
+        return self.old if self.core is self.plain else self.rebuild(self.core)
+
+    @property
+    def lead(self) -> nn.Module:
+        """What the new layer does to its input before `core` sees it: an explicit padding, or nothing."""
+        new = self.new
+        return new.pad if isinstance(new, Padded) else nn.Identity()
+
+
+def plan(model: nn.Module, chosen: Recipe, overrides: Overrides) -> list[Swap]:
+    layers = list(layers_by_name(model).values())
+    if not layers:
+        raise NormError(f"{type(model).__name__} has no Conv2d, BatchNorm2d or Linear layer to convert")
+    if any(name == "" for _, names in layers for name in names):
+        raise NormError(f"the model is a bare {type(model).__name__}; put it into an nn.Sequential")
+    _check_patterns(overrides, layers)
+    first, last = _first_and_last([layer for layer, _ in layers])
+    swaps = []
+    for layer, names in layers:
+        depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
+        at = Place(names[0], layer is first, id(layer) in last, depthwise)
+        mine, why = _recipe_for(names, chosen, overrides)
+        swaps.append(_plan_layer(layer, names, at, mine, why))
+    _check_sharing(swaps)
+    return swaps
+
+
+def _plan_layer(layer: nn.Module, names: list[str], at: Place, mine: Recipe, why: list[str]) -> Swap:
+    kind = kind_of(layer)
+    assert kind is not None
+    method = getattr(mine, kind)
+    try:
+        plain, rebuild = take_apart(layer, kind)
+    except NormError as error:
+        dummy = probe(layer, kind)
+        if method(dummy, at) is not dummy:
+            raise NormError(
+                f"{names[0]} {error}; leave it alone with overrides={{{names[0]!r}: {{'recipe': 'keep'}}}}, "
+                "or build the network with the plain layer"
+            ) from None
+        return Swap(layer, kind, at, names, layer, layer, lambda new: new, "kept")
+    if kind != "norm" and "weight" not in plain._parameters:
+        raise NormError(f"{names[0]}: its weight is computed (weight_norm or the like); remove that before converting")
+    core = method(plain, at)
+    if not isinstance(core, nn.Module):
+        raise NormError(f"recipe {type(mine).__name__}.{kind} returned {core!r} for {names[0]}, not a module")
+    swap = Swap(layer, kind, at, names, plain, core, rebuild)
+    notes = [word for word, holds in (("first", at.first), ("last", at.last), ("depthwise", at.depthwise)) if holds]
+    swap.why = ", ".join([*notes, *why, *([f"in {len(names)} places"] if len(names) > 1 else [])])
+    return swap
+
+
+def _recipe_for(names: list[str], chosen: Recipe, overrides: Overrides) -> tuple[Recipe, list[str]]:
+    why = []
+    for pattern, options in overrides.items():
+        if any(fnmatchcase(name, pattern) for name in names):
+            options = dict(options)
+            other = options.pop("recipe", None)
+            try:
+                chosen = recipe(other, **options) if other is not None else chosen.override(options)
+            except NormError as error:
+                raise NormError(f"overrides[{pattern!r}]: {error}") from None
+            why.append(f"override {pattern}")
+    return chosen, why
+
+
+def _check_patterns(overrides: Overrides, layers: list[tuple[nn.Module, list[str]]]) -> None:
+    all_names = [name for _, names in layers for name in names]
+    for pattern, options in overrides.items():
+        if not isinstance(options, Mapping) or not options:
+            raise NormError(f"overrides[{pattern!r}] is {options!r}; expected options such as {{'n_iter': 3}}")
+        if not any(fnmatchcase(name, pattern) for name in all_names):
+            shown = ", ".join(all_names[:5])
+            raise NormError(f"overrides[{pattern!r}] matches no layer; layers are named {shown}, ...")
+
+
+def _first_and_last(layers: list[nn.Module]) -> tuple[nn.Module | None, set[int]]:
+    """The first convolution; the layers that make predictions (see Place.last)."""
+    weighted = [layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    first = next((layer for layer in weighted if isinstance(layer, nn.Conv2d)), None)
+    if not weighted:
+        return first, set()
+    end = weighted[-1]
+    if not isinstance(end, nn.Conv2d):
+        return first, {id(end)}
+    if end.bias is None:
+        return first, set()
+    heads = [
+        layer
+        for layer in weighted
+        if isinstance(layer, nn.Conv2d)
+        and layer.bias is not None
+        and (layer.out_channels, layer.kernel_size) == (end.out_channels, end.kernel_size)
+    ]
+    return first, {id(layer) for layer in heads}
+
+
+def _check_sharing(swaps: list[Swap]) -> None:
+    owners: dict[int, str] = {}
+    for swap in swaps:
+        weight = swap.old._parameters.get("weight")
+        if weight is None or swap.core is swap.plain:
+            continue
+        if id(weight) in owners:
+            raise NormError(
+                f"{owners[id(weight)]} and {swap.names[0]} are two layers that share one weight; "
+                "use one layer in both places, so that it can be converted once"
+            )
+        owners[id(weight)] = swap.names[0]
+
+
+def layers_by_name(model: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
+    """Every layer that recipes act on, once, with all its names, in order of registration."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if kind_of(module) is not None:
+            found.setdefault(id(module), (module, []))[1].append(name)
+    return found
