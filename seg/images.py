@@ -1,8 +1,4 @@
-"""A user's files: finding and reading images of any kind, writing label, colour and overlay PNGs.
-
-`label_files` is what tools/predict.py does. One bad file is reported and stops nothing; nothing is written outside the
-output folder; a picture is there whole or not at all.
-"""
+"""A user's files in and out: finding and reading images of any kind, writing PNGs whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,12 +6,12 @@ import glob
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from uuid import uuid4
 
 import numpy as np
@@ -32,8 +28,6 @@ SUFFIXES = frozenset(
 """Endings of the files that are taken from folders, in lower case; a file named by itself may have any."""
 MAX_PIXELS = 128_000_000
 """Images with more pixels are refused before they are decoded, unless told otherwise."""
-KINDS = {"labels": "_labelIds.png", "color": "_color.png", "overlay": "_overlay.png"}
-"""What `label_files` can save, and how the files end."""
 
 
 @dataclass(frozen=True)
@@ -42,61 +36,6 @@ class Found:
 
     path: Path
     name: str
-
-
-@dataclass
-class Summary:
-    """What `label_files` did: images labelled, and what went wrong, one sentence each."""
-
-    done: int = 0
-    problems: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        done = f"{self.done} image{'s' if self.done != 1 else ''} labelled"
-        if not self.problems:
-            return done
-        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
-        return "\n".join([f"{done}, {count}:", *(f"  {problem}" for problem in self.problems)])
-
-
-def label_files(
-    predict: Callable[[Array], NDArray[Any]],
-    inputs: Sequence[str | Path],
-    out: Path | str,
-    save: Sequence[str] = ("labels",),
-    *,
-    max_pixels: int = MAX_PIXELS,
-    say: Callable[[str], None] = print,
-) -> Summary:
-    """Labels every image that `inputs` (files, folders, globs) name and writes the pictures below `out`.
-
-    `predict` takes an RGB image (H, W, 3) uint8 and returns train ids (H, W). `save` names what is kept: `labels`
-    (8-bit label ids, the test server's format), `color` (RGB), `overlay` (with a legend below), each in a folder of
-    that name under `out`. Raises UserError if nothing can be done at all: no image, an unknown kind, `out` can't be
-    written.
-    """
-    unknown = [kind for kind in save if kind not in KINDS]
-    if unknown or not save:
-        raise UserError(f"Cannot save {', '.join(unknown) or 'nothing'}; choose from {', '.join(KINDS)}.")
-    out = Path(out)
-    found, problems = find_images(inputs, own=[out / kind for kind in KINDS])
-    if not found:
-        raise UserError("; ".join(problems))
-    _check_writable(out)
-    summary = Summary(problems=problems)
-    for number, item in enumerate(found, 1):
-        try:
-            image = read_image(item.path, max_pixels)
-            ids = _named(predict, image, item.path)
-            for kind in dict.fromkeys(save):
-                target = out / kind / f"{item.name}{KINDS[kind]}"
-                write_png(target, _picture(kind, image, ids), inside=out)
-            summary.done += 1
-            say(f"[{number}/{len(found)}] {show(item.path)}: {image.shape[1]} x {image.shape[0]} -> {show(item.name)}")
-        except UserError as error:
-            summary.problems.append(str(error))
-            say(f"[{number}/{len(found)}] {show(item.path)}: FAILED")
-    return summary
 
 
 def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Array:
@@ -187,21 +126,6 @@ def write_bytes(path: Path | str, data: bytes, inside: Path | str | None = None)
 def show(path: Path | str) -> str:
     """A path for a message: control characters and bytes that are no text are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in os.fspath(path))
-
-
-def _picture(kind: str, image: Array, ids: NDArray[Any]) -> Array:
-    from seg import draw, labels
-
-    if kind == "labels":
-        return labels.to_label_ids(ids)
-    return draw.colorize(ids) if kind == "color" else draw.overlay(image, ids)
-
-
-def _named(predict: Callable[[Array], NDArray[Any]], image: Array, path: Path) -> NDArray[Any]:
-    try:
-        return predict(image)
-    except UserError as error:
-        raise UserError(f"{show(path)}: {error}") from error
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -327,7 +251,7 @@ def _key(path: Path) -> Path:
     return Path(os.path.realpath(path.parent), path.name)
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Finds out before the first prediction rather than after it. Raises UserError."""
     probe = folder / f".{uuid4().hex[:12]}.part"
     try:

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         from engine.prepare import session
-        from seg.images import label_files
+        from seg.label_files import label_files
         from seg.models import from_checkpoint
         from seg.predict import Predictor
 

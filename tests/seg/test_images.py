@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 
 from engine.errors import UserError
 from seg import images, labels
-from seg.images import Found, find_images, label_files, read_image, show, write_png
+from seg.images import Found, find_images, read_image, show, write_png
+from seg.label_files import Summary, label_files
 
 RAMP = np.stack(np.meshgrid(np.arange(0, 250, 10), np.arange(0, 240, 20)), -1).astype(np.uint8)
 RGB = np.dstack([RAMP, RAMP[..., :1] // 2])  # 12 x 25, no two pixels alike
@@ -347,7 +348,7 @@ def test_a_link_in_the_way_is_replaced_not_followed(tmp_path: Path) -> None:
 # label_files
 
 
-def run(inputs: list[Any], out: Path, *kinds: str, **options: Any) -> tuple[images.Summary, list[str]]:
+def run(inputs: list[Any], out: Path, *kinds: str, **options: Any) -> tuple[Summary, list[str]]:
     said: list[str] = []
     return label_files(fake, inputs, out, kinds or ("labels",), say=said.append, **options), said
 
