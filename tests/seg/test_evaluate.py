@@ -281,7 +281,10 @@ def test_a_checkpoint_is_scored_with_overrides(
 ) -> None:
     asked = []
 
-    def from_checkpoint(path: Path, overrides: list[str]) -> tuple[nn.Module, SegConfig, dict[str, Any]]:
+    def from_checkpoint(
+        path: Path, overrides: list[str], allow_imports: bool
+    ) -> tuple[nn.Module, SegConfig, dict[str, Any]]:
+        assert not allow_imports
         asked.append((path, overrides))
         return Coarse().eval(), config(sample_root), {}
 
