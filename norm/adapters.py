@@ -92,7 +92,7 @@ def _as_it_is(new: nn.Module) -> nn.Module:
 
 
 def _plain_norm(layer: nn.Module) -> nn.BatchNorm2d:
-    """A BatchNorm2d that shares the parameters and statistics of `layer`."""
+    """A BatchNorm2d with copies of the parameters and statistics of `layer`."""
     mean: torch.Tensor | None = layer.running_mean  # type: ignore[assignment]
     weight: torch.Tensor | None = layer.weight  # type: ignore[assignment]
     size = layer.num_features if hasattr(layer, "num_features") else weight.numel()  # type: ignore[union-attr]
@@ -106,6 +106,8 @@ def _plain_norm(layer: nn.Module) -> nn.BatchNorm2d:
         for name, value in {**dict(plain.named_parameters()), **dict(plain.named_buffers())}.items():
             if name in mine:
                 value.copy_(mine[name])
+    if weight is not None:
+        plain.requires_grad_(weight.requires_grad)
     return plain.train(layer.training)
 
 

@@ -8,6 +8,7 @@ A batch norm that follows no convolution (pre-activation networks) becomes a sca
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -97,6 +98,9 @@ def observe(model: nn.Module, swaps: list[Swap], batches: Tensor | Iterable[Tens
                 raise NormError(f"calibrate: expected float tensors (N, C, H, W), found {_what(batch)}")
             with _CountReaders(seen.readers):
                 output = model(batch)
+            for leaf in tensors(output):  # whoever gets the output reads it too
+                if (source := getattr(leaf, "_norm_source", None)) is not None:
+                    seen.readers[source] = seen.readers.get(source, 0) + 1
             if seen.batch is None:
                 seen.batch, seen.output = batch, output
     if seen.batch is None:
@@ -107,6 +111,8 @@ def observe(model: nn.Module, swaps: list[Swap], batches: Tensor | Iterable[Tens
 def _watch(swap: Swap, seen: Observed) -> list[Any]:
     """Hooks that note what goes in and out of one layer."""
     key, core = id(swap.old), swap.core
+    if swap.old._forward_hooks:  # a hook of somebody's may keep the output, so no norm may be folded into the layer
+        seen.readers[key] = 1
 
     def on_input(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.calls[key] = seen.calls.get(key, 0) + 1
@@ -146,14 +152,18 @@ def apply(swaps: list[Swap], seen: Observed) -> None:
             swap.why = _join(swap.why, "calibrated")
         _set_layer(swap.core, swap.plain, None if norm is None else norm.plain, seen.moments[key])
     for swap in swaps:
-        if swap.kind != "norm" or swap.core is swap.plain:
+        if not _goes(swap):
             continue
         if id(swap.old) in merged:
-            swap.core = nn.Identity()
             swap.why = _join(swap.why, f"folded into {merged[id(swap.old)]}")
-        elif id(swap.old) in seen.calls:
+        else:
             swap.core = _affine(swap.plain)
             swap.why = _join(swap.why, "calibrated: scale and shift kept, no convolution of its own to take them")
+
+
+def _goes(swap: Swap) -> bool:
+    """A norm that the recipe removes; one that it replaces by another norm is left to it."""
+    return swap.kind == "norm" and isinstance(swap.core, nn.Identity)
 
 
 def _only_norm(key: int, seen: Observed, by_id: dict[int, Swap]) -> Swap | None:
@@ -163,7 +173,7 @@ def _only_norm(key: int, seen: Observed, by_id: dict[int, Swap]) -> Swap | None:
     if len(set(norms)) != 1 or len(norms) != calls or seen.readers.get(key) != calls:
         return None
     norm = by_id[norms[0]]
-    return norm if seen.calls[norms[0]] == calls and norm.core is not norm.plain else None
+    return norm if seen.calls[norms[0]] == calls and _goes(norm) else None
 
 
 def _set_layer(core: FastDeconv | Delinear, conv: nn.Module, norm: nn.Module | None, moments: Moments) -> None:
@@ -205,18 +215,37 @@ def _affine(norm: nn.Module) -> ChannelAffine:
     new = ChannelAffine(scale.numel()).to(scale.device)
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
     new.to(norm.running_mean.dtype)
+    if norm.weight is not None:
+        new.requires_grad_(norm.weight.requires_grad)
     with torch.no_grad():
         new.weight.copy_(scale)
         new.bias.copy_(shift)
     return new
 
 
-def deviation(model: nn.Module, seen: Observed) -> float:
-    """Largest difference of the first batch's outputs to those before, relative to the largest output."""
+def deviation(model: nn.Module, seen: Observed) -> float | None:
+    """Largest difference of the first batch's outputs to those before, relative to the largest; None without tensors.
+
+    Warns beyond 1e-3: then the network reads a layer in a way that calibration does not see, or an override replaces a
+    trained norm by another.
+    """
     with _evaluation(model), torch.no_grad():
-        new = [leaf for leaf in tree_leaves(model(seen.batch)) if isinstance(leaf, Tensor)]
-    old = [leaf for leaf in tree_leaves(seen.output) if isinstance(leaf, Tensor)]
-    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(new, old, strict=True))
+        pairs = list(zip(tensors(model(seen.batch)), tensors(seen.output), strict=True))
+    if not pairs:
+        return None
+    found = max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
+    if not found < 1e-3:
+        warnings.warn(f"the converted network's outputs differ by {found:.1e} of the largest from before", stacklevel=3)
+    return found
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors in what a network returned: a tensor, containers of them, or an object holding them."""
+    leaves = [
+        vars(leaf) if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor) else leaf
+        for leaf in tree_leaves(output)
+    ]
+    return [leaf for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 @contextmanager

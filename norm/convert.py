@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from norm import calibration
 from norm.adapters import class_name
-from norm.plan import Overrides, Swap, plan
+from norm.plan import Overrides, plan
 from norm.registry import Recipe, recipe
 
 Batches = Tensor | Iterable[Tensor]
@@ -24,6 +24,7 @@ class Row:
     old: str
     new: str
     why: str
+    changed: bool
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Report:
 
     @property
     def changed(self) -> list[Row]:
-        return [row for row in self.rows if row.old != row.new]
+        return [row for row in self.rows if row.changed]
 
     def __str__(self) -> str:
         table = [("layer", "from", "to", "why"), *((r.name, r.old, r.new, r.why) for r in self.rows)]
@@ -54,7 +55,8 @@ def convert(
 ) -> Report:
     """Apply the recipe `name` to every layer of `model`, in place.
 
-    Weights survive: a new layer takes those of the old one. A layer used in several places stays one layer.
+    Weights survive: a new layer takes those of the old one. A layer used in several places stays one layer. Where norms
+    go, activation modules stop working in place; a functional one (`F.relu(bn(x), inplace=True)`) cannot be seen.
 
     Args:
         model: any nn.Module; torchvision's, timm's and segmentation-models-pytorch's networks are tested.
@@ -86,14 +88,17 @@ def convert(
         new = swap.new
         if new is not swap.old:
             new.train(swap.old.training)
-            _move_hooks(swap.old, new)
+            share_hooks(swap.old, new)
             replacements[id(swap.old)] = new
-        rows.append(Row(swap.names[0], _describe(swap.old), _describe(new), swap.why))
-    exposed = _in_place_behind_norms(model, swaps)
+        rows.append(Row(swap.names[0], _describe(swap.old), _describe(new), swap.why, new is not swap.old))
     replace(model, replacements)
-    for activation in exposed:
-        activation.inplace = False  # type: ignore[assignment]
-    deviation = None if observed is None else calibration.deviation(model, observed)
+    try:
+        deviation = None if observed is None else calibration.deviation(model, observed)
+    except BaseException:
+        replace(model, {id(new): old for new, old in ((s.new, s.old) for s in swaps) if new is not old})
+        raise
+    if any(swap.kind == "norm" and isinstance(swap.core, nn.Identity) for swap in swaps):
+        _work_out_of_place(model)
     return Report(chosen, rows, deviation)
 
 
@@ -105,31 +110,19 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
                 parent._modules[key] = replacements[id(child)]
 
 
-def _in_place_behind_norms(model: nn.Module, swaps: list[Swap]) -> list[nn.Module]:
-    """In-place activations that may write into a tensor that others read, once the norm before them is gone.
-
-    A norm makes a tensor of its own. Where it goes and no convolution beside it made its input (pre-activation
-    networks), the in-place activation behind it would change the input of the shortcut too, and nothing would complain.
-    """
-    gone = {id(swap.old): swap for swap in swaps if swap.kind == "norm" and isinstance(swap.core, nn.Identity)}
-    found: list[nn.Module] = []
-    for parent in model.modules():
-        made: set[int] = set()
-        children = list(parent.children())
-        for child in children:
-            if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d)):
-                made.add(child.out_channels)
-            swap = gone.get(id(child))
-            if swap is not None and int(swap.plain.num_features) not in made:  # type: ignore[arg-type]
-                found += [each for each in (*children, *child.children()) if getattr(each, "inplace", False)]
-    return found
+def _work_out_of_place(model: nn.Module) -> None:
+    """A norm makes a tensor of its own. Where it has gone, an activation in place would write into the norm's input,
+    which a shortcut may read as well (pre-activation networks), and nothing would complain."""
+    for module in model.modules():
+        if getattr(module, "inplace", None) is True:
+            module.inplace = False  # type: ignore[assignment]
 
 
-def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Hooks that something (a feature extractor, say) put on the old layer see the new one."""
-    for kind in ("_forward_hooks", "_forward_pre_hooks"):
-        for suffix in ("", "_with_kwargs"):
-            getattr(new, kind + suffix).update(getattr(old, kind + suffix))
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Hooks that something (a feature extractor, say) put on the old layer see the new one, and its handles work on."""
+    for name in vars(old):
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name:
+            setattr(new, name, getattr(old, name))
 
 
 def _describe(layer: nn.Module) -> str:

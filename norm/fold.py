@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from norm.convert import replace
+from norm.convert import replace, share_hooks
 from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError
 from norm.other_layers import ChannelAffine, Padded, WSConv2d
 from norm.recipes import conv_arguments
@@ -33,6 +34,7 @@ def fold(model: nn.Module) -> nn.Module:
         for name, module in plain.named_modules():
             new = _folded(module, name)
             if new is not None:
+                share_hooks(module, new)
                 replacements[id(module)] = new
     replace(plain, replacements)
     return plain
@@ -51,9 +53,10 @@ def _folded(layer: nn.Module, name: str) -> nn.Module | None:
     if isinstance(layer, WSConv2d):
         return _conv(layer, layer.standardised(), layer.bias)
     if isinstance(layer, Delinear):
-        return _linear(*layer.folded())
+        return _linear(*layer.folded()).requires_grad_(layer.weight.requires_grad)
     if isinstance(layer, ChannelAffine):
-        return _pointwise(layer.weight.view(-1, 1), layer.bias, groups=layer.weight.numel())
+        scale = _pointwise(layer.weight.view(-1, 1), layer.bias, groups=layer.weight.numel())
+        return scale.requires_grad_(layer.weight.requires_grad)
     if isinstance(layer, ChannelDeconv):
         try:
             matrix, offset, rank = layer.folded()
@@ -64,10 +67,10 @@ def _folded(layer: nn.Module, name: str) -> nn.Module | None:
 
 
 def _conv(old: nn.Conv2d, weight: Tensor, bias: Tensor | None, kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Conv2d:
-    arguments = conv_arguments(old)
-    if kind is not nn.Conv2d:
-        del arguments["padding_mode"]  # layers that pad by themselves don't take it
+    known = inspect.signature(kind).parameters  # layers that pad by themselves don't take all that a Conv2d does
+    arguments = {name: value for name, value in conv_arguments(old).items() if name in known}
     new = kind(**arguments, bias=bias is not None)
+    new.requires_grad_(old.weight.requires_grad)
     return _filled(new, weight, bias)
 
 

@@ -6,6 +6,7 @@ vector and leaves the layers around it alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -28,7 +29,9 @@ def check_options(block: int, n_iter: int, eps: float, momentum: float, sampling
     for name, value in (("block", block), ("n_iter", n_iter), ("sampling_stride", sampling_stride)):
         if value < 1:
             raise NormError(f"{name} is {value}; it must be at least 1")
-    if eps <= 0:
+    if n_iter > 30:
+        raise NormError(f"n_iter is {n_iter}; it must be at most 30, beyond that float32 overflows")
+    if not 0 < eps < math.inf:
         raise NormError(f"eps is {eps}; it must be greater than 0, else a covariance of few rows has no inverse root")
     if not 0 <= momentum <= 1:
         raise NormError(f"momentum is {momentum}; it must lie between 0 and 1")
@@ -51,7 +54,8 @@ class _Whitening(nn.Module):
         if dtype in (torch.float16, torch.bfloat16):
             raise NormError(
                 f"{type(self).__name__} cannot be turned to {dtype}: its statistics and inverse roots need float32. "
-                "Train under torch.autocast instead, or deploy norm.fold(model).half()"
+                "Train under torch.autocast instead, or deploy norm.fold(model).half(). The layers before this one may "
+                "have been turned already: build the model anew"
             )
         return super()._apply(fn, recurse)
 
@@ -73,7 +77,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
         momentum: rate of the running averages.
         sampling_stride: the statistics use every `sampling_stride`-th window of the convolution in each direction.
         freeze: update the statistics only in the first `freeze_iter` of every 10 `freeze_iter` training steps, and use
-            the running averages in between (for the first layer, whose input does not change).
+            the running averages in between (for the first layer, whose input does not change). A step is a call of
+            the layer in training mode: one a step of the optimiser, without accumulation.
         grouping: "channel": blocks of neighbouring channels, as in the paper. "published": the authors' code, whose
             blocks interleave features, and which updates one step more of every freeze cycle.
         dense_small_maps: take more windows where the output is at most 16 high or wide (`whitening.dense_strides`).
@@ -87,7 +92,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
     first; steps (), int64, with freeze only. F = block k_h k_w.
 
     Raises:
-        NormError: an option out of range, or `.half()`.
+        NormError: an option out of range, an input that is not (N, C_in, H, W), or `.half()`.
     """
 
     steps: Tensor
@@ -139,14 +144,27 @@ class FastDeconv(_Whitening, nn.Conv2d):
         if freeze:
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    @torch.compiler.disable
-    def _is_held(self) -> bool:
-        """Count this training step; are its statistics held? The count is kept on the host too: no synchronisation."""
-        position = self._steps % (10 * self.freeze_iter)
-        self._steps += 1
-        self.steps.fill_(self._steps)
+    def _held(self, steps: Any) -> Any:
+        """Whether the statistics of the training step after `steps` others are held; an int or a tensor."""
         limit = self.freeze_iter + 1 if self.grouping == "published" else self.freeze_iter
-        return position >= limit
+        return steps % (10 * self.freeze_iter) >= limit
+
+    def _training_statistics(self, x: Tensor, padding: Pair) -> tuple[Tensor, Tensor]:
+        """Mean and D for this training step, from the batch or held; the running averages move."""
+        if self.freeze and not torch.compiler.is_compiling():
+            held = self._held(self._steps)  # counted on the host as well, so that no step waits for the device
+            self._steps += 1
+            self.steps.fill_(self._steps)
+            if held:  # copies, since the next call may move the averages before the gradient of this one is taken
+                return self.running_mean.clone(), self.running_deconv.clone()
+        mean, deconv = whitening.statistics(self.patches(x, padding), self.eps, self.n_iter)
+        if self.freeze and torch.compiler.is_compiling():  # a branch on the count would cut the graph in two
+            mask = self._held(self.steps)
+            self.steps.add_(1)
+            mean = torch.where(mask, self.running_mean, mean)
+            deconv = torch.where(mask, self.running_deconv, deconv)
+        self._track(mean, deconv)
+        return mean, deconv
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -179,10 +197,11 @@ class FastDeconv(_Whitening, nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise NormError(f"FastDeconv expects an input (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
         x, padding = self.pad(x)
-        if self.training and not (self.freeze and self._is_held()):
-            mean, deconv = whitening.statistics(self.patches(x, padding), self.eps, self.n_iter)
-            self._track(mean, deconv)
+        if self.training:
+            mean, deconv = self._training_statistics(x, padding)
             weight, bias = whitening.fold_weight(self.weight, self.bias, mean, deconv, self.groups, self.grouping)
         else:
             weight, bias = self.folded()
@@ -332,8 +351,8 @@ class ChannelDeconv(_Whitening):
         if self.training:
             mean, deconv = whitening.statistics(rows[:, :: self._every(x)], self.eps, self.n_iter)
             with torch.no_grad():
-                self.running_mean.lerp_(mean, self._rate())
-                self.running_deconv.lerp_(deconv, self._rate())
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self._rate())
+                self.running_deconv.lerp_(deconv.to(self.running_mean.dtype), self._rate())
         white = (deconv @ (rows - mean[:, None])).view(blocks.shape)
         if self.grouping == "channel":
             white = white.transpose(0, 1)
@@ -346,8 +365,8 @@ class ChannelDeconv(_Whitening):
             # The unbiased variance, as the authors' code; one element alone has none.
             mean, var = sampled.mean(), sampled.var(correction=min(1, sampled.numel() - 1))
             with torch.no_grad():
-                self.rest_mean.lerp_(mean, self._rate())
-                self.rest_var.lerp_(var, self._rate())
+                self.rest_mean.lerp_(mean.to(self.running_mean.dtype), self._rate())
+                self.rest_var.lerp_(var.to(self.running_mean.dtype), self._rate())
         return (x - mean) * (var + self.eps).rsqrt()
 
     def folded(self) -> tuple[Tensor, Tensor, int]:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from norm.adapters import Kind, Rebuild, kind_of, probe, take_apart
 from norm.layers import NormError
@@ -47,6 +48,9 @@ def plan(model: nn.Module, chosen: Recipe, overrides: Overrides) -> list[Swap]:
         raise NormError(f"{type(model).__name__} has no Conv2d, BatchNorm2d or Linear layer to convert")
     if any(name == "" for _, names in layers for name in names):
         raise NormError(f"the model is a bare {type(model).__name__}; put it into an nn.Sequential")
+    for name, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise NormError(f"{name} has no weights yet; run one batch through the network before converting it")
     _check_patterns(overrides, layers)
     first, last = _first_and_last([layer for layer, _ in layers])
     swaps = []
@@ -73,9 +77,12 @@ def _plan_layer(layer: nn.Module, names: list[str], at: Place, mine: Recipe, why
                 "or build the network with the plain layer"
             ) from None
         return Swap(layer, kind, at, names, layer, layer, lambda new: new, "kept")
-    if kind != "norm" and "weight" not in plain._parameters:
-        raise NormError(f"{names[0]}: its weight is computed (weight_norm or the like); remove that before converting")
     core = method(plain, at)
+    if kind != "norm" and "weight" not in plain._parameters and core is not plain:
+        raise NormError(
+            f"{names[0]}: its weight is computed (weight_norm or the like); remove that before converting, or leave "
+            f"it alone with overrides={{{names[0]!r}: {{'recipe': 'keep'}}}}"
+        )
     if not isinstance(core, nn.Module):
         raise NormError(f"recipe {type(mine).__name__}.{kind} returned {core!r} for {names[0]}, not a module")
     swap = Swap(layer, kind, at, names, plain, core, rebuild)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,8 +22,24 @@ def copy_conv(old: nn.Conv2d, new: nn.Conv2d) -> nn.Conv2d:
         new.weight.copy_(old.weight)
         if new.bias is not None:
             new.bias.zero_() if old.bias is None else new.bias.copy_(old.bias)
-    new.weight.requires_grad_(old.weight.requires_grad)
+    return _like(old, new)
+
+
+L = TypeVar("L", bound=nn.Module)
+
+
+def _like(old: nn.Module, new: L) -> L:
+    """`new` in the mode of `old`; parameters are frozen as theirs were, those that `old` lacks as its weight."""
+    before = dict(old.named_parameters())
+    for name, parameter in new.named_parameters():
+        source = before.get(name, before.get("weight"))
+        parameter.requires_grad_(source is None or source.requires_grad)
     return new.train(old.training)
+
+
+def _check_eps(name: str, eps: float) -> None:
+    if not 0 < eps < math.inf:
+        raise NormError(f"{name}: eps is {eps}; it must be greater than 0")
 
 
 def conv_arguments(old: nn.Conv2d) -> dict[str, Any]:
@@ -45,6 +61,12 @@ class BatchNorm(Recipe):
 
     eps: float | None = None
     momentum: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.eps is not None:
+            _check_eps("bn", self.eps)
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise NormError(f"bn: momentum is {self.momentum}; it must lie between 0 and 1")
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
         if self.eps is None and self.momentum is None:
@@ -75,6 +97,8 @@ class FrozenBatchNorm(Recipe):
     """Batch norm with its present statistics, weight and bias, held: for fine-tuning with small batches."""
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        if old.running_mean is None:
+            raise NormError(f"frozen_bn: {at.name} tracks no running statistics that could be held")
         return _copy_norm(old, FrozenBatchNorm2d(old.num_features, old.eps))
 
 
@@ -83,7 +107,7 @@ class FrozenBatchNorm(Recipe):
 class GroupNorm(Recipe):
     """Group norm (Wu and He, arXiv 1803.08494), with weight standardisation (Qiao et al., arXiv 1903.10520) if asked.
 
-    `groups` must not be above the channels; where it does not divide them, their greatest common divisor is used.
+    Where `groups` does not divide the channels, the greatest common divisor of both is used.
     """
 
     groups: int = 32
@@ -93,6 +117,7 @@ class GroupNorm(Recipe):
     def __post_init__(self) -> None:
         if self.groups < 1:
             raise NormError(f"gn: groups is {self.groups}; it must be at least 1")
+        _check_eps("gn", self.eps)
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
         groups = math.gcd(self.groups, old.num_features)
@@ -112,6 +137,9 @@ class InstanceNorm(Recipe):
 
     eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        _check_eps("in", self.eps)
+
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
         return _copy_norm(old, nn.GroupNorm(old.num_features, old.num_features, self.eps, old.affine))
 
@@ -122,6 +150,9 @@ class LayerNorm(Recipe):
     """Layer norm over channels and pixels of an image, as a group norm of one group (Wu and He, section 3)."""
 
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_eps("ln", self.eps)
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
         return _copy_norm(old, nn.GroupNorm(1, old.num_features, self.eps, old.affine))
@@ -145,7 +176,9 @@ class Deconv(Recipe):
     """Network deconvolution: every Conv2d becomes a FastDeconv, every batch norm goes (Ye et al. 2020, section 4)."""
 
     block: int = 64
-    """Channels whitened together. The last 1x1 convolution takes all its input channels, as the authors do."""
+    """Channels whitened together."""
+    last_block: int | None = None
+    """Channels whitened together in the last 1x1 convolution; None: all its input channels, as the authors do."""
     n_iter: int = 5
     """Newton-Schulz steps."""
     eps: float = 1e-5
@@ -165,30 +198,34 @@ class Deconv(Recipe):
     freeze_iter: int = 100
     """Steps in which a frozen layer updates its statistics, of every ten times as many."""
     fc_block: int = 0
-    """Features whitened together in linear layers, which become Delinear; 0 keeps them."""
+    """Features whitened together in linear layers, which become Delinear; 0 keeps them. Not for attention blocks that
+    read the weights of their linear layers themselves (torch's TransformerEncoderLayer, torchvision's Swin)."""
 
     def __post_init__(self) -> None:
         check_options(self.block, self.n_iter, self.eps, self.momentum, self.sampling_stride)
-        if min(self.stem_n_iter, self.freeze_iter) < 1 or self.fc_block < 0:
+        check_options(self.last_block or 1, self.stem_n_iter, self.eps, self.momentum)
+        if self.freeze_iter < 1 or self.fc_block < 0 or self.last_block == 0:
             raise NormError(
-                f"deconv: stem_n_iter={self.stem_n_iter} and freeze_iter={self.freeze_iter} must be at least 1, "
+                f"deconv: freeze_iter={self.freeze_iter} and last_block={self.last_block} must be at least 1, "
                 f"fc_block={self.fc_block} at least 0"
             )
 
     def override(self, options: dict[str, Any]) -> Recipe:
-        """An n_iter given for some layers holds for the stem too, if it is one of them."""
+        """An n_iter or block given for some layers holds for the first and the last too, if they are among them."""
         if "n_iter" in options:
             options = {"stem_n_iter": options["n_iter"], **options}
+        if "block" in options:
+            options = {"last_block": options["block"], **options}
         return super().override(options)
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
         return nn.Identity()
 
     def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
-        whole = at.last and old.kernel_size == (1, 1)
+        last = at.last and old.kernel_size == (1, 1)
         new = FastDeconv(
             **conv_arguments(old),
-            block=old.in_channels if whole else self.block,
+            block=(self.last_block or old.in_channels) if last else self.block,
             n_iter=self.stem_n_iter if at.first else self.n_iter,
             eps=self.eps,
             momentum=self.momentum,
@@ -215,7 +252,7 @@ class Deconv(Recipe):
         with torch.no_grad():
             new.weight.copy_(old.weight)
             new.bias.zero_() if old.bias is None else new.bias.copy_(old.bias)
-        return new.train(old.training)
+        return _like(old, new)
 
 
 def _copy_norm(old: nn.BatchNorm2d, new: nn.Module) -> nn.Module:
@@ -228,4 +265,4 @@ def _copy_norm(old: nn.BatchNorm2d, new: nn.Module) -> nn.Module:
     reference = next((t for t in (old.weight, old.running_mean) if t is not None), None)
     if reference is not None:
         new.to(reference.device, reference.dtype)
-    return new.train(old.training)
+    return _like(old, new)

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Grouping = Literal["channel", "published"]
 Pair = tuple[int, int]
@@ -144,6 +145,7 @@ class _Spectral(torch.autograd.Function):
         return ((vectors * z.unsqueeze(-2)) @ vectors.mT).to(x.dtype)
 
     @staticmethod
+    @once_differentiable  # the decomposition is taken as constant, which a second derivative could not be told
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         values, vectors = ctx.saved_tensors
         y, z = values, torch.ones_like(values)

@@ -1,6 +1,7 @@
 """Trained batch-norm networks become deconvolution networks that compute the same function."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -128,3 +129,78 @@ def test_batch_norm_without_statistics_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
     with pytest.raises(norm.NormError, match="needs batch norms with running statistics"):
         norm.convert(model, "deconv", calibrate=torch.randn(2, 3, 4, 4))
+
+
+class Returned(nn.Module):
+    """Hands out the convolution's own output beside the normalised one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        raw = self.conv(x)
+        return {"raw": raw, "norm": self.bn(raw)}
+
+
+def test_an_output_that_is_handed_out_stays_what_it_was():
+    model = trained(Returned())
+    x = torch.randn(4, 3, 9, 9)
+    want = model(x)
+    norm.convert(model, "deconv", calibrate=x)
+    got = model(x)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_that_a_hook_keeps_stays_what_it_was():
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    kept = []
+    model[0].register_forward_hook(lambda layer, args, out: kept.append(out))
+    x = torch.randn(4, 3, 9, 9)
+    model(x)
+    norm.convert(model, "deconv", calibrate=x)
+    model(x)
+    torch.testing.assert_close(kept[-1], kept[0], rtol=1e-4, atol=1e-4)
+
+
+def test_objects_as_outputs():
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+        def forward(self, x):
+            return Output(self.net(x))
+
+    report = norm.convert(trained(Model()), "deconv", calibrate=torch.randn(4, 3, 9, 9))
+    assert report.deviation is not None and report.deviation < 1e-4
+
+
+def test_a_norm_that_an_override_asks_for_is_not_folded_away():
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    with pytest.warns(UserWarning, match="outputs differ by"):
+        norm.convert(model, "deconv", calibrate=torch.randn(4, 3, 9, 9), overrides={"1": {"recipe": "gn", "groups": 2}})
+    assert isinstance(model[1], nn.GroupNorm)
+
+
+def test_a_model_that_fails_after_the_swap_is_put_back():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.calls = nn.Conv2d(3, 4, 1), 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == 2:
+                raise RuntimeError("the second run fails")
+            return self.conv(x)
+
+    model = Twice()
+    with pytest.raises(RuntimeError, match="the second run fails"):
+        norm.convert(model, "deconv", calibrate=torch.randn(2, 3, 4, 4))
+    assert type(model.conv) is nn.Conv2d

@@ -134,6 +134,11 @@ def test_computed_weights_are_refused():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)))
     with pytest.raises(norm.NormError, match="ParametrizedConv2d, a conv layer that may do more"):
         norm.convert(model, "deconv")
+    old_style = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    nn.utils.spectral_norm(old_style[0])
+    with pytest.raises(norm.NormError, match=r"0: its weight is computed.*'recipe': 'keep'"):
+        norm.convert(old_style, "deconv")
+    norm.convert(old_style, "gn", groups=2)
 
 
 def test_a_recipe_must_return_a_module(monkeypatch):
@@ -179,11 +184,15 @@ def test_frozen_batch_norm_of_torchvision_is_a_norm():
     assert isinstance(model[1], nn.GroupNorm)
 
 
-def test_in_place_activation_behind_a_norm_that_goes_does_not_reach_the_shortcut():
+@pytest.mark.parametrize("names", [("norm", "act", "conv"), ("conv", "norm", "act")])
+def test_in_place_activation_behind_a_norm_that_goes_does_not_reach_the_shortcut(names):
+    layers = {"norm": nn.BatchNorm2d(4), "act": nn.ReLU(inplace=True), "conv": nn.Conv2d(4, 4, 1)}
+
     class PreActivation(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm, self.act, self.conv = nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)
+            for name in names:  # the order of registration says nothing about that of the calls
+                setattr(self, name, layers[name])
 
         def forward(self, x):
             return x + self.conv(self.act(self.norm(x)))
@@ -193,26 +202,58 @@ def test_in_place_activation_behind_a_norm_that_goes_does_not_reach_the_shortcut
     x = torch.randn(2, 3, 5, 5)
     hidden = model[0](x)
     torch.testing.assert_close(model(x), hidden + model[1].conv(hidden.relu()))
-    usual = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
-    norm.convert(usual, "none")
-    assert usual[2].inplace  # behind a convolution the memory is saved
 
 
-def test_hooks_move_to_the_new_layer():
+def test_hooks_move_to_the_new_layer_and_its_folded_one_and_can_be_removed():
     model = block()
     seen = []
-    model[0].register_forward_hook(lambda layer, args, out: seen.append(type(layer)))
+    handle = model[0].register_forward_hook(lambda layer, args, out: seen.append(type(layer)))
     norm.convert(model, "deconv")
-    model(torch.randn(2, 3, 9, 9))
-    assert seen == [FastDeconv]
+    x = torch.randn(2, 3, 9, 9)
+    model(x)
+    norm.fold(model)(x)
+    handle.remove()
+    model(x)
+    assert seen == [FastDeconv, nn.Conv2d]
 
 
-def test_frozen_weights_and_evaluation_mode_stay():
+def test_feature_extractor_with_hooks_converts_and_folds():
+    model = timm.create_model("efficientnet_b0", features_only=True, feature_location="expansion").eval()
+    norm.convert(model, "deconv", block=16)
+    x = torch.randn(2, 3, 64, 64)
+    for got, want in zip(norm.fold(model)(x), model(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, options", [("deconv", {"fc_block": 4}), ("gn", {}), ("none", {}), ("sync_bn", {})])
+def test_frozen_networks_stay_frozen(name, options):
+    model = nn.Sequential(*block(), nn.Flatten(), nn.Linear(8, 2)).requires_grad_(False)
+    norm.convert(model, name, **options)
+    assert not [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [key for key, parameter in norm.fold(model).named_parameters() if parameter.requires_grad]
+
+
+def test_evaluation_mode_stays():
     model = block().eval()
-    model[0].weight.requires_grad_(False)
     norm.convert(model, "deconv")
-    assert not model[0].weight.requires_grad and not model[0].training
     assert not any(layer.training for layer in model.modules())
+
+
+def test_layers_without_weights_yet_are_refused():
+    with pytest.raises(norm.NormError, match="0 has no weights yet; run one batch through the network"):
+        norm.convert(nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d(), nn.Conv2d(4, 4, 1)), "deconv")
+
+
+def test_norm_without_statistics_cannot_be_frozen():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(norm.NormError, match="frozen_bn: 1 tracks no running statistics"):
+        norm.convert(model, "frozen_bn")
+
+
+def test_an_override_reaches_the_last_layer_too():
+    model = block()
+    norm.convert(model, "deconv", overrides={"3": {"block": 2}})
+    assert model[3].block == 2
 
 
 def test_attention_projections_are_left_to_their_owner():

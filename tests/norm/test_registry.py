@@ -62,7 +62,7 @@ def test_registering_is_checked(own_registry):
         (
             "deconv",
             {"blok": 3},
-            r"'deconv' has no option 'blok' \(did you mean 'block'\?\); its options: block, n_iter",
+            r"'deconv' has no option 'blok' \(did you mean 'block'\?\); its options: block, last_block",
         ),
         ("none", {"block": 3}, "'none' has no option 'block'; it has no options"),
         ("deconv", {"block": 3.5}, "'deconv': block is 3.5; expected int"),
