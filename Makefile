@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 DATA ?= data/sample
-DEMO ?= runs/demo
+DEMO ?= runs/demo$(if $(filter-out data/sample,$(DATA)),-$(notdir $(abspath $(DATA))))
 CONFIG = configs/seg/sample.yaml
 OPTIONS = data.root=$(DATA) $(SET)
 
@@ -28,10 +28,11 @@ lint: install
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-data/sample: | install
-	$(PY) tools/make_sample.py $@
+data/sample/complete: | install
+	$(PY) tools/make_sample.py data/sample
+	touch $@
 
-demo: install $(if $(filter data/sample,$(DATA)),data/sample)
+demo: install $(if $(filter data/sample,$(DATA)),data/sample/complete)
 	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/bn --resume auto $(OPTIONS)
 	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/deconv --resume auto norm.name=deconv $(OPTIONS)
 	for run in bn deconv; do \

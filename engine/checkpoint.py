@@ -177,6 +177,8 @@ def _first_line(error: Exception) -> str:
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
     """Load weights into `model`; every layer must match. `path` is only named in errors.
 
+    Batch norm's `num_batches_tracked` may be missing, as in files that are older than it; the model's own stays.
+
     Raises:
         UserError: layers differ; lists their shapes here and on disk, what is missing and what is unexpected. The model
             is left as it was.
@@ -187,6 +189,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str |
         for name, tensor in state_dict.items()
         if name in here and here[name].shape != tensor.shape
     }
+    state_dict = {**{name: here[name] for name in here if name.endswith("num_batches_tracked")}, **state_dict}
     missing = [name for name in here if name not in state_dict]
     unexpected = [name for name in state_dict if name not in here]
     if not (shapes or missing or unexpected):

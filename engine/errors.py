@@ -1,7 +1,12 @@
 """The one exception for what a user can put right, and how programs end with it."""
 
+import functools
 import os
 import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
 class UserError(Exception):
@@ -12,8 +17,19 @@ class UserError(Exception):
     """
 
 
-def fail(error: UserError) -> int:
-    """Print the error, with the process it comes from where there are several, and return the exit status 2."""
-    rank = os.environ.get("RANK")
-    print(f"error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
-    return 2
+def program(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorator for a program's `main`: a UserError becomes one line and status 2, Ctrl-C status 130."""
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            rank = os.environ.get("RANK")  # of several processes, the one that has the error
+            print(f"error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return run

@@ -222,8 +222,13 @@ class _Work:
         cfg, state, plan = self.cfg, self.state, self.plan
         seed_all(cfg.runtime.seed + distributed.rank())  # the same weights everywhere, but not the same dropout
         if resume is not None:
-            remark = state.restore(resume, str(resume.get("path", "checkpoint")))
+            path = Path(resume.get("path", "checkpoint"))
+            remark = state.restore(resume, str(path))
+            if path.resolve().parent != self.dir.resolve():
+                state.best_score, state.best_step = None, 0  # its best.pt is elsewhere; this folder gets one of its own
             self.log.message(f"resumed after step {state.step} of {plan.total}" + (f"; {remark}" if remark else ""))
+            if state.step >= plan.total:
+                self.log.message("the training is finished; a greater length=... would go on")
         self.log.message(plan.text)
         self.prepared.raw.train()
         if self.evaluate is not None and state.step < plan.total:
@@ -331,9 +336,12 @@ class _Work:
     def check_and_save(self, *paths: Path) -> None:
         """Never over a good checkpoint with a bad one: first the losses up to here, then the weights."""
         self.watch.check(advice=self.advice())
-        check_finite(self.prepared.raw, f"after step {self.state.step} the weights are spoilt ({self.state.saved})")
+        self.check_weights()
         with self.log.pause():
             self.state.save(*paths)
+
+    def check_weights(self) -> None:
+        check_finite(self.prepared.raw, f"after step {self.state.step} the weights are spoilt ({self.advice()})")
 
     def evaluation(self, max_batches: int | None) -> Evaluation:
         assert self.evaluate is not None
@@ -350,6 +358,7 @@ class _Work:
         if self.evaluate is None:
             return
         self.watch.check(advice=self.advice())
+        self.check_weights()
         state, start = self.state, time.monotonic()
         with self.log.pause():
             found = self.evaluation(None)

@@ -86,6 +86,12 @@ class Log:
         if self._on:
             print(text, file=self._stream, flush=True)
 
+    def attach(self, name: str, text: str) -> None:
+        """Write a text file into the work directory."""
+        if self._on:
+            with _told(self._dir / name):
+                (self._dir / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+
     def begin(self, *, total_steps: int, steps_per_epoch: int, images_per_step: int) -> None:
         """Tell the size of the run and start the clock of the throughput and of the time left."""
         self._total, self._per_epoch, self._images_per_step = (total_steps, steps_per_epoch, images_per_step)

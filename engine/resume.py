@@ -14,7 +14,7 @@ from engine.errors import UserError
 LAST = "last.pt"
 BEST = "best.pt"
 CONFIG = "config.yaml"
-FREE = ("runtime.", "report.", "length")  # keys that may differ when a run goes on ...
+FREE = ("runtime.", "report.", "length", "data.root", "data.eval_batch_size")  # may differ when a run goes on ...
 BOUND = ("runtime.seed",)  # ... and among them those that decide which data comes next
 
 

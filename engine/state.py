@@ -130,6 +130,8 @@ class TrainingState:
             self.ema.n_averaged.fill_(content["ema_updates"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
+        for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(content["step"])  # the length, so the schedule, may be another
         if content["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.step, self.score = content["step"], content["score"]

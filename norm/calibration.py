@@ -240,7 +240,7 @@ def deviation(model: nn.Module, seen: Observed) -> float | None:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors in what a network returned: a tensor, containers of them, or an object holding them."""
+    """The floating-point tensors in what a network returned: a tensor, containers or an object of them."""
     leaves = [
         vars(leaf) if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor) else leaf
         for leaf in tree_leaves(output)

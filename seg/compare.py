@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from engine.errors import UserError
 from engine.report import METRICS, read_metrics
 from engine.resume import BEST
+from seg.config import SegConfig
 from seg.data import Cityscapes, Sample, read_pair
 from seg.draw import Example, Run, plot_runs
 from seg.labels import to_train_ids
@@ -18,11 +21,18 @@ from seg.models import from_checkpoint
 from seg.predict import Predictor
 
 
-def compare(runs: Sequence[Path], names: Sequence[str], picture: Path, examples: int = 2) -> str:
+def compare(
+    runs: Sequence[Path],
+    names: Sequence[str],
+    picture: Path,
+    examples: int = 2,
+    overrides: Sequence[str] = (),
+    allow_imports: bool = False,
+) -> str:
     """Draw `picture` and return a table: run, best mIoU, its step, steps in all.
 
     The class IoUs are those of each run's best evaluation, the predictions those of its best.pt on validation images of
-    the first run's data set.
+    the first run's data set. `overrides` and `allow_imports` are those of `seg.models.from_checkpoint`.
 
     Raises:
         UserError: a folder that holds no run, or one without an evaluation; bad data; a picture that can't be written.
@@ -34,7 +44,8 @@ def compare(runs: Sequence[Path], names: Sequence[str], picture: Path, examples:
         Run(name, run / METRICS, {k.removeprefix("IoU/"): v for k, v in row["scalars"].items() if k.startswith("IoU/")})
         for run, name, row in zip(runs, names, best, strict=True)
     ]
-    plot_runs(drawn, picture, _examples(runs, names, examples))
+    load = partial(from_checkpoint, overrides=overrides, allow_imports=allow_imports)
+    plot_runs(drawn, picture, _examples(runs, names, examples, load))
     width = max(len(name) for name in names)
     lines = [f"{'run':<{width}}  best mIoU  at step"]
     lines += [f"{n:<{width}}  {100 * r['score']:>8.2f}%  {r['step']:>7}" for n, r in zip(names, best, strict=True)]
@@ -51,13 +62,15 @@ def _best(run: Path) -> Mapping[str, Any]:
     return max(rows, key=lambda row: float(row["score"]))
 
 
-def _examples(runs: Sequence[Path], names: Sequence[str], wanted: int) -> list[Example]:
+def _examples(
+    runs: Sequence[Path], names: Sequence[str], wanted: int, load: Callable[[Path], tuple[nn.Module, SegConfig, Any]]
+) -> list[Example]:
     if wanted < 1:
         return []
     samples: list[Sample] = []
     predictions: list[dict[str, Any]] = []
     for run, name in zip(runs, names, strict=True):
-        model, cfg, _ = from_checkpoint(run / BEST)
+        model, cfg, _ = load(run / BEST)
         if not samples:
             every = Cityscapes(cfg.data.root, cfg.data.val_split).samples
             places = np.linspace(0, len(every) - 1, min(wanted, len(every))).round()

@@ -8,13 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from engine.config import ExperimentConfig, Section
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=16)]
-Three = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0)]
+
+
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"found {list(pair)}, expected the smaller factor first")
+    return pair
 
 
 class DataConfig(Section):
@@ -28,15 +34,15 @@ class DataConfig(Section):
     """Length in pixels to which the shorter side is brought before random scaling; null keeps the image's own size."""
     crop: tuple[Side, Side] = (512, 1024)
     """Height and width of a training crop in pixels; a smaller scaled image is padded (label 255)."""
-    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    scale: Annotated[tuple[Positive, Positive], AfterValidator(_rising)] = (0.5, 2.0)
     """Range of the random scale factor; it is drawn uniformly."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     color_jitter: Fraction = 0.0
     """Strength of random brightness, contrast and saturation, and a tenth of it as hue; 0 turns it off."""
-    mean: Three = (0.485, 0.456, 0.406)
+    mean: tuple[Fraction, Fraction, Fraction] = (0.485, 0.456, 0.406)
     """Mean of the RGB channels in [0, 1] that is subtracted."""
-    std: Three = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     """Standard deviation of the RGB channels in [0, 1] that is divided by."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 1
     """Validation images a process handles at once; images of another size than their neighbours go alone."""
@@ -47,7 +53,8 @@ class DataConfig(Section):
 
 class ModelConfig(Section):
     name: str = "deeplabv3_resnet50"
-    """Name of the network, see seg.models.available()."""
+    """Name of the network: fcn_resnet50, fcn_resnet101, deeplabv3_resnet50, deeplabv3_resnet101,
+    deeplabv3_mobilenet_v3_large or lraspp_mobilenet_v3_large."""
     backbone_weights: str | None = None
     """Pretrained backbone: null (random), 'torchvision' (downloaded), or a path to a file of weights."""
     output_stride: Literal[8, 16, 32] = 8
@@ -58,7 +65,7 @@ class ModelConfig(Section):
 
 class LossConfig(Section):
     name: str = "cross_entropy"
-    """Name of the loss, see seg.losses.available()."""
+    """Name of the loss: cross_entropy."""
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     """A weight for each of the 19 classes, in the order of the train ids; null weighs all pixels alike."""
     aux_weight: Annotated[float, Field(ge=0)] = 0.5

@@ -228,11 +228,14 @@ def _figure(path: Path | str, size: tuple[float, float]) -> Iterator[Figure]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    kind = Path(path).suffix.lstrip(".") or "png"
+    if kind not in FigureCanvasAgg.get_supported_filetypes():
+        raise UserError(f"{path}: cannot draw a .{kind} file; choose .png, .pdf or .svg")
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     yield figure
     data = io.BytesIO()
-    figure.savefig(data, format=Path(path).suffix.lstrip(".") or "png")
+    figure.savefig(data, format=kind)
     write_bytes(path, data.getvalue())
 
 

@@ -87,20 +87,21 @@ def evaluate_checkpoint(
     split: str | None = None,
     pictures: int | None = None,
     allow_imports: bool = False,
-) -> tuple[Scores, dict[str, Rgb]] | None:
+) -> tuple[Scores, dict[str, Rgb], str] | None:
     """Score a checkpoint's model on the device, and among the processes, that its config and torchrun say.
 
     `overrides` (key=value) change the config, such as data.root or runtime.device; `allow_imports` permits the stored
-    config to import its modules. The result is that of
-    `evaluate_model` on rank 0 and None on the others.
+    config to import its modules. The result is that of `evaluate_model` and the name of the split on rank 0, None on
+    the others.
     """
     from engine.prepare import session
     from seg.models import from_checkpoint
 
     model, cfg, _ = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
     with session(cfg.runtime) as device:
-        result = evaluate_model(model.to(device), cfg, split=split, pictures=pictures)
-        return result if distributed.is_main() else None
+        split = split or cfg.data.val_split
+        scores, panels = evaluate_model(model.to(device), cfg, split=split, pictures=pictures)
+        return (scores, panels, split) if distributed.is_main() else None
 
 
 def evaluate_folder(predictions: Path | str, ground_truth: Path | str, workers: int | None = None) -> Scores:
@@ -179,13 +180,8 @@ def pair_files(predictions: Path, ground_truth: Path) -> list[tuple[Path, Path]]
     return pairs
 
 
-def report(
-    result: tuple[Scores, Mapping[str, Rgb]] | None, json_file: Path | None = None, out: Path | None = None
-) -> None:
-    """Print the table and write the files asked for; `result` is None on ranks that have nothing to say."""
-    if result is None:
-        return
-    scores, pictures = result
+def report(scores: Scores, pictures: Mapping[str, Rgb], json_file: Path | None = None, out: Path | None = None) -> None:
+    """Print the table and write the files asked for."""
     print(scores.table())
     if json_file:
         write_json(scores, json_file)

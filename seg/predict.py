@@ -94,6 +94,7 @@ class Predictor:
             window=cfg.predict.window,
             overlap=cfg.predict.overlap,
             batch_size=cfg.data.eval_batch_size,
+            amp={"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.runtime.amp],
         )
 
     def predict(self, image: Array) -> Array:

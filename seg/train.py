@@ -36,7 +36,8 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
             model = models.build(cfg.model, pretrained=state is None)
             images = models.blank_images() if state else (batch["image"] for batch in training.epoch(0))
             prepared = prepare(model, cfg, images=images)
-            log.message(prepared.report)
+            log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
+            log.message("\n".join(line for line in prepared.report.splitlines() if " | " not in line))
 
             def evaluate(network: nn.Module, max_batches: int | None) -> Evaluation:
                 scores, panels = evaluate_model(network, cfg, batches=validation, max_batches=max_batches)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, fail
+from engine.errors import program
 
 
+@program
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="a .pt file of tools/train.py")
@@ -35,20 +36,19 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if [args.checkpoint is None, args.predictions is None, args.ground_truth is None] not in ([0, 1, 1], [1, 0, 0]):
         parser.error("give either a checkpoint, or both --predictions and --ground-truth")
+    if args.predictions and (args.split or args.device or args.overrides or args.allow_imports):
+        parser.error("--split, --device, --allow-imports and key=value go with a checkpoint, not with --predictions")
     from seg import evaluate
 
-    try:
-        if args.checkpoint:
-            overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])
-            result = evaluate.evaluate_checkpoint(
-                args.checkpoint, overrides, args.split, allow_imports=args.allow_imports
-            )
-            out = args.out or args.checkpoint.with_name(f"scores_{args.split or 'val'}")
-            evaluate.report(result, args.json or out / "scores.json", out)
-        else:
-            evaluate.report((evaluate.evaluate_folder(args.predictions, args.ground_truth), {}), args.json, args.out)
-    except UserError as error:
-        return fail(error)
+    if args.checkpoint:
+        overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])
+        result = evaluate.evaluate_checkpoint(args.checkpoint, overrides, args.split, allow_imports=args.allow_imports)
+        if result is not None:  # None on all but the first of several processes
+            scores, pictures, split = result
+            out = args.out or args.checkpoint.with_name(f"scores_{split}")
+            evaluate.report(scores, pictures, args.json or out / "scores.json", out)
+    else:
+        evaluate.report(evaluate.evaluate_folder(args.predictions, args.ground_truth), {}, args.json, args.out)
     return 0
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, fail
+from engine.errors import program
 from seg import sample
 
 
+@program
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder to write; new, empty, or rendered with the same parameters")
@@ -24,10 +25,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures (%(default)s)")
     args = parser.parse_args()
     counts = {split: getattr(args, split) for split in sample.COUNTS}
-    try:
-        root = sample.render(args.root, seed=args.seed, size=sample.parse_size(args.size), counts=counts)
-    except UserError as error:
-        return fail(error)
+    root = sample.render(args.root, seed=args.seed, size=sample.parse_size(args.size), counts=counts)
     each = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(f"{sum(counts.values())} synthetic street scenes in {root}: {each}")
     return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, fail
+from engine.errors import program
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,21 +47,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        from engine.prepare import session
-        from seg.label_files import label_files
-        from seg.models import from_checkpoint
-        from seg.predict import Predictor
+    from engine.prepare import session
+    from seg.label_files import label_files
+    from seg.models import from_checkpoint
+    from seg.predict import Predictor
 
-        model, cfg, _ = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
-        with session(cfg.runtime) as device:
-            predict = Predictor.from_config(model, cfg, device).predict
-            limit = int(args.max_megapixels * 1e6)
-            summary = label_files(predict, args.inputs, args.out, args.save, max_pixels=limit)
-    except UserError as error:
-        return fail(error)
+    model, cfg, _ = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
+    with session(cfg.runtime) as device:
+        predict = Predictor.from_config(model, cfg, device).predict
+        limit = int(args.max_megapixels * 1e6)
+        summary = label_files(predict, args.inputs, args.out, args.save, max_pixels=limit)
     print(summary)
     return 1 if summary.problems else 0
 

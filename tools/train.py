@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, fail
+from engine.errors import UserError, program
 
 
 def schema(task: str) -> type[Any]:
@@ -29,6 +29,7 @@ def schema(task: str) -> type[Any]:
     return SegConfig
 
 
+@program
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML file, such as those in configs/")
@@ -39,18 +40,15 @@ def main() -> int:
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the work directory's last.pt, or from a file")
     parser.add_argument("--show", action="store_true", help="print the resolved config and where each key comes from")
     args = parser.parse_intermixed_args()
-    try:
-        from engine.config import load, show
+    from engine.config import load, show
 
-        loaded: Any = load(args.config, args.overrides, schema)
-        if args.show:
-            print(show(loaded), end="")
-            return 0
-        from seg import train
+    loaded: Any = load(args.config, args.overrides, schema)
+    if args.show:
+        print(show(loaded), end="")
+        return 0
+    from seg import train
 
-        result = train.run(loaded, args.work_dir or Path("runs", args.config.stem), args.resume)
-    except UserError as error:
-        return fail(error)
+    result = train.run(loaded, args.work_dir or Path("runs", args.config.stem), args.resume)
     return 1 if result.stopped else 0
 
 

@@ -48,6 +48,7 @@ def run_dir(tmp_path_factory, sample_root: Path) -> Path:
 
 def test_a_run_leaves_everything_a_user_expects(run_dir: Path):
     names = {path.name for path in run_dir.iterdir()}
+    assert "FastDeconv(block=" in (run_dir / "norm.txt").read_text()
     assert {"best.pt", "last.pt", "config.yaml", "metrics.jsonl", "curves.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -83,8 +84,8 @@ def test_scores_of_the_checkpoint_are_those_of_the_run(run_dir: Path):
     stored = checkpoint.load(run_dir / "best.pt")
     result = evaluate_checkpoint(run_dir / "best.pt", ["runtime.workers=0"])
     assert result is not None
-    scores, pictures = result
-    assert scores.mean_iou == pytest.approx(stored["best_score"], abs=1e-9) and len(pictures) == 1
+    scores, pictures, split = result
+    assert split == "val" and scores.mean_iou == pytest.approx(stored["best_score"], abs=1e-9) and len(pictures) == 1
     assert math.isfinite(scores.mean_iiou)
 
 
@@ -191,3 +192,35 @@ def test_broken_label_in_validation_shows_before_the_first_step(loaded, sample_r
     with pytest.raises(UserError, match=rf"{label.name}.*77"):
         train.run(loaded(f"data.root={root}"), tmp_path / "work")
     assert not (tmp_path / "work/last.pt").exists()
+
+
+def test_a_longer_schedule_takes_effect_at_once(loaded, tmp_path: Path):
+    work = tmp_path / "longer"
+    train.run(loaded("length=2 steps"), work)
+    train.run(loaded("length=4 steps"), work, "auto")
+    rows = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    rates = {row["step"]: next(iter(row["rates"].values())) for row in rows if row["kind"] == "train"}
+    assert rates[3] == pytest.approx(0.01 * (1 - 2 / 4) ** 0.9)
+
+
+def test_a_run_that_starts_from_anothers_checkpoint_gets_its_own_best(loaded, run_dir: Path, tmp_path: Path):
+    result = train.run(loaded("length=6 steps"), tmp_path / "new", str(run_dir / "last.pt"))
+    assert result.step == 6 and (tmp_path / "new/best.pt").exists()
+
+
+def test_weights_that_blow_up_are_found_before_the_evaluation(loaded, tmp_path: Path):
+    options = ["optim.lr=1e18", "report.log_every=100 steps", "report.eval_every=2 steps", "length=2 steps"]
+    with pytest.raises(UserError, match=r"after step 2 the weights are spoilt|the loss became"):
+        train.run(loaded(*options), tmp_path / "work")
+
+
+def test_statistics_of_an_image_are_validated():
+    from seg.config import DataConfig
+
+    for key, value, text in (
+        ("scale", (2, 0.5), "expected the smaller factor first"),
+        ("std", (0, 1, 1), "greater than 0"),
+        ("mean", (100, 0, 0), "less than or equal to 1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            DataConfig(**{key: value})
