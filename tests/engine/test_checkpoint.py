@@ -237,5 +237,5 @@ def test_files_older_than_the_batch_counter_load() -> None:
     """torchvision's first ImageNet weights have no num_batches_tracked."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     state = {name: value + 1 for name, value in model.state_dict().items() if "num_batches" not in name}
-    checkpoint.load_weights(model, state, "old.pth")
+    load_weights(model, state, "old.pth")
     assert torch.equal(model[1].running_mean, torch.ones(4)) and int(model[1].num_batches_tracked) == 0
