@@ -10,6 +10,7 @@ DATA ?= data/sample
 DEMO ?= runs/demo$(if $(filter-out data/sample,$(DATA)),-$(notdir $(abspath $(DATA))))
 CONFIG = configs/seg/sample.yaml
 OPTIONS = data.root=$(DATA) $(SET)
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test lint install clean
 
@@ -34,7 +35,7 @@ data/sample/complete: | install
 
 demo: install $(if $(filter data/sample,$(DATA)),data/sample/complete)
 	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/bn --resume auto $(OPTIONS)
-	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/deconv --resume auto norm.name=deconv $(OPTIONS)
+	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/deconv --resume auto norm.name=deconv optim.lr=0.1 $(OPTIONS)
 	for run in bn deconv; do \
 	  $(PY) tools/evaluate.py $(DEMO)/$$run/best.pt || exit 1; \
 	done
