@@ -3,7 +3,8 @@
     report = norm.convert(model, "deconv")      # in place; print(report) says what was done
     plain = norm.fold(model)                    # after training: a copy with plain convolutions
 
-Read `whitening` (the mathematics), `layers`, `registry`, `recipes`, `convert`, `fold`, in this order.
+Read `whitening` (the mathematics), `layers`, `registry`, `recipes`, `plan`, `convert`, `calibration`, `fold`, in this
+order; `adapters` and `other_layers` are for looking things up.
 """
 
 from norm import recipes as _recipes  # registers the recipes that the toolkit brings

@@ -123,6 +123,7 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
     for name in vars(old):
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name:
             setattr(new, name, getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
 
 
 def _describe(layer: nn.Module) -> str:

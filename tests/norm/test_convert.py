@@ -217,6 +217,15 @@ def test_hooks_move_to_the_new_layer_and_its_folded_one_and_can_be_removed():
     assert seen == [FastDeconv, nn.Conv2d]
 
 
+def test_backward_hooks_move_too():
+    model = block()
+    seen = []
+    model[0].register_full_backward_hook(lambda layer, inputs, outputs: seen.append(outputs[0].shape))
+    norm.convert(model, "deconv")
+    model(torch.randn(2, 3, 9, 9)).sum().backward()
+    assert seen == [(2, 8, 7, 7)]
+
+
 def test_feature_extractor_with_hooks_converts_and_folds():
     model = timm.create_model("efficientnet_b0", features_only=True, feature_location="expansion").eval()
     norm.convert(model, "deconv", block=16)
