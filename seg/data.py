@@ -249,8 +249,8 @@ class TrainBatches:
         self.global_batch, self.count, self.seed, self.rank = cfg.batch_size, len(samples), cfg.runtime.seed, rank
         if self.count < self.global_batch:
             raise UserError(
-                f"batch_size: the split {cfg.data.train_split!r} in {cfg.data.root} has {self.count} images, fewer than "
-                f"batch_size {self.global_batch}; give a smaller one."
+                f"batch_size: the split {cfg.data.train_split!r} in {cfg.data.root} has {self.count} images, fewer "
+                f"than batch_size {self.global_batch}; give a smaller one."
             )
         self._plan = _Plan()
         dataset = _Reporting(SegDataset(samples, cfg.data, self.seed))
