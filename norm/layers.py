@@ -167,9 +167,10 @@ class FastDeconv(_Whitening, nn.Conv2d):
         return mean, deconv
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.freeze and prefix + "steps" in state_dict:
+        if self.freeze:
+            state_dict.setdefault(prefix + "steps", self.steps)  # the authors' weights have no count
             self._steps = int(state_dict[prefix + "steps"])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The input, padded where symmetric zeros do not say it all, and the padding left to do."""

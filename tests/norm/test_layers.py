@@ -181,6 +181,13 @@ def test_a_held_layer_uses_the_running_averages_and_resumes_its_count():
     assert torch.equal(other.running_deconv, layer.running_deconv) and int(other.steps) == int(layer.steps) == 14
 
 
+def test_weights_without_a_count_load():
+    layer = FastDeconv(3, 4, 3, freeze=True)
+    state = layer.state_dict()
+    del state["steps"]
+    FastDeconv(3, 4, 3, freeze=True).load_state_dict(state)
+
+
 def test_evaluation_does_not_count_freeze_steps():
     layer = FastDeconv(3, 4, 3, freeze=True).eval()
     layer(torch.randn(1, 3, 9, 9))
