@@ -122,6 +122,10 @@ class OptimConfig(Section):
     def _consistent(self) -> OptimConfig:
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
             raise ValueError("nesterov: true needs name: sgd and momentum above 0")
+        if self.schedule != "multistep" and self.milestones:
+            raise ValueError(f"milestones have no effect with schedule: {self.schedule}; set schedule: multistep")
+        if self.name == "sgd" and self.betas != (0.9, 0.999):
+            raise ValueError("betas have no effect with name: sgd; set name: adamw")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("schedule: multistep needs milestones, such as ['20 epochs', '25 epochs']")
         return self

@@ -269,6 +269,11 @@ def test_stored_config_imports_nothing_unless_allowed(tmp_path: Path, monkeypatc
         ("report: {log_every: 0 steps}\n", "x.yaml:4: report.log_every: found '0 steps', expected more than 0"),
         ("optim: {schedule: multistep}\n", "x.yaml:4: optim: schedule: multistep needs milestones"),
         ("optim: {nesterov: true, momentum: 0}\n", "x.yaml:4: optim: nesterov: true needs name: sgd and momentum"),
+        (
+            "optim: {milestones: [1 epoch]}\n",
+            "x.yaml:4: optim: milestones have no effect with schedule: poly; set schedule: multistep",
+        ),
+        ("optim: {betas: [0.8, 0.9]}\n", "x.yaml:4: optim: betas have no effect with name: sgd; set name: adamw"),
         ("optim:\n  lr: 1\n  lr: 2\n", "x.yaml: line 6: the key 'lr' is written twice"),
         ("data: {root: !!python/name:os.system ''}\n", "x.yaml: line 4: not a value this config may hold"),
         ("data: [\n", "x.yaml: not valid YAML: line 5, column 1:"),
