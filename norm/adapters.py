@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError
-from norm.other_layers import Padded, SamePad2d
+from norm.other_layers import FrozenBatchNorm2d, Padded, SamePad2d
 from norm.recipes import conv_arguments, copy_conv
 
 Kind = Literal["norm", "conv", "linear"]
 Rebuild = Callable[[nn.Module], nn.Module]
 
-_FROZEN = {"torchvision.ops.misc.FrozenBatchNorm2d", "norm.layers.FrozenBatchNorm2d"}
+_FROZEN = {"torchvision.ops.misc.FrozenBatchNorm2d", f"{FrozenBatchNorm2d.__module__}.{FrozenBatchNorm2d.__qualname__}"}
 _NORM_ACT = {
     "timm.layers.norm_act.BatchNormAct2d",
     "timm.layers.norm_act.SyncBatchNormAct",

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import norm
-from norm import Delinear, FastDeconv
+from norm import Delinear, FastDeconv, other_layers
 
 
 def block() -> nn.Sequential:
@@ -178,8 +178,9 @@ def test_weight_standardised_convs_hand_over_the_weight_they_use(kind):
     torch.testing.assert_close(model(x), want)
 
 
-def test_frozen_batch_norm_of_torchvision_is_a_norm():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4))
+@pytest.mark.parametrize("frozen", [FrozenBatchNorm2d, other_layers.FrozenBatchNorm2d])
+def test_frozen_batch_norm_is_a_norm(frozen):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), frozen(4))
     norm.convert(model, "gn", groups=2)
     assert isinstance(model[1], nn.GroupNorm)
 
