@@ -84,18 +84,20 @@ def convert(
         calibration.apply(swaps, observed)
     rows = []
     replacements: dict[int, nn.Module] = {}
+    undo: dict[int, nn.Module] = {}
     for swap in swaps:
         new = swap.new
         if new is not swap.old:
             new.train(swap.old.training)
             share_hooks(swap.old, new)
             replacements[id(swap.old)] = new
+            undo[id(new)] = swap.old
         rows.append(Row(swap.names[0], _describe(swap.old), _describe(new), swap.why, new is not swap.old))
     replace(model, replacements)
     try:
         deviation = None if observed is None else calibration.deviation(model, observed)
     except BaseException:
-        replace(model, {id(new): old for new, old in ((s.new, s.old) for s in swaps) if new is not old})
+        replace(model, undo)
         raise
     if any(swap.kind == "norm" and isinstance(swap.core, nn.Identity) for swap in swaps):
         _work_out_of_place(model)

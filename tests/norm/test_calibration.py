@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torchvision
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 import norm
@@ -192,15 +193,15 @@ def test_a_model_that_fails_after_the_swap_is_put_back():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.calls = nn.Conv2d(3, 4, 1), 0
+            self.conv, self.bn, self.calls = Conv2dSame(3, 4, 3, stride=2), BatchNormAct2d(4), 0
 
         def forward(self, x):
             self.calls += 1
             if self.calls == 2:
                 raise RuntimeError("the second run fails")
-            return self.conv(x)
+            return self.bn(self.conv(x))
 
     model = Twice()
     with pytest.raises(RuntimeError, match="the second run fails"):
         norm.convert(model, "deconv", calibrate=torch.randn(2, 3, 4, 4))
-    assert type(model.conv) is nn.Conv2d
+    assert type(model.conv) is Conv2dSame and type(model.bn) is BatchNormAct2d
