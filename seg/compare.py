@@ -29,7 +29,7 @@ def compare(
     overrides: Sequence[str] = (),
     allow_imports: bool = False,
 ) -> str:
-    """Draw `picture` and return a table: run, best mIoU, its step, steps in all.
+    """Draw `picture` and return a table: run, best mIoU, the step of it.
 
     The class IoUs are those of each run's best evaluation, the predictions those of its best.pt on validation images of
     the first run's data set. `overrides` and `allow_imports` are those of `seg.models.from_checkpoint`.
