@@ -86,7 +86,7 @@ def convert_norm(model: nn.Module, section: NormConfig, calibrate: Iterable[Tens
 
 
 def prepare(model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor] | None = None) -> Prepared:
-    """Norm recipe, device, memory layout, checks, compile, DistributedDataParallel, in that order.
+    """Device, norm recipe, memory layout, checks, compile, DistributedDataParallel, in that order.
 
     Call it inside `session`. `images` are batches N x C x H x W to calibrate with; `norm.calibrate_batches` of them are
     used. `model` is changed in place.
@@ -96,9 +96,9 @@ def prepare(model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor]
     """
     device = current_device(cfg.runtime)
     wanted = cfg.norm.calibrate_batches
-    batches = list(islice(images, wanted)) if images is not None and wanted else None
+    model.to(device)  # first, since calibration runs the network
+    batches = [batch.to(device) for batch in islice(images, wanted)] if images is not None and wanted else None
     report = [convert_norm(model, cfg.norm, batches)]
-    model.to(device)
     if cfg.runtime.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
