@@ -1,6 +1,7 @@
 # make demo    environment, sample data, batch norm and deconvolution trained, scored and drawn (DATA=/path/to/cityscapes: on that)
 # make test    environment, every test
 # make lint    ruff and mypy
+# SET="length='2 epochs' ..." changes keys of the demo's config, ARGS=tests/norm chooses tests.
 # Nothing is needed but Python >= 3.10 with pip and venv (PYTHON=python3.11 chooses one).
 
 PYTHON ?= python3
@@ -39,7 +40,8 @@ demo: install $(if $(filter data/sample,$(DATA)),data/sample/complete)
 	for run in bn deconv; do \
 	  $(PY) tools/evaluate.py $(DEMO)/$$run/best.pt || exit 1; \
 	done
-	$(PY) tools/predict.py $(DEMO)/deconv/best.pt $(DATA)/leftImg8bit/test --out $(DEMO)/predictions --save labels color overlay
+	city=$$(ls -d '$(DATA)'/leftImg8bit/test/*/ '$(DATA)'/leftImg8bit/val/*/ 2>/dev/null | head -n 1); \
+	  $(PY) tools/predict.py $(DEMO)/deconv/best.pt "$$city" --out $(DEMO)/predictions --save labels color overlay
 	$(PY) tools/compare.py $(DEMO)/bn $(DEMO)/deconv --names "batch norm" "deconvolution" --out $(DEMO)/demo.png
 	@echo "Look at $(DEMO)/demo.png, and at the street images labelled in $(DEMO)/predictions/overlay."
 
