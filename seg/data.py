@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from engine import images
 from engine.errors import UserError
 from engine.signals import ignore_interrupt
-from seg import images
 from seg.config import DataConfig, SegConfig
 from seg.labels import IGNORE, Ids, damaged, png_header, read_bytes, read_instance_ids, read_label_ids, to_train_ids
 
@@ -123,7 +123,7 @@ class Cityscapes:
 
 
 def read_rgb(path: Path) -> Rgb:
-    """An image of the data set as RGB uint8 (H, W, 3). PNGs in RGB take a fast way, all else `seg.images.read_image`.
+    """An image of the data set as RGB uint8 (H, W, 3). RGB PNGs take a fast way, all else `engine.images.read_image`.
 
     Raises:
         UserError: unreadable, empty, truncated, too many pixels, not an image.

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.errors import UserError
+from engine.images import write_bytes
 from seg import labels
-from seg.images import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

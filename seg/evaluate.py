@@ -15,10 +15,10 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
+from engine.images import write_png
 from seg import draw
 from seg.config import SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
-from seg.images import write_png
 from seg.labels import TRAIN_CLASSES, TRAIN_LABEL_IDS, read_instance_ids, read_label_ids, to_label_ids, to_train_ids
 from seg.metrics import ConfusionMatrix, Scores, mean
 from seg.predict import Predictor

@@ -13,8 +13,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engine.errors import UserError
+from engine.images import MAX_PIXELS, Array, check_writable, find_images, read_image, show, write_png
 from seg import draw, labels
-from seg.images import MAX_PIXELS, Array, check_writable, find_images, read_image, show, write_png
 
 KINDS = {"labels": "_labelIds.png", "color": "_color.png", "overlay": "_overlay.png"}
 """What `label_files` can save, and how the files end."""

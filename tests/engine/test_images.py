@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import struct
 import zlib
 from pathlib import Path
@@ -15,9 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from engine.errors import UserError
-from seg import images, labels
-from seg.images import Found, find_images, read_image, show, write_png
-from seg.label_files import Summary, label_files
+from engine.images import Found, find_images, read_image, write_png
 
 RAMP = np.stack(np.meshgrid(np.arange(0, 250, 10), np.arange(0, 240, 20)), -1).astype(np.uint8)
 RGB = np.dstack([RAMP, RAMP[..., :1] // 2])  # 12 x 25, no two pixels alike
@@ -27,11 +24,6 @@ def save(path: Path, image: Image.Image | None = None, **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     (image or Image.fromarray(RGB)).save(path, **options)
     return path
-
-
-def fake(image: np.ndarray) -> np.ndarray:
-    """Train ids from the red channel."""
-    return (image[..., 0] % 19).astype(np.uint8)
 
 
 # reading
@@ -343,154 +335,3 @@ def test_a_link_in_the_way_is_replaced_not_followed(tmp_path: Path) -> None:
     (tmp_path / "x.png").symlink_to(precious)
     write_png(tmp_path / "x.png", RGB[::-1])
     assert precious.read_bytes() == before and not (tmp_path / "x.png").is_symlink()
-
-
-# label_files
-
-
-def run(inputs: list[Any], out: Path, *kinds: str, **options: Any) -> tuple[Summary, list[str]]:
-    said: list[str] = []
-    return label_files(fake, inputs, out, kinds or ("labels",), say=said.append, **options), said
-
-
-def tree(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir())
-
-
-def test_label_files_writes_all_kinds(tmp_path: Path) -> None:
-    save(tmp_path / "in/ulm/ulm_000001_000019_leftImg8bit.png")
-    summary, said = run([tmp_path / "in"], tmp_path / "out", "labels", "color", "overlay")
-    assert str(summary) == "1 image labelled" and "25 x 12" in said[0]
-    stem = "ulm/ulm_000001_000019_leftImg8bit"
-    expected = [f"color/{stem}_color.png", f"labels/{stem}_labelIds.png", f"overlay/{stem}_overlay.png"]
-    assert tree(tmp_path / "out") == expected
-    color, label, overlay = (Image.open(tmp_path / "out" / name) for name in expected)
-    ids = fake(RGB)
-    assert label.mode == "L" and np.array_equal(np.asarray(label), labels.to_label_ids(ids))
-    assert color.mode == "RGB" and np.array_equal(np.asarray(color), labels.TRAIN_COLORS[ids])
-    assert overlay.mode == "RGB" and overlay.height > 12
-
-
-def test_the_official_evaluation_pairs_the_labels(tmp_path: Path, sample_root: Path) -> None:
-    from seg.evaluate import pair_files
-
-    run([sample_root / "leftImg8bit/val"], tmp_path, "labels", "color", "overlay")
-    pairs = pair_files(tmp_path / "labels", sample_root / "gtFine/val")
-    assert len(pairs) == 2
-    for prediction, truth in pairs:
-        assert prediction.name.startswith(truth.name.removesuffix("_gtFine_labelIds.png"))
-
-
-def test_one_bad_file_stops_nothing(tmp_path: Path) -> None:
-    save(tmp_path / "in/a.png")
-    save(tmp_path / "in/z.png")
-    (tmp_path / "in/m.jpg").write_text("hello")
-    (tmp_path / "in/n.png").touch()
-    summary, said = run([tmp_path / "in", tmp_path / "typo.png"], tmp_path / "out")
-    assert summary.done == 2 and len(summary.problems) == 3 and len(said) == 4
-    assert tree(tmp_path / "out") == ["labels/a_labelIds.png", "labels/z_labelIds.png"]
-    text = str(summary)
-    assert text.startswith("2 images labelled, 3 problems:\n")
-    assert all(name in text for name in ("typo.png", "m.jpg", "n.png"))
-
-
-def test_a_failing_prediction_stops_nothing_either(tmp_path: Path) -> None:
-    save(tmp_path / "a.png")
-    save(tmp_path / "b.png", Image.fromarray(RGB[:5]))
-
-    def predict(image: np.ndarray) -> np.ndarray:
-        if len(image) == 12:
-            raise UserError("The network's output is not finite.")
-        return fake(image)
-
-    summary = label_files(predict, [tmp_path / "a.png", tmp_path / "b.png"], tmp_path / "out", say=lambda _: None)
-    assert (summary.done, summary.problems) == (1, [f"{tmp_path / 'a.png'}: The network's output is not finite."])
-
-
-@pytest.mark.parametrize("out", ["in/out", "in", "in/deep/out", "other"])
-def test_own_outputs_are_not_read_again(tmp_path: Path, out: str) -> None:
-    save(tmp_path / "in/a.png")
-    for _ in range(3):
-        for inputs in ([tmp_path / "in"], [f"{tmp_path}/in/**/*.png"], [*(tmp_path / "in").iterdir()]):
-            summary, said = run(inputs, tmp_path / out, "labels", "color", "overlay")
-            assert len(said) == 1 and not summary.problems
-    assert len(tree(tmp_path)) == 4
-
-
-def test_nothing_but_own_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path / "out/color/a_color.png")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="out/color: only outputs of this program, which are left out"):
-        run(["out/color"], tmp_path / "out")
-
-
-def test_two_inputs_of_one_name_get_two_outputs(tmp_path: Path) -> None:
-    save(tmp_path / "a/x.png")
-    save(tmp_path / "b/x.png", Image.fromarray(RGB[:5]))
-    run([tmp_path / "a/x.png", tmp_path / "b/x.png"], tmp_path / "out")
-    assert tree(tmp_path / "out") == ["labels/a/x_labelIds.png", "labels/b/x_labelIds.png"]
-    assert Image.open(tmp_path / "out/labels/b/x_labelIds.png").height == 5
-
-
-def test_odd_names_are_kept_and_can_be_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in [os.fsdecode(b"in/caf\xe9.png"), "in/new\nline.png", "in/東京 [1].png", "in/%s {}.png"]:
-        save(tmp_path / name)
-    summary = label_files(fake, [tmp_path / "in"], tmp_path / "out")
-    assert summary.done == 4 and not summary.problems
-    said = capsys.readouterr().out
-    assert len(said.splitlines()) == 4 and "new\\nline.png" in said and "caf\\udce9" in said
-    assert (tmp_path / "out/labels" / os.fsdecode(b"caf\xe9_labelIds.png")).is_file()
-    assert show("tab\there") == "tab\\there"
-
-
-def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
-    picture = save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"no\*: no such file.*; .*typo: no such file"):
-        run([tmp_path / "no*", tmp_path / "typo"], tmp_path / "out")
-    with pytest.raises(UserError, match=r"Cannot save colour; choose from labels, color, overlay"):
-        run([picture], tmp_path / "out", "labels", "colour")
-    with pytest.raises(UserError, match="Cannot save nothing"):
-        label_files(fake, [picture], tmp_path / "out", [])
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_output_folder_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
-    picture = save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=rf"{re.escape(str(picture))}: cannot write there \(File exists\)"):
-        run([picture], picture)
-    with pytest.raises(UserError, match=r"below: cannot write there \(Not a directory\)"):
-        run([picture], picture / "below")
-
-
-def test_permissions(tmp_path: Path) -> None:
-    picture, secret = save(tmp_path / "a.png"), save(tmp_path / "b.png")
-    secret.chmod(0)
-    if os.access(secret, os.R_OK):
-        pytest.skip("this user (root) may read and write everything")
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    with pytest.raises(UserError, match="closed: cannot write there .Permission denied"):
-        run([picture], closed)
-    summary, _ = run([picture, secret], tmp_path / "out")
-    assert summary.problems == [f"{secret}: cannot be read (Permission denied)."]
-
-
-def test_a_file_that_may_not_be_opened_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture, secret = save(tmp_path / "a.png"), save(tmp_path / "b.png")
-    real = open
-
-    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if Path(path) == secret:
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr(images, "open", refuse, raising=False)
-    summary, _ = run([picture, secret], tmp_path / "out")
-    assert (summary.done, summary.problems) == (1, [f"{secret}: cannot be read (Permission denied)."])
-
-
-def test_too_long_a_name_is_reported(tmp_path: Path) -> None:
-    save(tmp_path / "in" / ("x" * 250 + ".png"))
-    save(tmp_path / "in/a.png")
-    summary, _ = run([tmp_path / "in"], tmp_path / "out")
-    assert summary.done == 1 and "cannot be written (File name too long)" in summary.problems[0]
