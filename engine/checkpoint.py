@@ -85,6 +85,11 @@ def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
         ) from error
 
 
+def task(path: str | Path) -> str:
+    """The task of a checkpoint, such as `seg`. Raises UserError as `load`."""
+    return str(load(path)["task"])
+
+
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint that `save` wrote, without running any code that it may hold.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, cast
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import core_schema
 
 from engine import yaml_layers
@@ -81,8 +81,8 @@ class Section(BaseModel):
 
 
 class OptimConfig(Section):
-    name: Literal["sgd", "adamw"] = "sgd"
-    """Optimiser."""
+    name: Literal["sgd", "adam", "amsgrad", "adamw"] = "sgd"
+    """Optimiser; amsgrad is adam with the largest second moment so far."""
     lr: Positive = 0.01
     """Learning rate after warm-up, for the global batch size."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -90,9 +90,9 @@ class OptimConfig(Section):
     nesterov: bool = False
     """Nesterov momentum of sgd; needs momentum > 0."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay rates of adamw's two moments."""
+    """Decay rates of the two moments of adam, amsgrad and adamw."""
     weight_decay: NotNegative = 1e-4
-    """Weight decay: added to the gradient by sgd, decoupled in adamw."""
+    """Weight decay: added to the gradient, but decoupled in adamw."""
     decay_norm_bias: bool = True
     """Decay one-dimensional parameters (norm weights and biases) too; false leaves them undecayed."""
     backbone_lr_factor: Positive = 1.0
@@ -125,7 +125,7 @@ class OptimConfig(Section):
         if self.schedule != "multistep" and self.milestones:
             raise ValueError(f"milestones have no effect with schedule: {self.schedule}; set schedule: multistep")
         if self.name == "sgd" and self.betas != (0.9, 0.999):
-            raise ValueError("betas have no effect with name: sgd; set name: adamw")
+            raise ValueError("betas have no effect with name: sgd; set name: adam, amsgrad or adamw")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("schedule: multistep needs milestones, such as ['20 epochs', '25 epochs']")
         return self
@@ -211,10 +211,23 @@ class ExperimentConfig(Section):
     """Images a process computes at once; null: its whole share of the batch. A smaller one accumulates gradients."""
     optim: OptimConfig = OptimConfig()
     norm: NormConfig = NormConfig.model_construct()
+    recipes: dict[str, dict[str, Any]] = {}
+    """What `norm` holds for this network when norm.name is a certain recipe: its name -> options, overrides. Keys
+    written under `norm` itself win."""
     runtime: RuntimeConfig = RuntimeConfig()
     report: ReportConfig = ReportConfig()
     imports: tuple[str, ...] = ()
     """Python modules to import first, such as one that registers a norm recipe."""
+
+    @field_validator("recipes")
+    @classmethod
+    def _known_recipes(cls, recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, section in recipes.items():
+            try:
+                NormConfig(**{**section, "name": name})
+            except ValidationError as error:
+                raise ValueError(f"{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        return recipes
 
     def split(self, world_size: int) -> Split:
         """Divide the global batch among `world_size` processes.
@@ -278,6 +291,7 @@ def _resolve(layers: list[Layer], schema: Schema[C], source: str, import_from: s
     layer: Layer = {}
     for above in layers:
         layer = _merge(layer, above)
+    layer = _with_recipe(layer)
     data = yaml_layers.to_plain(layer)
     imports = data.get("imports") or []
     if import_from is not None and isinstance(imports, list | tuple):
@@ -313,6 +327,16 @@ def _merge(below: Layer, above: Layer) -> Layer:
         if yaml_layers.to_plain(new["name"]) != before:
             below = {**below, "norm": {}}
     return yaml_layers.merge(below, above)
+
+
+def _with_recipe(layer: Layer) -> Layer:
+    """Put what `recipes` says about the chosen recipe below what `norm` says itself."""
+    section, recipes = layer.get("norm", {}), layer.get("recipes")
+    if not isinstance(section, dict) or not isinstance(recipes, dict):
+        return layer
+    name = yaml_layers.to_plain(section).get("name", NormConfig.model_fields["name"].default)
+    chosen = recipes.get(name) if isinstance(name, str) else None
+    return {**layer, "norm": yaml_layers.merge(chosen, section)} if isinstance(chosen, dict) else layer
 
 
 def _import(names: Sequence[Any], source: str, folder: str) -> None:

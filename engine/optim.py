@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -53,9 +53,11 @@ def parameter_groups(
 
 
 def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> Optimizer:
-    """SGD or AdamW over the groups of `parameter_groups`."""
+    """The optimiser that `cfg` names, over the groups of `parameter_groups`."""
     if cfg.name == "adamw":
         return AdamW(groups, lr=cfg.lr, betas=cfg.betas)
+    if cfg.name in ("adam", "amsgrad"):
+        return Adam(groups, lr=cfg.lr, betas=cfg.betas, amsgrad=cfg.name == "amsgrad")
     return SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
 
 

@@ -118,8 +118,8 @@ class Log:
         memory = _peak_memory()
         width = len(str(self._total))
         words = [f"step {step:>{width}}/{self._total}", f"epoch {step / self._per_epoch:.2f}", f"loss {loss:.4f}"]
-        if len(parts) > 1:
-            words[-1] += " (" + " ".join(f"{name} {value:.4f}" for name, value in parts.items()) + ")"
+        if more := {name: value for name, value in parts.items() if len(parts) > 1 or value != loss}:
+            words[-1] += " (" + " ".join(f"{name} {value:.4f}" for name, value in more.items()) + ")"
         words += [f"{name if name == 'lr' else 'lr ' + name} {rate:.3g}" for name, rate in rates.items()]
         words += [f"{speed:.1f} img/s", f"{memory / 2**30:.1f} GiB", f"left {_clock(left)}"]
         self.message("  ".join(words))

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from norm import whitening
-from norm.layers import Delinear, FastDeconv, NormError
+from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError
 from norm.other_layers import ChannelAffine
 from norm.plan import Swap
 
@@ -88,6 +88,8 @@ def observe(model: nn.Module, swaps: list[Swap], batches: Tensor | Iterable[Tens
     """
     if not any(isinstance(swap.core, (FastDeconv, Delinear)) for swap in swaps):
         raise NormError("calibrate= goes with a recipe that whitens, such as deconv; this one does not")
+    if any(isinstance(part, ChannelDeconv) for swap in swaps for part in swap.new.modules()):
+        raise NormError("calibrate= cannot keep the function of a network that gets ChannelDeconv layers; use delinear=True")
     seen = Observed()
     with _evaluation(model), ExitStack() as stack, torch.no_grad():
         for swap in swaps:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from norm.layers import Delinear, FastDeconv, NormError, check_options
+from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError, check_options
 from norm.other_layers import FrozenBatchNorm2d, WSConv2d
 from norm.registry import Place, Recipe, register
 from norm.whitening import Grouping
@@ -200,6 +200,9 @@ class Deconv(Recipe):
     fc_block: int = 0
     """Features whitened together in linear layers, which become Delinear; 0 keeps them. Not for attention blocks that
     read the weights of their linear layers themselves (torch's TransformerEncoderLayer, torchvision's Swin)."""
+    delinear: bool = True
+    """False: linear layers stay, and a ChannelDeconv with blocks of fc_block stands before each (the authors' other
+    way, `--delinear False`)."""
 
     def __post_init__(self) -> None:
         check_options(self.block, self.n_iter, self.eps, self.momentum, self.sampling_stride)
@@ -209,6 +212,8 @@ class Deconv(Recipe):
                 f"deconv: freeze_iter={self.freeze_iter} and last_block={self.last_block} must be at least 1, "
                 f"fc_block={self.fc_block} at least 0"
             )
+        if not self.delinear and self.fc_block == 0:
+            raise NormError("deconv: delinear=False has no effect with fc_block=0; set fc_block, such as 64")
 
     def override(self, options: dict[str, Any]) -> Recipe:
         """An n_iter or block given for some layers holds for the first and the last too, if they are among them."""
@@ -240,6 +245,14 @@ class Deconv(Recipe):
     def linear(self, old: nn.Linear, at: Place) -> nn.Module:
         if self.fc_block == 0:
             return old
+        if not self.delinear:
+            block = min(self.fc_block, old.in_features)
+            whitening = ChannelDeconv(
+                block, n_iter=self.n_iter, momentum=self.momentum, sampling_stride=self.sampling_stride
+            )
+            linear = nn.Linear(old.in_features, old.out_features, old.bias is not None)
+            linear.load_state_dict(old.state_dict())
+            return nn.Sequential(whitening, _like(old, linear)).to(old.weight.device, old.weight.dtype)
         new = Delinear(
             old.in_features,
             old.out_features,

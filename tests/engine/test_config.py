@@ -261,7 +261,7 @@ def test_stored_config_imports_nothing_unless_allowed(tmp_path: Path, monkeypatc
         ("optim: {nesterov: 1}\n", "x.yaml:4: optim.nesterov: found 1, expected a valid boolean"),
         ("micro_batch: true\n", "x.yaml:4: micro_batch: found True, expected a valid integer"),
         ("micro_batch: 2.5\n", "x.yaml:4: micro_batch: found 2.5, expected a valid integer"),
-        ("optim: {name: sgdd}\n", "x.yaml:4: optim.name: found 'sgdd', expected 'sgd' or 'adamw'"),
+        ("optim: {name: sgdd}\n", "x.yaml:4: optim.name: found 'sgdd', expected 'sgd', 'adam', 'amsgrad' or 'adamw'"),
         ("optim: fast\n", "x.yaml:4: optim: found 'fast', expected a section with keys"),
         ("optim: {lr: {a: 1}}\n", "x.yaml:4: optim.lr: found {'a': 1}, expected a valid number"),
         ("data: {crop: [1, x]}\n", "x.yaml:4: data.crop[1]: found 'x', expected a valid integer"),
@@ -273,7 +273,7 @@ def test_stored_config_imports_nothing_unless_allowed(tmp_path: Path, monkeypatc
             "optim: {milestones: [1 epoch]}\n",
             "x.yaml:4: optim: milestones have no effect with schedule: poly; set schedule: multistep",
         ),
-        ("optim: {betas: [0.8, 0.9]}\n", "x.yaml:4: optim: betas have no effect with name: sgd; set name: adamw"),
+        ("optim: {betas: [0.8, 0.9]}\n", "x.yaml:4: optim: betas have no effect with name: sgd; set name: adam, amsgrad or adamw"),
         ("optim:\n  lr: 1\n  lr: 2\n", "x.yaml: line 6: the key 'lr' is written twice"),
         ("data: {root: !!python/name:os.system ''}\n", "x.yaml: line 4: not a value this config may hold"),
         ("data: [\n", "x.yaml: not valid YAML: line 5, column 1:"),
@@ -338,3 +338,24 @@ def test_bad_bases(tmp_path: Path) -> None:
         "x.yaml: base files may be nested 2 deep, this goes deeper: x.yaml -> a.yaml -> b.yaml -> c.yaml"
     )
     assert load(tmp_path / "a.yaml", [], ToyConfig).config.batch_size == 8
+
+
+def test_recipes_give_a_norm_its_options_when_it_is_chosen(tmp_path):
+    text = "task: t\nlength: 1 epoch\nbatch_size: 2\nrecipes:\n  deconv: {fc_block: 8, overrides: {a.*: {n_iter: 1}}}\n"
+    (tmp_path / "x.yaml").write_text(text)
+    assert load(tmp_path / "x.yaml", [], ExperimentConfig).config.norm.options == {}
+    loaded = load(tmp_path / "x.yaml", ["norm.name=deconv", "norm.block=16"], ExperimentConfig)
+    assert loaded.config.norm.options == {"fc_block": 8, "block": 16}
+    assert loaded.config.norm.overrides == {"a.*": {"n_iter": 1}}
+    assert loaded.origins["norm.fc_block"] == f"{tmp_path / 'x.yaml'}:5" and "x.yaml:5" in show(loaded)
+    won = load(tmp_path / "x.yaml", ["norm.name=deconv", "norm.fc_block=0"], ExperimentConfig)
+    assert won.config.norm.options == {"fc_block": 0}
+    (tmp_path / "saved.yaml").write_text(loaded.text)
+    assert load(tmp_path / "saved.yaml", [], ExperimentConfig).config == loaded.config
+
+
+def test_recipes_are_checked_though_another_is_chosen(tmp_path):
+    text = "task: t\nlength: 1 epoch\nbatch_size: 2\nrecipes: {deconv: {blocks: 8}}\n"
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match="x.yaml:4: recipes.*deconv.*no option 'blocks' .did you mean 'block'"):
+        load(tmp_path / "x.yaml", [], ExperimentConfig)

@@ -73,6 +73,16 @@ def test_options_reach_the_optimiser() -> None:
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.2, (0.7, 0.8), 0.3)
 
 
+def test_adam_and_amsgrad_add_the_decay_to_the_gradient():
+    for name in ("adam", "amsgrad"):
+        cfg = OptimConfig(name=name, lr=0.2, betas=(0.7, 0.8), weight_decay=0.3)
+        adam = build_optimizer(parameter_groups(Net(), cfg), cfg)
+        assert type(adam) is torch.optim.Adam
+        group = adam.param_groups[0]
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (0.2, (0.7, 0.8), 0.3)
+        assert group["amsgrad"] is (name == "amsgrad")
+
+
 def course(total: int = 10, per_epoch: int = 2, **options: Any) -> list[float]:
     factor = schedule_factor(OptimConfig(**options), total, per_epoch)
     return [factor(step) for step in range(total)]

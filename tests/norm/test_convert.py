@@ -286,3 +286,29 @@ def test_pre_activation_network_of_timm_trains():
     norm.convert(model, "deconv", block=16)
     model(torch.randn(2, 3, 64, 64)).logsumexp(1).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_without_delinear_the_features_are_whitened_before_a_plain_linear_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+    weight = model[3].weight.detach().clone()
+    report = norm.convert(model, "deconv", fc_block=4, delinear=False)
+    whitening, linear = model[3]
+    assert isinstance(whitening, norm.ChannelDeconv) and whitening.block == 4
+    assert type(linear) is nn.Linear and torch.equal(linear.weight, weight)
+    assert "ChannelDeconv(block=4, n_iter=5) + Linear" in str(report)
+    images = torch.randn(8, 3, 9, 9)
+    model(images).sum().backward()
+    assert torch.isfinite(linear.weight.grad).all()
+    model.eval()
+    plain = norm.fold(model)
+    assert not any(isinstance(module, norm.ChannelDeconv) for module in plain.modules())
+    torch.testing.assert_close(plain(images), model(images))
+
+
+def test_delinear_without_effect_is_refused():
+    with pytest.raises(norm.NormError, match="delinear=False has no effect with fc_block=0"):
+        norm.convert(nn.Linear(2, 2), "deconv", delinear=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(norm.NormError, match="use delinear=True"):
+        norm.convert(model, "deconv", fc_block=4, delinear=False, calibrate=torch.randn(4, 3, 3, 3))
