@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -157,7 +158,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
             self.steps.fill_(self._steps)
             if held:  # copies, since the next call may move the averages before the gradient of this one is taken
                 return self.running_mean.clone(), self.running_deconv.clone()
-        mean, deconv = whitening.statistics(self.patches(x, padding), self.eps, self.n_iter)
+        mean, deconv = whitening.statistics(x, partial(self.patches, padding=padding), self.eps, self.n_iter)
         if self.freeze and torch.compiler.is_compiling():  # a branch on the count would cut the graph in two
             mask = self._held(self.steps)
             self.steps.add_(1)
@@ -256,7 +257,7 @@ class Delinear(_Whitening, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            mean, deconv = whitening.statistics(self.patches(x), self.eps, self.n_iter)
+            mean, deconv = whitening.statistics(x, self.patches, self.eps, self.n_iter)
             self._track(mean, deconv)
             weight, bias = whitening.fold_weight(self.weight, self.bias, mean, deconv, 1, "channel")
         else:
@@ -350,7 +351,8 @@ class ChannelDeconv(_Whitening):
         rows = blocks.reshape(self.block, -1)
         mean, deconv = self.running_mean, self.running_deconv
         if self.training:
-            mean, deconv = whitening.statistics(rows[:, :: self._every(x)], self.eps, self.n_iter)
+            every = self._every(x)
+            mean, deconv = whitening.statistics(rows, lambda rows: rows[:, ::every], self.eps, self.n_iter)
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self._rate())
                 self.running_deconv.lerp_(deconv.to(self.running_mean.dtype), self._rate())

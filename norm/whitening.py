@@ -23,6 +23,7 @@ One D serves all C / B blocks of an ungrouped convolution: their patches are sta
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -99,6 +100,41 @@ def mean_and_covariance(patches: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, centred @ centred.mT / patches.shape[-1] + eps * eye
 
 
+class _Moments(torch.autograd.Function):
+    """`mean_and_covariance` of patches that are gathered from x, with a gradient of one product.
+
+    The gradient gathers the patches again from x, which the convolution keeps anyway: with G the covariance's gradient
+    and g the mean's, a patch gets (G + G^T)(patch - mu) / rows + g / rows; the centred patches sum to zero, so that no
+    term comes from mu in the covariance.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gather: Callable[[Tensor], Tensor], eps: float) -> tuple[Tensor, Tensor]:
+        mean, covariance = mean_and_covariance(_wide(gather(x)), eps)
+        ctx.save_for_backward(x, mean)
+        ctx.gather = gather
+        return mean, covariance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_mean: Tensor, to_covariance: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        x, mean = ctx.saved_tensors
+        with torch.enable_grad():
+            source = x.detach().requires_grad_()
+            patches = ctx.gather(source)
+        centred = _wide(patches.detach()) - mean.unsqueeze(-1)
+        grad = torch.baddbmm(
+            to_mean.reshape(-1, to_mean.shape[-1], 1),
+            *((each.reshape(-1, *each.shape[-2:])) for each in (to_covariance + to_covariance.mT, centred)),
+        ).div_(patches.shape[-1])
+        (to_x,) = torch.autograd.grad(patches, source, grad.view(patches.shape).to(patches.dtype))
+        return to_x, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def inverse_sqrt(matrix: Tensor, n_iter: int) -> Tensor:
     """`n_iter` Newton-Schulz steps towards A^(-1/2) of symmetric positive definite A, (..., F, F).
 
@@ -159,11 +195,16 @@ class _Spectral(torch.autograd.Function):
         return (vectors @ inner @ vectors.mT).to(grad.dtype), None
 
 
-def statistics(patches: Tensor, eps: float, n_iter: int) -> tuple[Tensor, Tensor]:
-    """Mean (F,) or (G F,) and deconv D of grouped patches; float32 under autocast, float64 stays float64."""
-    with torch.autocast(device_type=patches.device.type, enabled=False):
-        wide = patches if patches.dtype == torch.float64 else patches.float()
-        mean, covariance = mean_and_covariance(wide, eps)
+def statistics(x: Tensor, gather: Callable[[Tensor], Tensor], eps: float, n_iter: int) -> tuple[Tensor, Tensor]:
+    """Mean (F,) or (G F,) and deconv D of the patches `gather(x)`, (F, rows) or (G, F, rows), where `gather` is linear.
+
+    float32 under autocast, float64 stays float64.
+    """
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        if torch.compiler.is_compiling():  # the compiler saves what it likes and cuts the products itself
+            mean, covariance = mean_and_covariance(_wide(gather(x)), eps)
+        else:
+            mean, covariance = _Moments.apply(x, gather, eps)  # type: ignore[no-untyped-call]
         return mean.flatten(), inverse_sqrt(covariance, n_iter)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import numpy as np
 from torch import nn
 
 from engine.errors import UserError
-from engine.report import METRICS, read_metrics
+from engine.report import METRICS
 from engine.resume import BEST
+from engine.runs import best_evaluation
 from seg.config import SegConfig
 from seg.data import Cityscapes, Sample, read_pair
 from seg.draw import Example, Run, plot_runs
@@ -39,7 +40,7 @@ def compare(
     """
     if len(set(names)) < len(names):
         raise UserError(f"two runs are called the same, {', '.join(names)}; give each a name with --names")
-    best = [_best(run) for run in runs]
+    best = [best_evaluation(run) for run in runs]
     drawn = [
         Run(name, run / METRICS, {k.removeprefix("IoU/"): v for k, v in row["scalars"].items() if k.startswith("IoU/")})
         for run, name, row in zip(runs, names, best, strict=True)
@@ -50,16 +51,6 @@ def compare(
     lines = [f"{'run':<{width}}  best mIoU  at step"]
     lines += [f"{n:<{width}}  {100 * r['score']:>8.2f}%  {r['step']:>7}" for n, r in zip(names, best, strict=True)]
     return "\n".join([*lines, f"drawn in {picture}"])
-
-
-def _best(run: Path) -> Mapping[str, Any]:
-    """The evaluation with the highest score."""
-    rows = [row for row in read_metrics(run / METRICS) if row.get("kind") == "eval" and row.get("score") is not None]
-    if not rows:
-        raise UserError(
-            f"{run}: no evaluation in {run / METRICS}; expected the work directory of a run that was scored"
-        )
-    return max(rows, key=lambda row: float(row["score"]))
 
 
 def _examples(

@@ -22,11 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from engine import images
+from engine import images, loading
 from engine.errors import UserError
-from engine.signals import ignore_interrupt
 from seg.config import DataConfig, SegConfig
 from seg.labels import IGNORE, Ids, damaged, png_header, read_bytes, read_instance_ids, read_label_ids, to_train_ids
 
@@ -245,27 +244,21 @@ class TrainBatches:
     """
 
     def __init__(self, samples: Sequence[Sample], cfg: SegConfig, world: int, rank: int) -> None:
-        self.batch_size, self.accumulation = cfg.split(world)
-        self.global_batch, self.count, self.seed, self.rank = cfg.batch_size, len(samples), cfg.runtime.seed, rank
-        if self.count < self.global_batch:
-            raise UserError(
-                f"batch_size: the split {cfg.data.train_split!r} in {cfg.data.root} has {self.count} images, fewer "
-                f"than batch_size {self.global_batch}; give a smaller one."
-            )
-        self._plan = _Plan()
-        dataset = _Reporting(SegDataset(samples, cfg.data, self.seed))
-        self._loader = _loader(dataset, cfg, batch_sampler=self._plan, collate_fn=_stack, persistent_workers=True)
+        where = f"the split {cfg.data.train_split!r} in {cfg.data.root}"
+        self._order = loading.Order(len(samples), cfg, world, rank, where)
+        self.accumulation = self._order.accumulation
+        self._plan = loading.Plan()
+        dataset = loading.Reporting(SegDataset(samples, cfg.data, cfg.runtime.seed))
+        self._loader = loading.loader(
+            dataset, cfg, batch_sampler=self._plan, collate_fn=loading.stack, persistent_workers=True
+        )
 
     def __len__(self) -> int:
-        return self.count // self.global_batch * self.accumulation
+        return len(self._order)
 
     def order(self, epoch: int) -> list[list[int]]:
         """Sample indices of each micro-batch of this rank in `epoch`."""
-        shuffled = np.random.default_rng([0, self.seed, epoch]).permutation(self.count)
-        steps = shuffled[: len(self) // self.accumulation * self.global_batch].reshape(-1, self.global_batch)
-        share = self.batch_size * self.accumulation
-        mine = steps[:, self.rank * share : (self.rank + 1) * share]
-        return [[int(i) for i in micro] for micro in mine.reshape(-1, self.batch_size)]
+        return self._order.epoch(epoch).tolist()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of `epoch` from micro-batch `start` on; those before are not decoded.
@@ -274,7 +267,7 @@ class TrainBatches:
         """
         self._plan.batches = [[(epoch, index) for index in micro] for micro in self.order(epoch)[start:]]
         for batch in self._loader:
-            yield _checked(batch)
+            yield loading.checked(batch)
 
 
 class EvalBatches:
@@ -283,17 +276,17 @@ class EvalBatches:
 
     def __init__(self, samples: Sequence[Sample], cfg: SegConfig, world: int, rank: int) -> None:
         self.samples = list(samples[rank::world])
-        self._loader = _loader(
-            _Reporting(EvalDataset(self.samples)),
+        self._loader = loading.loader(
+            loading.Reporting(EvalDataset(self.samples)),
             cfg,
             sampler=range(len(self.samples)),
             batch_size=cfg.data.eval_batch_size,
-            collate_fn=_sound,
+            collate_fn=loading.sound,
         )
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         for items in self._loader:
-            yield _checked(items)
+            yield loading.checked(items)
 
 
 def train_batches(cfg: SegConfig, world: int = 1, rank: int = 0) -> TrainBatches:
@@ -304,62 +297,3 @@ def train_batches(cfg: SegConfig, world: int = 1, rank: int = 0) -> TrainBatches
 def eval_batches(cfg: SegConfig, split: str | None = None, world: int = 1, rank: int = 0) -> EvalBatches:
     """Batches of a split (default `data.val_split`) for scoring. Raises UserError as `Cityscapes`."""
     return EvalBatches(Cityscapes(cfg.data.root, split or cfg.data.val_split).samples, cfg, world, rank)
-
-
-class _Plan:
-    """The (epoch, index) keys of the batches to load next, read by a DataLoader whose workers outlive an epoch."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-
-class _Reporting(Dataset[Any]):
-    """Returns a UserError instead of raising it: a DataLoader would wrap it in the traceback of its worker."""
-
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, key: Any) -> Any:
-        try:
-            return self.dataset[key]
-        except UserError as error:
-            return error
-
-
-def _sound(items: list[Any]) -> list[Any] | UserError:
-    """The items, or the first error among them."""
-    return next((item for item in items if isinstance(item, UserError)), items)
-
-
-def _stack(items: list[Any]) -> dict[str, Any] | UserError:
-    sound = _sound(items)
-    if isinstance(sound, UserError):
-        return sound
-    batch: dict[str, Any] = {key: torch.stack([item[key] for item in sound]) for key in ("image", "target")}
-    return {**batch, "name": [item["name"] for item in sound]}
-
-
-def _checked(result: Any) -> Any:
-    if isinstance(result, UserError):
-        raise UserError(*result.args)  # a new one: an error that its own frames hold would keep the workers alive
-    return result
-
-
-def _loader(dataset: Dataset[Any], cfg: SegConfig, persistent_workers: bool = False, **options: Any) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        num_workers=cfg.runtime.workers,
-        pin_memory=cfg.runtime.device != "cpu" and torch.cuda.is_available(),
-        persistent_workers=persistent_workers and cfg.runtime.workers > 0,
-        worker_init_fn=_start_worker,
-        **options,
-    )
-
-
-def _start_worker(worker: int) -> None:
-    """Workers are the parallelism; more threads in each would fight for the cores."""
-    ignore_interrupt(worker)  # Ctrl-C is for the training loop, which finishes its step and needs its workers for it
-    cv2.setNumThreads(0)

@@ -6,32 +6,24 @@ is given; 255 is void and drawn black. Plots are written to a path, whole or not
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.errors import UserError
-from engine.images import write_bytes
+from engine import plots
+from engine.plots import Record, bars, curves, figure, records
 from seg import labels
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 Array = NDArray[np.uint8]
-Record = Mapping[str, Any]
 
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
-_RUN_COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#17becf")
 
 
 @dataclass(frozen=True)
@@ -100,33 +92,8 @@ def panel(
 
 
 def plot_confusion(matrix: Any, names: Sequence[str], path: Path | str, title: str = "") -> None:
-    """Confusion matrix (K, K), true class by row, each row as percent of its pixels; a class without any is grey."""
-    counts = np.asarray(matrix, dtype=np.float64)
-    if counts.shape != (len(names), len(names)):
-        raise ValueError(f"matrix {counts.shape} does not go with {len(names)} names")
-    total = counts.sum(axis=1, keepdims=True)
-    share = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
-    side = 2.2 + 0.38 * len(names)
-    with _figure(path, (side + 0.6, side)) as figure:
-        axes = figure.add_subplot()
-        axes.set_facecolor("0.88")
-        picture = axes.imshow(np.ma.masked_invalid(share), cmap="Blues", vmin=0, vmax=1)
-        for row, column in np.argwhere(share >= 0.005):
-            value = share[row, column]
-            axes.text(
-                column,
-                row,
-                f"{100 * value:.0f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if value > 0.5 else "0.15",
-            )
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
-        axes.tick_params(length=0, labelsize=8)
-        axes.set(xlabel="predicted", ylabel="true", title=title or "Confusion, % of the true class's pixels")
-        figure.colorbar(picture, ax=axes, fraction=0.045, pad=0.02, format=lambda x, _: f"{100 * x:.0f} %")
+    """`engine.plots.plot_confusion` of counted pixels."""
+    plots.plot_confusion(matrix, names, path, title or "Confusion, % of the true class's pixels")
 
 
 def plot_class_iou(
@@ -137,8 +104,8 @@ def plot_class_iou(
     runs = class_iou if isinstance(first, Mapping) else {"": class_iou}
     runs = cast(Mapping[str, Mapping[str, float | None]], runs)
     classes = list(dict.fromkeys(name for run in runs.values() for name in run))
-    with _figure(path, (7, 1.4 + len(classes) * (0.16 + 0.13 * len(runs)))) as figure:
-        _bars(figure.add_subplot(), runs, classes, title or "Class IoU, %")
+    with figure(path, (7, 1.4 + len(classes) * (0.16 + 0.13 * len(runs)))) as drawn:
+        bars(drawn.add_subplot(), runs, classes, title or "Class IoU, %")
 
 
 def plot_runs(runs: Sequence[Run], path: Path | str, examples: Sequence[Example] = (), title: str = "") -> None:
@@ -149,52 +116,17 @@ def plot_runs(runs: Sequence[Run], path: Path | str, examples: Sequence[Example]
     width = 13.0
     tall = width / columns * ratio + 0.35
     top = max(5.0, 1.2 + len(classes) * (0.12 + 0.1 * len(runs))) if classes else 5.0
-    with _figure(path, (width, top + tall * len(examples))) as figure:
-        parts: Any = figure.subfigures(2, 1, height_ratios=[top, tall * len(examples)]) if examples else [figure]
-        plots = parts[0].subplot_mosaic([["mIoU", "bars"], ["loss", "bars"]] if classes else [["mIoU", "loss"]])
-        _curves(plots["mIoU"], plots["loss"], [(run.name, _records(run.metrics)) for run in runs])
+    with figure(path, (width, top + tall * len(examples))) as drawn:
+        parts: Any = drawn.subfigures(2, 1, height_ratios=[top, tall * len(examples)]) if examples else [drawn]
+        axes = parts[0].subplot_mosaic([["mIoU", "bars"], ["loss", "bars"]] if classes else [["mIoU", "loss"]])
+        rows = [(run.name, records(run.metrics)) for run in runs]
+        curves(axes["mIoU"], axes["loss"], rows, "Mean IoU on the validation split")
         if classes:
-            _bars(plots["bars"], {run.name: run.class_iou or {} for run in runs}, classes, "Class IoU, %")
+            bars(axes["bars"], {run.name: run.class_iou or {} for run in runs}, classes, "Class IoU, %")
         if examples:
             _examples(parts[1], examples, [run.name for run in runs])
         if title:
-            figure.suptitle(title)
-
-
-def _curves(score: Axes, loss: Axes, runs: Sequence[tuple[str, list[Record]]]) -> None:
-    for (name, records), color in zip(runs, _cycle(len(runs)), strict=True):
-        points = [(r["step"], 100 * r["score"]) for r in records if _finite(r.get("score"))]
-        losses = [(r["step"], r["loss"]) for r in records if _finite(r.get("loss"))]
-        best = f", best {max(y for _, y in points):.1f}" if points else ""
-        score.plot(*_columns(points), color=color, marker="o", markersize=3, label=name + best)
-        loss.plot(*_columns(losses), color=color, linewidth=1.2, label=name)
-    score.set(xlabel="step", ylabel="%", title="Mean IoU on the validation split")
-    loss.set(xlabel="step", title="Training loss")
-    for axes in (score, loss):
-        axes.grid(alpha=0.3)
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize=8)
-
-
-def _bars(axes: Axes, runs: Mapping[str, Mapping[str, float | None]], classes: Sequence[str], title: str) -> None:
-    """Horizontal bars, the first class and the first run on top."""
-    height = 0.8 / max(1, len(runs))
-    for i, ((name, scores), color) in enumerate(zip(runs.items(), _cycle(len(runs)), strict=True)):
-        values = [100 * (math.nan if (score := scores.get(c)) is None else score) for c in classes]
-        known = [v for v in values if math.isfinite(v)]
-        mean = f"mean {sum(known) / len(known):.1f}" if known else "no scores"
-        places = np.arange(len(classes)) + (i - (len(runs) - 1) / 2) * height
-        axes.barh(places, np.nan_to_num(values), height * 0.92, color=color, label=f"{name}: {mean}" if name else mean)
-        for y, value in zip(places, values, strict=True):
-            words = f"{value:.1f}" if math.isfinite(value) else "–"
-            axes.text((value if math.isfinite(value) else 0) + 1, y, words, va="center", fontsize=6.5, color="0.3")
-    axes.set_yticks(range(len(classes)), classes, fontsize=8)
-    axes.set(xlim=(0, 108), ylim=(len(classes) - 0.4, -0.6), title=title)
-    axes.set_xticks(range(0, 101, 20))
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=max(1, len(runs)), frameon=False)
+            drawn.suptitle(title)
 
 
 def _examples(figure: Any, examples: Sequence[Example], names: Sequence[str]) -> None:
@@ -208,35 +140,6 @@ def _examples(figure: Any, examples: Sequence[Example], names: Sequence[str]) ->
                 axes.imshow(pixels, interpolation="nearest")
     for axes, text in zip(grid[0], ["image", "label", *names], strict=True):
         axes.set_title(text, fontsize=9)
-
-
-def _records(metrics: Path | str | Sequence[Record]) -> list[Record]:
-    """The records of a metrics.jsonl, or the given ones. Raises UserError if the file is missing or empty."""
-    if not isinstance(metrics, (str, Path)):
-        return list(metrics)
-    from engine.report import read_metrics
-
-    rows: list[Record] = [*read_metrics(metrics)]
-    if not rows:
-        raise UserError(f"{metrics}: missing or without records; the metrics.jsonl of a run is expected here.")
-    return rows
-
-
-@contextmanager
-def _figure(path: Path | str, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure of `size` inches that is saved to `path` on leaving; no global state of pyplot is used."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    kind = Path(path).suffix.lstrip(".") or "png"
-    if kind not in FigureCanvasAgg.get_supported_filetypes():
-        raise UserError(f"{path}: cannot draw a .{kind} file; choose .png, .pdf or .svg")
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    yield figure
-    data = io.BytesIO()
-    figure.savefig(data, format=kind)
-    write_bytes(path, data.getvalue())
 
 
 def _legend(ids: NDArray[Any], width: int, size: int) -> Array:
@@ -304,15 +207,3 @@ def _present(ids: NDArray[Any], by_size: bool = False) -> list[int]:
         return [int(i) for i in (found[np.argsort(-counts[found], kind="stable")] if by_size else found)]
     values, sizes = np.unique(ids, return_counts=True)
     return [int(i) for i in (values[np.argsort(-sizes, kind="stable")] if by_size else values)]
-
-
-def _cycle(count: int) -> list[str]:
-    return [_RUN_COLORS[i % len(_RUN_COLORS)] for i in range(count)]
-
-
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

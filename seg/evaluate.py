@@ -104,6 +104,24 @@ def evaluate_checkpoint(
         return (scores, panels, split) if distributed.is_main() else None
 
 
+def evaluate_and_report(
+    path: Path,
+    overrides: Sequence[str] = (),
+    split: str | None = None,
+    *,
+    json_file: Path | None = None,
+    out: Path | None = None,
+    allow_imports: bool = False,
+) -> None:
+    """`evaluate_checkpoint`, printed and written: pictures to `out` (default `scores_SPLIT` beside the checkpoint), all
+    scores to `json_file` (default `scores.json` in it)."""
+    result = evaluate_checkpoint(path, overrides, split, allow_imports=allow_imports)
+    if result is not None:  # None on all but the first of several processes
+        scores, pictures, split = result
+        out = out or path.with_name(f"scores_{split}")
+        report(scores, pictures, json_file or out / "scores.json", out)
+
+
 def evaluate_folder(predictions: Path | str, ground_truth: Path | str, workers: int | None = None) -> Scores:
     """Score label PNGs as the official evaluation does.
 

@@ -5,17 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import classify.models
+from classify.config import ClassifyConfig
 from engine.config import load, show
 from engine.prepare import convert_norm
 from seg import losses, models
 from seg.config import SegConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs/seg").rglob("*.yaml"))
-EXPERIMENTS = [path for path in CONFIGS if path.parent.name != "base"]
+SEG = sorted((ROOT / "configs/seg").rglob("*.yaml"))
+CLASSIFY = sorted((ROOT / "configs/classify").rglob("*.yaml"))
+EXPERIMENTS = [path for path in SEG + CLASSIFY if path.parent.name != "base"]
+IMAGE = {"folder": (1000, 3, 224), "mnist": (10, 1, 28), "cifar10": (10, 3, 32), "cifar100": (100, 3, 32)}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SEG, ids=lambda path: path.stem)
 def test_loads_builds_and_converts(path):
     loaded = load(path, [], SegConfig)
     cfg = loaded.config
@@ -26,16 +30,57 @@ def test_loads_builds_and_converts(path):
     assert f"name: {cfg.model.name}" in show(loaded)
 
 
+@pytest.mark.parametrize("norm", ["bn", "deconv"])
+@pytest.mark.parametrize("path", CLASSIFY, ids=lambda path: path.stem)
+def test_classifiers_load_build_and_convert(path, norm):
+    loaded = load(path, [f"norm.name={norm}"], ClassifyConfig)
+    cfg = loaded.config
+    classes, channels, size = IMAGE[cfg.data.name]
+    with torch.device("meta"):
+        model = classify.models.build(cfg.model.name, classes, channels, size=size, **cfg.model.options)
+        convert_norm(model, cfg.norm)
+    assert f"name: {cfg.model.name}" in show(loaded)
+    assert cfg.norm.options.get("fc_block") == (None if norm == "bn" else 64 if size == 224 else 512)
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_head_says_what_how_and_what_to_expect(path):
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     text = " ".join(head)
-    assert f"python tools/train.py configs/seg/{path.name}" in text
+    assert f"python tools/train.py {path.relative_to(ROOT)}" in text
     assert "not measured" in text or "mIoU" in text
 
 
+def test_every_network_has_a_config():
+    stems = {path.stem for path in CLASSIFY}
+    for network in classify.models.available():
+        wanted = ["mnist"] if network in ("lenet", "mlp") else ["cifar10", "cifar100"]
+        assert {f"{network}_{data}" for data in wanted} <= stems
+    assert {"vgg11_imagenet", "resnet18_imagenet", "densenet121_imagenet"} <= stems
+
+
+def test_the_papers_recipes_for_classification():
+    cifar = load(ROOT / "configs/classify/vgg16_cifar100.yaml", ["norm.name=deconv"], ClassifyConfig).config
+    optim = cifar.optim
+    assert (str(cifar.length), cifar.batch_size, optim.lr, optim.weight_decay) == ("20 epochs", 128, 0.1, 1e-3)
+    assert (optim.schedule, optim.momentum, cifar.data.crop_padding, cifar.data.flip) == ("cosine", 0.9, 4, 0.5)
+    assert cifar.norm.options == {"fc_block": 512} and cifar.data.name == "cifar100"
+    imagenet = load(ROOT / "configs/classify/resnet18_imagenet.yaml", [], ClassifyConfig).config
+    assert (str(imagenet.length), imagenet.batch_size, imagenet.optim.weight_decay) == ("90 epochs", 256, 1e-4)
+
+
+def test_mobilenets_own_settings():
+    cfg = load(ROOT / "configs/classify/mobilenet_v2_cifar10.yaml", ["norm.name=deconv"], ClassifyConfig).config
+    model = classify.models.build("mobilenet_v2")
+    convert_norm(model, cfg.norm)
+    assert model.stem[0].n_iter == 10 and model.blocks[3].expand[0].n_iter == 5
+    for block in model.blocks:
+        inputs = block.expand[0].in_channels
+        assert block.depthwise[0].n_iter == block.project[0].n_iter == 1 and block.project[0].block == inputs
+
+
 def test_the_named_networks_have_both_norms_in_both_recipes():
-    stems = {path.stem for path in EXPERIMENTS}
+    stems = {path.stem for path in SEG}
     for network in ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50", "fcn_resnet101"):
         for norm in ("bn", "deconv"):
             assert {f"{network}_{norm}", f"{network}_40k_{norm}", f"{network}_80k_{norm}"} <= stems

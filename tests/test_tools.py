@@ -20,6 +20,16 @@ norm: {name: deconv, block: 16}
 runtime: {workers: 0, device: cpu, threads: 1}
 report: {log_every: 1 step, eval_every: 2 steps, tensorboard: false}
 """
+IMAGES = """
+task: classify
+length: 2 steps
+batch_size: 6
+data: {name: folder, val_split: val, size: 32}
+model: {name: vgg11, options: {width: 0.125}}
+norm: {name: deconv, block: 16, fc_block: 16}
+runtime: {workers: 0, device: cpu, threads: 1}
+report: {log_every: 1 step, eval_every: 2 steps, tensorboard: false}
+"""
 
 
 def tool(name: str, *arguments: object, cwd: Path = ROOT, status: int = 0) -> str:
@@ -37,6 +47,14 @@ def project(tmp_path_factory, sample_root: Path) -> Path:
     (folder / "tiny.yaml").write_text(CONFIG)
     tool("train", "tiny.yaml", f"data.root={sample_root}", "--work-dir", "runs/x", cwd=folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(project: Path, image_root: Path) -> str:
+    """The work directory, below the project, of a trained classifier."""
+    (project / "images.yaml").write_text(IMAGES)
+    tool("train", "images.yaml", f"data.root={image_root}", "--work-dir", "runs/c", cwd=project)
+    return "runs/c"
 
 
 def test_every_tool_has_help():
@@ -92,6 +110,53 @@ def test_compare_draws_one_picture_of_two_runs(project: Path):
     assert cv2.imread(str(project / "both.png")) is not None
 
 
+def test_a_classifier_is_scored_and_compared(project: Path, classifier: str):
+    out = tool("evaluate", f"{classifier}/best.pt", cwd=project)
+    assert "tram" in out and "top-1" in out
+    scores = json.loads((project / classifier / "scores_val/scores.json").read_text())
+    rows = [json.loads(line) for line in (project / classifier / "metrics.jsonl").read_text().splitlines()]
+    assert scores["images"] == 9 and scores["top1"] == rows[-1]["score"]
+    pictures = {path.name for path in (project / classifier / "scores_val").glob("*.png")}
+    assert {"confusion.png", "class_accuracy.png", "mistakes.png"} >= pictures >= {"confusion.png"}
+    tool("compare", classifier, classifier, "--names", "one", "two", "--out", "c.png", cwd=project)
+    assert cv2.imread(str(project / "c.png")) is not None
+
+
+def test_a_classifier_tells_the_likeliest_classes(project: Path, classifier: str, image_root: Path):
+    command = ["predict", f"{classifier}/best.pt", image_root / "val/car", "--topk", "2"]
+    out = tool(*command, "--out", "named", cwd=project)
+    assert "3 images classified" in out and out.count(" %, ") == 3
+    assert len((project / "named/predictions.csv").read_text().splitlines()) == 1 + 3 * 2
+    assert tool(*command, cwd=project) == out
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["predict", "runs/c/best.pt", "x.png", "--save", "labels"], "a classifier; --save is for segmentation"),
+        (["predict", "runs/c/best.pt", "x.png"], "x.png: no such file"),
+        (["predict", "runs/x/best.pt", "x.png"], "a segmentation network; give --out DIR"),
+        (["evaluate", "runs/c/best.pt", "--split", "test"], "test"),
+        (["compare", "runs/c", "runs/x", "--out", "o.png"], "runs/x"),
+        (["train", "images.yaml", "data.root=/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes_with_a_classifier(project: Path, classifier: str, arguments: list[str], text: str):
+    err = tool(arguments[0], *arguments[1:], cwd=project, status=2)
+    assert text in err and "error:" in err
+
+
+def test_two_processes_train_one_classifier(project: Path, classifier: str, image_root: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "tools/train.py"), "images.yaml", f"data.root={image_root}", "--work-dir", "runs/c2"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=project, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "batch of 6 = 2 processes x 1 accumulated x 3 images; 2 steps" in done.stdout
+    assert done.stdout.count("(9 images)") == 1
+
+
 @pytest.mark.parametrize(
     "arguments, text",
     [
@@ -99,7 +164,7 @@ def test_compare_draws_one_picture_of_two_runs(project: Path):
         (["train", "tiny.yaml", "optim.lrr=1"], "optim.lrr: unknown key; did you mean optim.lr?"),
         (["train", "tiny.yaml", "norm.blocks=3"], "no option 'blocks' (did you mean 'block'?)"),
         (["train", "tiny.yaml", "data.root=/nowhere"], "make_sample.py"),
-        (["train", "tiny.yaml", "task=paint"], "task: found 'paint', expected seg"),
+        (["train", "tiny.yaml", "task=paint"], "task: found 'paint', expected 'seg' or 'classify'"),
         (["evaluate", "nowhere.pt"], "nowhere.pt: cannot read the checkpoint"),
         (["evaluate", "tiny.yaml"], "tiny.yaml: not a checkpoint"),
         (["evaluate", "--predictions", "none", "--ground-truth", "."], "none (--predictions): no such folder"),

@@ -1,4 +1,4 @@
-"""Draw runs side by side: score and loss curves, class IoUs and predictions, in one picture.
+"""Draw runs side by side: score and loss curves and class scores, of segmentation also predictions, in one picture.
 
 python tools/compare.py runs/bn runs/deconv --out compare.png --names "batch norm" deconvolution --examples 3
 """
@@ -11,7 +11,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import program
+from engine.errors import UserError, program
+
+
+def task_of(runs: list[Path]) -> str:
+    """The task that all runs have in common."""
+    from engine.runs import config
+
+    tasks = {run: str(config(run)["task"]) for run in runs}
+    if len(set(tasks.values())) > 1:
+        listed = ", ".join(f"{run}: {task}" for run, task in tasks.items())
+        raise UserError(f"the runs are of several tasks ({listed}); compare runs of one task")
+    task = tasks[runs[0]]
+    if task not in ("seg", "classify"):
+        raise UserError(f"{runs[0]}: a run of the task {task!r}, expected 'seg' or 'classify'")
+    return task
 
 
 @program
@@ -20,26 +34,27 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="work directories of tools/train.py")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     parser.add_argument("--names", nargs="+", help="what to call the runs (default: their folders' names)")
-    parser.add_argument("--examples", type=int, default=2, help="validation images to show (%(default)s)")
-    parser.add_argument(
+    seg = parser.add_argument_group("segmentation only")
+    seg.add_argument("--examples", type=int, metavar="N", help="validation images to show (2)")
+    seg.add_argument(
         "--set", nargs="+", default=[], metavar="key=value", help="changes to the runs' configs, such as data.root=..."
     )
-    parser.add_argument("--allow-imports", action="store_true", help="run the modules that the runs' configs import")
+    seg.add_argument("--allow-imports", action="store_true", help="run the modules that the runs' configs import")
     args = parser.parse_args()
     if args.names and len(args.names) != len(args.runs):
         parser.error(f"{len(args.names)} names for {len(args.runs)} runs")
-    from seg.compare import compare
+    names = args.names or [run.name for run in args.runs]
+    if task_of(args.runs) == "classify":
+        if args.examples is not None or args.set or args.allow_imports:
+            parser.error("--examples, --set and --allow-imports go with segmentation runs; these are of classification")
+        from classify.compare import compare as compare_classify
 
-    print(
-        compare(
-            args.runs,
-            args.names or [run.name for run in args.runs],
-            args.out,
-            args.examples,
-            args.set,
-            args.allow_imports,
-        )
-    )
+        print(compare_classify(args.runs, names, args.out))
+        return 0
+    from seg.compare import compare as compare_seg
+
+    examples = 2 if args.examples is None else args.examples
+    print(compare_seg(args.runs, names, args.out, examples, args.set, args.allow_imports))
     return 0
 
 

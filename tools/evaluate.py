@@ -1,4 +1,5 @@
-"""Score a checkpoint on a split, or a folder of label PNGs, with the official Cityscapes metric.
+"""Score a checkpoint on a split: a segmentation network with the official Cityscapes metric, a classifier by top-1 and
+top-5. Or score a folder of label PNGs with the Cityscapes metric.
 
 python tools/evaluate.py runs/x/best.pt --split val --out runs/x/val data.root=/data/cityscapes
 python tools/evaluate.py --predictions DIR --ground-truth DIR --json scores.json
@@ -18,7 +19,7 @@ from engine.errors import program
 @program
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="a .pt file of tools/train.py")
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="best.pt or last.pt of a run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to its config")
     parser.add_argument("--split", help="split to score (default: the config's data.val_split)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="same as runtime.device=...")
@@ -38,17 +39,21 @@ def main() -> int:
         parser.error("give either a checkpoint, or both --predictions and --ground-truth")
     if args.predictions and (args.split or args.device or args.overrides or args.allow_imports):
         parser.error("--split, --device, --allow-imports and key=value go with a checkpoint, not with --predictions")
-    from seg import evaluate
+    if args.predictions:
+        from seg.evaluate import evaluate_folder, report
 
-    if args.checkpoint:
-        overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])
-        result = evaluate.evaluate_checkpoint(args.checkpoint, overrides, args.split, allow_imports=args.allow_imports)
-        if result is not None:  # None on all but the first of several processes
-            scores, pictures, split = result
-            out = args.out or args.checkpoint.with_name(f"scores_{split}")
-            evaluate.report(scores, pictures, args.json or out / "scores.json", out)
+        report(evaluate_folder(args.predictions, args.ground_truth), {}, args.json, args.out)
+        return 0
+    from engine.checkpoint import task
+
+    overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])
+    if task(args.checkpoint) == "classify":
+        from classify.evaluate import evaluate_and_report
     else:
-        evaluate.report(evaluate.evaluate_folder(args.predictions, args.ground_truth), {}, args.json, args.out)
+        from seg.evaluate import evaluate_and_report
+    evaluate_and_report(
+        args.checkpoint, overrides, args.split, json_file=args.json, out=args.out, allow_imports=args.allow_imports
+    )
     return 0
 
 

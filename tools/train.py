@@ -1,6 +1,7 @@
 """Train the experiment that a config describes.
 
 python tools/train.py configs/seg/deeplabv3_resnet50_deconv.yaml data.root=/data/cityscapes
+python tools/train.py configs/classify/vgg11_cifar10.yaml norm.name=deconv norm.fc_block=512
 python tools/train.py CONFIG --resume auto --work-dir runs/x optim.lr=0.05 norm.name=bn
 python tools/train.py CONFIG --show
 torchrun --nproc-per-node 8 tools/train.py CONFIG ...
@@ -11,6 +12,7 @@ Exit status: 0 trained, 1 stopped by a signal (go on with --resume auto), 2 a mi
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,15 @@ from engine.errors import UserError, program
 
 def schema(task: str) -> type[Any]:
     """The config class of a task."""
-    if task != "seg":
-        raise UserError(f"task: found {task!r}, expected seg")
-    from seg.config import SegConfig
+    if task == "seg":
+        from seg.config import SegConfig
 
-    return SegConfig
+        return SegConfig
+    if task == "classify":
+        from classify.config import ClassifyConfig
+
+        return ClassifyConfig
+    raise UserError(f"task: found {task!r}, expected 'seg' or 'classify'")
 
 
 @program
@@ -46,9 +52,8 @@ def main() -> int:
     if args.show:
         print(show(loaded), end="")
         return 0
-    from seg import train
-
-    result = train.run(loaded, args.work_dir or Path("runs", args.config.stem), args.resume)
+    trainer = importlib.import_module(f"{loaded.config.task}.train")
+    result = trainer.run(loaded, args.work_dir or Path("runs", args.config.stem), args.resume)
     return 1 if result.stopped else 0
 
 

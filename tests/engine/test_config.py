@@ -273,7 +273,10 @@ def test_stored_config_imports_nothing_unless_allowed(tmp_path: Path, monkeypatc
             "optim: {milestones: [1 epoch]}\n",
             "x.yaml:4: optim: milestones have no effect with schedule: poly; set schedule: multistep",
         ),
-        ("optim: {betas: [0.8, 0.9]}\n", "x.yaml:4: optim: betas have no effect with name: sgd; set name: adam, amsgrad or adamw"),
+        (
+            "optim: {betas: [0.8, 0.9]}\n",
+            "x.yaml:4: optim: betas have no effect with name: sgd; set name: adam, amsgrad or adamw",
+        ),
         ("optim:\n  lr: 1\n  lr: 2\n", "x.yaml: line 6: the key 'lr' is written twice"),
         ("data: {root: !!python/name:os.system ''}\n", "x.yaml: line 4: not a value this config may hold"),
         ("data: [\n", "x.yaml: not valid YAML: line 5, column 1:"),

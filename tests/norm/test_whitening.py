@@ -142,7 +142,7 @@ def test_many_steps_converge_to_the_inverse_root():
 
 def test_gain_is_bounded_for_fewer_rows_than_features():
     patches = torch.randn(50, 3, dtype=torch.float64)
-    _, deconv = whitening.statistics(patches, 1e-5, 5)
+    _, deconv = whitening.statistics(patches, lambda p: p, 1e-5, 5)
     _, covariance = whitening.mean_and_covariance(patches, 1e-5)
     bound = 1.5**5 / covariance.norm().sqrt()
     assert torch.linalg.eigvalsh(deconv).max() <= bound * (1 + 1e-9)
@@ -151,9 +151,9 @@ def test_gain_is_bounded_for_fewer_rows_than_features():
 def test_statistics_are_float32_under_autocast():
     patches = torch.randn(4, 30).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        mean, deconv = whitening.statistics(patches, 1e-5, 5)
+        mean, deconv = whitening.statistics(patches, lambda p: p, 1e-5, 5)
     assert mean.dtype == deconv.dtype == torch.float32
-    want = whitening.statistics(patches.float(), 1e-5, 5)
+    want = whitening.statistics(patches.float(), lambda p: p, 1e-5, 5)
     assert torch.equal(deconv, want[1])
 
 
@@ -163,7 +163,7 @@ def test_unfold_inverts_fold(groups, grouping):
     bias = torch.randn(8, dtype=torch.float64)
     features = 18 if groups == 4 else 36
     patches = torch.randn(*((4,) if groups == 4 else ()), features, 200, dtype=torch.float64)
-    mean, deconv = whitening.statistics(patches, 1e-5, 5)
+    mean, deconv = whitening.statistics(patches, lambda p: p, 1e-5, 5)
     inner = whitening.unfold_weight(weight, bias, mean, deconv, groups, grouping)
     back = whitening.fold_weight(*inner, mean, deconv, groups, grouping)
     torch.testing.assert_close(back[0], weight, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,1 @@
+"""Image classification with any norm: data sets, the paper's networks, training, scores."""

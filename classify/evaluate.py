@@ -1,0 +1,283 @@
+"""Accuracies of a network on a split, and what is written about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from classify import losses
+from classify.config import ClassifyConfig
+from classify.data import DataInfo, describe, eval_batches
+from engine import distributed
+from engine.errors import UserError
+from engine.images import write_bytes
+
+MOST_CLASSES = 100
+"""Data sets with more classes get no confusion matrix and no bars drawn."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrongly classified image."""
+
+    image: Tensor
+    """As the network saw it, without the normalisation: float32 (C, H, W) in [0, 1]."""
+    name: str
+    true: int
+    predicted: int
+    probability: float
+    """Of the predicted class."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was counted on a split."""
+
+    classes: tuple[str, ...]
+    matrix: Tensor
+    """int64 (K, K): images of the true class (row) for which the predicted class (column) was first."""
+    hits5: int
+    """Images whose true class was among the first five."""
+    loss_sum: float
+    mistakes: list[Mistake] = field(default_factory=list)
+    """The surest ones, the surest first; on the first process only."""
+    problems: tuple[str, ...] = ()
+    """Images that could not be read and were left out, as `path: why`."""
+
+    @property
+    def images(self) -> int:
+        return int(self.matrix.sum())
+
+    @property
+    def top1(self) -> float:
+        """Share of images whose first class is the true one."""
+        return int(self.matrix.trace()) / max(self.images, 1)
+
+    @property
+    def top5(self) -> float | None:
+        """Share of images with the true class among the first five; None for five classes or fewer."""
+        return self.hits5 / max(self.images, 1) if len(self.classes) > 5 else None
+
+    @property
+    def loss(self) -> float:
+        """Mean loss, without label smoothing."""
+        return self.loss_sum / max(self.images, 1)
+
+    def accuracies(self) -> dict[str, float | None]:
+        """The share of right answers for each class; None for a class without images."""
+        counts = self.matrix.sum(1).tolist()
+        hits = self.matrix.diagonal().tolist()
+        return {name: h / n if n else None for name, h, n in zip(self.classes, hits, counts, strict=True)}
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers by TensorBoard tag; class accuracies where there are few classes."""
+        found = {"top1": self.top1, "loss": self.loss, **({} if self.top5 is None else {"top5": self.top5})}
+        if len(self.classes) <= MOST_CLASSES:
+            found.update({f"accuracy/{k}": v for k, v in self.accuracies().items() if v is not None})
+        return found
+
+    def line(self) -> str:
+        """One line: accuracies, loss, images, and how many were left out."""
+        five = "" if self.top5 is None else f"  top-5 {100 * self.top5:.2f} %"
+        left_out = f", {len(self.problems)} unreadable ones left out" if self.problems else ""
+        return f"top-1 {100 * self.top1:.2f} %{five}  loss {self.loss:.4f}  ({self.images} images{left_out})"
+
+    def table(self) -> str:
+        """A line for each class, its accuracy and what it is most often taken for; then `line`."""
+        width = max(len(name) for name in self.classes)
+        rows = [f"{'class':<{width}}  accuracy  images  most often taken for"]
+        off = self.matrix.clone().fill_diagonal_(0)
+        for i, (name, share) in enumerate(self.accuracies().items()):
+            worst = int(off[i].argmax())
+            taken = f"{self.classes[worst]} ({int(off[i, worst])})" if off[i, worst] else "-"
+            shown = "-" if share is None else f"{100 * share:.2f} %"
+            rows.append(f"{name:<{width}}  {shown:>8}  {int(self.matrix[i].sum()):>6}  {taken}")
+        return "\n".join([*rows, self.line()])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "loss": self.loss,
+            "images": self.images,
+            "class_accuracy": self.accuracies(),
+            "confusion": self.matrix.tolist(),
+            "classes": list(self.classes),
+            "unreadable": list(self.problems),
+        }
+
+
+def evaluate_model(
+    model: nn.Module,
+    cfg: ClassifyConfig,
+    info: DataInfo,
+    batches: Iterable[dict[str, Any]],
+    *,
+    max_batches: int | None = None,
+    mistakes: int = 0,
+) -> Scores:
+    """Count a network's right and wrong answers, every image on exactly one rank; all ranks get the same numbers.
+
+    Args:
+        model: images (N, C, H, W) -> logits (N, K); it is in eval mode meanwhile and gets its mode back.
+        cfg: the loss.
+        info: classes and normalisation.
+        batches: those of `classify.data.eval_batches`.
+        max_batches: stop after as many on each rank (a trial run); None takes all.
+        mistakes: how many of the surest wrong answers to keep.
+
+    Raises:
+        UserError: bad data (see classify.data), or an output that is not finite.
+    """
+    device, count = next(model.parameters()).device, len(info.classes)
+    each = losses.criterion(cfg.loss.model_copy(update={"label_smoothing": 0.0}))
+    matrix = torch.zeros(count * count, dtype=torch.int64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # among the first five, loss
+    kept: list[Mistake] = []
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in islice(batches, max_batches):
+                image, target = batch["image"].to(device), batch["target"].to(device)
+                logits = model(image).float()
+                first = logits.topk(min(5, count), 1).indices
+                matrix += torch.bincount(target * count + first[:, 0], minlength=count * count)
+                sums += torch.stack([(first == target[:, None]).sum().double(), each(logits, target).sum().double()])
+                if mistakes and distributed.is_main():
+                    kept = _surest([*kept, *_mistakes(batch, image, target, logits, info, mistakes)], mistakes)
+    finally:
+        model.train(training)
+    matrix, sums = distributed.all_reduce_sum(matrix), distributed.all_reduce_sum(sums)
+    if not torch.isfinite(sums).all():
+        raise UserError(
+            "the network's outputs on the split are not finite; a lower optim.lr or optim.clip_norm=1 keeps a training "
+            "from diverging"
+        )
+    problems = [one for part in distributed.gather(list(getattr(batches, "problems", ()))) for one in part]
+    return Scores(
+        info.classes, matrix.view(count, count).cpu(), int(sums[0]), float(sums[1]), kept, tuple(sorted(set(problems)))
+    )
+
+
+def evaluate_checkpoint(
+    path: Path, overrides: Sequence[str] = (), split: str | None = None, *, allow_imports: bool = False
+) -> tuple[Scores, str] | None:
+    """Score a checkpoint's model on the device, and among the processes, that its config and torchrun say.
+
+    `overrides` (key=value) change the config, such as data.root; `allow_imports` permits the stored config to import
+    its modules. The scores and the name of the split on rank 0, None on the others.
+
+    Raises:
+        UserError: see `classify.network.from_checkpoint`; a data set with other classes than the network's.
+    """
+    from classify.network import from_checkpoint
+    from engine.prepare import session
+
+    model, cfg, info = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    with session(cfg.runtime) as device:
+        check_classes(info, describe(cfg.data), path)
+        split = split or cfg.data.val_split
+        batches = eval_batches(cfg, device, split, distributed.world_size(), distributed.rank())
+        if cfg.runtime.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        scores = evaluate_model(model.to(device), cfg, info, batches, mistakes=24)
+        return (scores, split) if distributed.is_main() else None
+
+
+def check_classes(network: DataInfo, data: DataInfo, path: Path | str) -> None:
+    """Raises UserError unless a network's classes and images are those of a data set."""
+    if len(network.classes) != len(data.classes):
+        raise UserError(
+            f"{path}: the network tells {len(network.classes)} classes apart, the data set has {len(data.classes)}; "
+            "choose the data set that it was trained on with data.name and data.root"
+        )
+    if network.classes != data.classes:
+        here, there = next((a, b) for a, b in zip(network.classes, data.classes, strict=True) if a != b)
+        raise UserError(
+            f"{path}: the network's class {here!r} is {there!r} in the data set; the classes and their order must be "
+            "those of the training"
+        )
+    if network.channels != data.channels:
+        raise UserError(
+            f"{path}: the network takes images of {network.channels} channels, the data set's have {data.channels}"
+        )
+
+
+def evaluate_and_report(
+    path: Path,
+    overrides: Sequence[str] = (),
+    split: str | None = None,
+    *,
+    json_file: Path | None = None,
+    out: Path | None = None,
+    allow_imports: bool = False,
+) -> None:
+    """`evaluate_checkpoint`, printed and written: `confusion.png`, `class_accuracy.png` and `mistakes.png` to `out`
+    (default `scores_SPLIT` beside the checkpoint), all scores to `json_file` (default `scores.json` in it).
+
+    Raises:
+        UserError: as `evaluate_checkpoint`; a file cannot be written.
+    """
+    result = evaluate_checkpoint(path, overrides, split, allow_imports=allow_imports)
+    if result is None:  # another process has them
+        return
+    scores, split = result
+    print(scores.table() if len(scores.classes) <= MOST_CLASSES else scores.line())
+    print("\n".join(left_out(scores.problems)), end="\n" if scores.problems else "")
+    out = out or path.with_name(f"scores_{split}")
+    text = json.dumps(scores.to_json(), indent=1, allow_nan=False) + "\n"
+    write_bytes(json_file or out / "scores.json", text.encode())
+    draw(scores, out)
+
+
+def draw(scores: Scores, out: Path) -> None:
+    """Draw the confusion matrix, the class accuracies (both up to MOST_CLASSES) and the mistakes into a folder."""
+    from classify.draw import plot_class_accuracy, plot_mistakes
+    from engine.plots import plot_confusion
+
+    if len(scores.classes) <= MOST_CLASSES:
+        title = "Confusion, % of the true class's images"
+        plot_confusion(scores.matrix.numpy(), scores.classes, out / "confusion.png", title)
+        plot_class_accuracy(scores.accuracies(), out / "class_accuracy.png")
+    if scores.mistakes:
+        plot_mistakes(scores.mistakes, scores.classes, out / "mistakes.png")
+
+
+def left_out(problems: Sequence[str], most: int = 10) -> list[str]:
+    """The images that were left out, in a few lines; none without any."""
+    if not problems:
+        return []
+    more = [f"  ... and {len(problems) - most} more"] if len(problems) > most else []
+    head = f"{len(problems)} unreadable image{'s' if len(problems) > 1 else ''} left out (data.on_error=skip):"
+    return [head, *(f"  {problem}" for problem in problems[:most]), *more]
+
+
+def _mistakes(
+    batch: dict[str, Any], image: Tensor, target: Tensor, logits: Tensor, info: DataInfo, most: int
+) -> list[Mistake]:
+    probability, predicted = logits.softmax(1).max(1)
+    wrong = torch.nonzero(predicted != target)[:, 0]
+    wrong = wrong[probability[wrong].argsort(descending=True)][:most]
+    mean, std = (torch.tensor(values, device=image.device).view(-1, 1, 1) for values in (info.mean, info.std))
+    return [
+        Mistake(
+            (image[i] * std + mean).clamp(0, 1).cpu(),
+            str(batch["name"][i]),
+            int(target[i]),
+            int(predicted[i]),
+            float(probability[i]),
+        )
+        for i in wrong.tolist()
+    ]
+
+
+def _surest(mistakes: list[Mistake], most: int) -> list[Mistake]:
+    return sorted(mistakes, key=lambda one: one.probability, reverse=True)[:most]

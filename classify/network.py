@@ -1,0 +1,145 @@
+"""The network of an experiment: built as the config says, or read back from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from classify import models
+from classify.config import ClassifyConfig, ModelConfig
+from classify.data import DataInfo
+from engine import checkpoint
+from engine.config import from_dict
+from engine.errors import UserError
+from engine.prepare import convert_norm
+
+
+def build(cfg: ModelConfig, info: DataInfo, *, pretrained: bool = True) -> tuple[nn.Module, str]:
+    """The network that `cfg` names, for the classes and images of a data set, and what was done to its weights.
+
+    Args:
+        cfg: name, options, initial weights.
+        info: classes, channels and size.
+        pretrained: load `cfg.weights`; False when a checkpoint will fill all weights anyway.
+
+    Raises:
+        UserError: an unknown name or option, images too small for it, or weights that are missing, of another network,
+            or cannot be downloaded.
+    """
+    if taken := [name for name in ("name", "num_classes", "in_channels", "size") if name in cfg.options]:
+        raise UserError(
+            f"model.options.{taken[0]}: the network's name stands in model.name; its classes, channels and size follow "
+            "from data; give other options here"
+        )
+    model = models.build(cfg.name, len(info.classes), info.channels, size=info.size, **cfg.options)
+    if cfg.init != "default":
+        _initialise(model, cfg.init)
+    said = ""
+    if pretrained and cfg.weights is not None:
+        said = _load(model, cfg)
+    return model, said
+
+
+def blank_images(info: DataInfo) -> list[Tensor]:
+    """Images to calibrate a network with whose weights and statistics a checkpoint replaces afterwards."""
+    return [torch.zeros(2, info.channels, info.size, info.size)]
+
+
+def facts(info: DataInfo) -> dict[str, Any]:
+    """What a checkpoint keeps of its data set, so that it can be used without it."""
+    return {
+        "classes": list(info.classes),
+        "channels": info.channels,
+        "size": info.size,
+        "mean": list(info.mean),
+        "std": list(info.std),
+    }
+
+
+def from_checkpoint(
+    path: Path | str, overrides: Sequence[str] = (), *, allow_imports: bool = False
+) -> tuple[nn.Module, ClassifyConfig, DataInfo]:
+    """The trained network (its average, where one was kept) in evaluation mode, its config, and its data set's facts.
+
+    Args:
+        path: a file that tools/train.py wrote.
+        overrides: `key=value` changes to the stored config.
+        allow_imports: import the modules that the stored config names (they run code).
+
+    Raises:
+        UserError: no such file, damaged, of another task, or weights that do not fit the config.
+    """
+    content = checkpoint.load(path)
+    if content["task"] != "classify":
+        raise UserError(f"{path}: a checkpoint of the task {content['task']!r}, expected one of 'classify'")
+    cfg = from_dict(content["config"], overrides, ClassifyConfig, str(path), allow_imports).config
+    meta = content["meta"]
+    info = DataInfo(
+        tuple(meta["classes"]), int(meta["channels"]), int(meta["size"]), tuple(meta["mean"]), tuple(meta["std"])
+    )
+    model, _ = build(cfg.model, info, pretrained=False)
+    convert_norm(model, cfg.norm, blank_images(info) if cfg.norm.calibrate_batches else None)
+    weights = content["model"] if content["ema"] is None else content["ema"]
+    checkpoint.load_weights(model, weights, path)
+    return model.eval(), cfg, info
+
+
+def _initialise(model: nn.Module, init: str) -> None:
+    """Draw the weights of all convolutions and linear layers anew; their biases become zero."""
+    fill: Any = getattr(nn.init, f"{init}_")
+    options = {"nonlinearity": "relu"} if init.startswith("kaiming") else {}
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            fill(module.weight, **options)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _load(model: nn.Module, cfg: ModelConfig) -> str:
+    """Fill the network from a file or a download; a classifier of another shape is left as it is, and said."""
+    source = str(cfg.weights)
+    state: Any = _download(cfg.name) if source == "pretrained" else checkpoint.read(Path(source))
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise UserError(f"{source}: found a {type(state).__name__}, expected a file of weights")
+    tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    here = model.state_dict()
+    tensors = {key: v for key, v in tensors.items() if key in here or not key.lower().startswith("aux")}  # extra heads
+    own = [
+        name
+        for name in models.classifier_names(model)
+        if name in here and (name not in tensors or tensors[name].shape != here[name].shape)
+    ]
+    if own and all(name.endswith("bias") for name in own):
+        own = []  # the same classes: a file without the bias is another network
+    checkpoint.load_weights(model, {**tensors, **{name: here[name] for name in own}}, source)
+    return f"weights of {source}" + (f"; {', '.join(own)} start anew (another number of classes)" if own else "")
+
+
+def _download(name: str) -> dict[str, Tensor]:
+    library, _, rest = name.partition("/")
+    if library not in ("torchvision", "timm"):
+        raise UserError(
+            f"model.weights: 'pretrained' is for torchvision/NAME and timm/NAME, not for {name}; give a file's path"
+        )
+    try:
+        if library == "timm":
+            import timm
+
+            return dict(timm.create_model(rest, pretrained=True).state_dict())
+        from torchvision.models import get_model_weights
+
+        return dict(get_model_weights(rest)["DEFAULT"].get_state_dict(progress=False, check_hash=True))  # type: ignore[index]
+    except (URLError, OSError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"model.weights: cannot get the pretrained weights of {name}: {reason}; fetch the file elsewhere and set "
+            "model.weights=PATH"
+        ) from None

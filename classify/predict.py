@@ -1,0 +1,164 @@
+"""Classify a user's images with a trained network: `Predictor` on arrays, `classify_files` on files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+from classify.augment import Normalize, evaluation_steps
+from classify.config import ClassifyConfig
+from classify.data import DataInfo
+from engine.errors import UserError
+from engine.images import MAX_PIXELS, Array, Found, find_images, read_image, show, write_bytes
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A network in eval mode with all that turns images into its inputs."""
+
+    model: nn.Module
+    """Normalised images (N, C, size, size) -> logits (N, K)."""
+    transform: Callable[[Array], Tensor]
+    """An image, RGB uint8 (H, W, 3) of any size -> float32 (C, size, size), as in the validation."""
+    device: torch.device
+    channels_last: bool = False
+
+    @classmethod
+    def from_config(cls, model: nn.Module, cfg: ClassifyConfig, info: DataInfo, device: torch.device) -> Predictor:
+        """The predictor of a trained network; moves it to `device`."""
+        last = cfg.runtime.channels_last
+        layout = torch.channels_last if last else torch.preserve_format
+        model.to(device, memory_format=layout)  # type: ignore[call-overload]
+        steps, normalize = evaluation_steps(cfg.data, info.size), Normalize(info.mean, info.std)
+
+        def transform(image: Array) -> Tensor:
+            pixels = torch.from_numpy(image).permute(2, 0, 1)
+            return normalize(steps(rgb_to_grayscale(pixels) if info.channels == 1 else pixels))
+
+        return cls(model.eval(), transform, device, last)
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Array]) -> Tensor:
+        """Class probabilities, float32 (N, K) on the CPU, of images RGB uint8 (H, W, 3) of any sizes.
+
+        Raises:
+            UserError: the network's output is not finite.
+        """
+        batch = torch.stack([self.transform(image) for image in images]).to(self.device)
+        if self.channels_last:
+            batch = batch.to(memory_format=torch.channels_last)
+        probabilities: Tensor = self.model(batch).float().softmax(1).cpu()
+        if not torch.isfinite(probabilities).all():
+            raise UserError("the network's output is not finite")
+        return probabilities
+
+
+@dataclass
+class Prediction:
+    """The likeliest classes of an image, the likeliest first."""
+
+    path: str
+    classes: list[str]
+    probabilities: list[float]
+
+    def __str__(self) -> str:
+        each = zip(self.classes, self.probabilities, strict=True)
+        return f"{show(self.path)}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in each)
+
+
+@dataclass
+class Summary:
+    """What `classify_files` did: the predictions, and what went wrong, one sentence each."""
+
+    predictions: list[Prediction] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        count = len(self.predictions)
+        done = f"{count} image{'s' if count != 1 else ''} classified"
+        if not self.problems:
+            return done
+        wrong = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        return "\n".join([f"{done}, {wrong}:", *(f"  {problem}" for problem in self.problems)])
+
+
+def classify_files(
+    predict: Callable[[Sequence[Array]], Tensor],
+    classes: Sequence[str],
+    inputs: Sequence[str | Path],
+    *,
+    topk: int = 1,
+    out: Path | None = None,
+    batch_size: int = 32,
+    max_pixels: int = MAX_PIXELS,
+    say: Callable[[str], None] = print,
+) -> Summary:
+    """The likeliest classes of every image that `inputs` (files, folders, globs) name; one bad file stops nothing.
+
+    Args:
+        predict: images RGB uint8 (H, W, 3) -> probabilities (N, K); see Predictor.predict.
+        classes: the K names.
+        inputs: files, folders (searched recursively) and globs.
+        topk: classes told for each image.
+        out: a folder that gets `predictions.csv` (a row for each image and rank) and `predictions.json`; None: none.
+        batch_size: images predicted at once.
+        max_pixels: larger images are refused.
+        say: takes the line of each image.
+
+    Raises:
+        UserError: no image at all, `topk` out of range, or files that can't be written.
+    """
+    if not 1 <= topk <= len(classes):
+        raise UserError(f"--topk: {topk}; expected 1 to {len(classes)}, the network's classes")
+    found, problems = find_images(inputs, own=[out] if out else [])
+    if not found:
+        raise UserError("; ".join(problems))
+    summary = Summary(problems=problems)
+    for batch in _batches(found, batch_size, max_pixels, summary, say):
+        best = predict([image for _, image in batch]).topk(topk, 1)
+        for (item, _), values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
+            one = Prediction(str(item.path), [classes[i] for i in indices], values)
+            summary.predictions.append(one)
+            say(str(one))
+    if out:
+        write_bytes(out / "predictions.csv", _csv(summary.predictions).encode("utf-8", "surrogateescape"))
+        rows = [vars(one) for one in summary.predictions]
+        write_bytes(out / "predictions.json", (json.dumps(rows, indent=1) + "\n").encode())
+    return summary
+
+
+def _batches(
+    found: Sequence[Found], size: int, max_pixels: int, summary: Summary, say: Callable[[str], None]
+) -> Iterator[list[tuple[Found, Array]]]:
+    """The images that can be read, at most `size` at a time; what can't is noted in `summary`."""
+
+    def readable() -> Iterator[tuple[Found, Array]]:
+        for item in found:
+            try:
+                yield item, read_image(item.path, max_pixels)
+            except UserError as error:
+                summary.problems.append(str(error))
+                say(f"{show(item.path)}: FAILED")
+
+    images = readable()
+    while batch := list(islice(images, size)):
+        yield batch
+
+
+def _csv(predictions: Sequence[Prediction]) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["path", "rank", "class", "probability"])
+    for one in predictions:
+        for rank, (name, probability) in enumerate(zip(one.classes, one.probabilities, strict=True), 1):
+            rows.writerow([one.path, rank, name, f"{probability:.6f}"])
+    return text.getvalue()

@@ -1,0 +1,93 @@
+"""The paper's Tables 1 and 2: every network with every norm, trained one after the other.
+
+What is finished is read from the cells' work directories, what is not goes on there: a table that was stopped goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from classify import paper, table_files
+from classify.table_cells import Cell, Outcome, Outcomes, Request, cells, look, parameters
+from engine import distributed
+from engine.errors import UserError
+from engine.prepare import session
+
+
+def listing(wanted: Request) -> str:
+    """The plan: every cell, whether it is done, and where it is. Raises UserError as `cells` and `look`."""
+    lines = []
+    for cell in cells(wanted, wanted.networks):
+        found = look(cell)
+        done = {"done": f"done, {100 * (found.last or 0):.2f} %", "partly": f"partly, epoch {found.epoch:.2f}"}
+        lines.append(f"{cell.name}: {done.get(found.state, found.state)}  {cell.run}")
+    return "\n".join(lines)
+
+
+def make(wanted: Request) -> bool:
+    """Train what is missing and write the table's files after each cell; False if a signal stopped it or a cell failed.
+
+    A cell that fails with a UserError, or for want of memory, is named in the table and the next one is trained; among
+    several processes it ends the program, since the others would wait.
+
+    Raises:
+        UserError: as `cells` and `look`, before anything is trained.
+    """
+    todo = cells(wanted, wanted.networks)
+    known = {cell.key: _known(cell) for cell in todo}
+    for name in paper.networks(wanted.data):
+        if name not in wanted.networks:
+            known.update({found.cell.key: found for found in _earlier(wanted, name)})
+    with session(todo[0].loaded.config.runtime):
+        _write(wanted, known)
+        for number, cell in enumerate(todo, 1):
+            if known[cell.key].state == "done":
+                continue
+            _say(f"\n[{number}/{len(todo)}] {cell.name}: {cell.run}")
+            known[cell.key], stopped = _train(cell)
+            _write(wanted, known)
+            if stopped:
+                _say(f"stopped by a signal; the same command goes on. So far: {wanted.folder / 'table.md'}")
+                return False
+    return all(known[cell.key].state == "done" for cell in todo)
+
+
+def _known(cell: Cell) -> Outcome:
+    found = look(cell)
+    return replace(found, parameters=parameters(cell)) if found.state == "done" and distributed.is_main() else found
+
+
+def _earlier(wanted: Request, network: str) -> list[Outcome]:
+    """What earlier starts left of a network that this one does not train, if it was made with the same settings."""
+    try:
+        return [_known(cell) for cell in cells(wanted, [network])]
+    except UserError:
+        return []
+
+
+def _train(cell: Cell) -> tuple[Outcome, bool]:
+    """The outcome, and whether a signal stopped it."""
+    from classify import train
+
+    try:
+        result = train.run(cell.loaded, cell.run, "auto")
+    except (UserError, torch.OutOfMemoryError) as error:
+        if distributed.world_size() > 1:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        _say(f"failed: {error}")
+        return Outcome(cell, "failed", reason=reason), False
+    return _known(cell), result.stopped
+
+
+def _write(wanted: Request, known: Outcomes) -> None:
+    if distributed.is_main():
+        table_files.write(wanted, known)
+
+
+def _say(text: str) -> None:
+    if distributed.is_main():
+        print(text, flush=True)

@@ -1,0 +1,59 @@
+"""Train a classifier: the central chapter. Everything it uses has a file of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from classify import losses, models, network
+from classify.config import ClassifyConfig
+from classify.data import describe, eval_batches, train_batches
+from classify.evaluate import evaluate_model, left_out
+from engine.config import Loaded
+from engine.distributed import rank, world_size
+from engine.loop import Evaluation, Result, fit
+from engine.optim import parameter_groups
+from engine.prepare import prepare, session
+from engine.report import Log
+from engine.resume import open_work_dir
+
+
+def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None = None) -> Result:
+    """Train, evaluate and save as the config says; goes on from a checkpoint if `resume` names one ("auto" or a path).
+
+    Raises:
+        UserError: bad data, config, checkpoint or work directory, or a loss that is not finite.
+    """
+    cfg = loaded.config
+    with session(cfg.runtime) as device:
+        info = describe(cfg.data)
+        training = train_batches(cfg, device, world_size(), rank())
+        validation = eval_batches(cfg, device, world=world_size(), rank=rank())
+        state = open_work_dir(work_dir, loaded, resume)
+        with Log(work_dir, cfg.report, resume_step=state["step"] if state else 0) as log:
+            model, weights = network.build(cfg.model, info, pretrained=state is None)
+            images = network.blank_images(info) if state else (batch["image"] for batch in training.epoch(0))
+            prepared = prepare(model, cfg, images=images)
+            head = set(models.classifier_names(prepared.raw))
+            log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
+            summary = [line for line in prepared.report.splitlines() if " | " not in line]
+            log.message("\n".join([weights, *summary] if weights else summary))
+
+            def evaluate(net: nn.Module, max_batches: int | None) -> Evaluation:
+                scores = evaluate_model(net, cfg, info, validation, max_batches=max_batches)
+                lines = [scores.line(), *left_out(sorted({*training.problems, *scores.problems}))]
+                return Evaluation(scores.top1, scores.scalars(), {}, "\n".join(lines) if max_batches is None else "")
+
+            return fit(
+                prepared,
+                cfg,
+                training,
+                loss=losses.build(cfg.loss),
+                evaluate=evaluate,
+                groups=parameter_groups(prepared.raw, cfg.optim, lambda name: name not in head),
+                log=log,
+                work_dir=work_dir,
+                resume=state,
+                meta=network.facts(info),
+            )

@@ -1,0 +1,117 @@
+"""What the input of all trainers has in common: the order of an epoch, and a DataLoader whose errors stay readable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from engine.config import ExperimentConfig
+from engine.errors import UserError
+from engine.signals import ignore_interrupt
+
+
+class Order:
+    """Which images this rank sees in an epoch, a pure function of (seed, epoch, rank, world size).
+
+    Step s of an epoch is the s-th `batch_size` (global) of the shuffled images, whatever the number of ranks and
+    micro-batches; the rest that fills no batch is left out and another one in each epoch.
+
+    Args:
+        count: images of the training set.
+        cfg: gives batch_size, micro_batch and runtime.seed.
+        world: number of ranks.
+        rank: this one.
+        where: names the training set in messages, such as "the split 'train' in data/x".
+
+    Raises:
+        UserError: the set is smaller than a batch, or the batch can't be divided evenly.
+    """
+
+    def __init__(self, count: int, cfg: ExperimentConfig, world: int, rank: int, where: str) -> None:
+        self.micro_batch, self.accumulation = cfg.split(world)
+        self.batch_size, self.count, self.seed, self.rank = cfg.batch_size, count, cfg.runtime.seed, rank
+        if count < cfg.batch_size:
+            raise UserError(
+                f"batch_size: {where} has {count} images, fewer than batch_size {cfg.batch_size}; give a smaller one."
+            )
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch on this rank."""
+        return self.count // self.batch_size * self.accumulation
+
+    def epoch(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Indices of the images, a row for each micro-batch of this rank."""
+        shuffled = np.random.default_rng([0, self.seed, epoch]).permutation(self.count)
+        steps = shuffled[: self.count // self.batch_size * self.batch_size].reshape(-1, self.batch_size)
+        share = self.micro_batch * self.accumulation
+        return steps[:, self.rank * share : (self.rank + 1) * share].reshape(-1, self.micro_batch)
+
+
+class Plan:
+    """The (epoch, index) keys of the batches to load next, read by a DataLoader whose workers outlive an epoch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+
+class Reporting(Dataset[Any]):
+    """Returns a UserError instead of raising it: a DataLoader would wrap it in the traceback of its worker."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+def sound(items: list[Any]) -> list[Any] | UserError:
+    """The items, or the first error among them."""
+    return next((item for item in items if isinstance(item, UserError)), items)
+
+
+def stack(items: list[Any]) -> dict[str, Any] | UserError:
+    """A batch of items with `image`, `target` and `name`, or the first error among them."""
+    good = sound(items)
+    if isinstance(good, UserError):
+        return good
+    batch: dict[str, Any] = {key: torch.stack([item[key] for item in good]) for key in ("image", "target")}
+    return {**batch, "name": [item["name"] for item in good]}
+
+
+def checked(result: Any) -> Any:
+    """What a DataLoader over `Reporting` gave, or the error that it found, raised here."""
+    if isinstance(result, UserError):
+        raise UserError(*result.args)  # a new one: an error that its own frames hold would keep the workers alive
+    return result
+
+
+def loader(
+    dataset: Dataset[Any], cfg: ExperimentConfig, persistent_workers: bool = False, **options: Any
+) -> DataLoader[Any]:
+    """A DataLoader as `runtime` says (workers, pinned memory for a GPU); `options` are those of DataLoader."""
+    return DataLoader(
+        dataset,
+        num_workers=cfg.runtime.workers,
+        pin_memory=cfg.runtime.device != "cpu" and torch.cuda.is_available(),
+        persistent_workers=persistent_workers and cfg.runtime.workers > 0,
+        worker_init_fn=start_worker,
+        **options,
+    )
+
+
+def start_worker(worker: int) -> None:
+    """Workers are the parallelism; more threads in each would fight for the cores."""
+    ignore_interrupt(worker)  # Ctrl-C is for the training loop, which finishes its step and needs its workers for it
+    cv2.setNumThreads(0)

@@ -1,0 +1,73 @@
+"""The network of an experiment: its initial weights, and weights from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from classify.config import ModelConfig
+from classify.data import DataInfo
+from classify.network import build
+from engine import checkpoint
+from engine.errors import UserError
+
+INFO = DataInfo(tuple("abcd"), 3, 32, (0.5,) * 3, (0.5,) * 3)
+SMALL = {"width": 0.125}
+
+
+@pytest.mark.parametrize("init", ["kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal"])
+def test_initial_weights(init: str):
+    torch.manual_seed(0)
+    model, _ = build(ModelConfig(name="vgg11", options=SMALL, init=init), INFO)
+    weight = model.get_parameter("features.4.weight").detach()  # 16 x 8 x 3 x 3
+    fan_in, fan_out = 8 * 9, 16 * 9
+    rows = weight.flatten(1)
+    if init == "orthogonal":
+        torch.testing.assert_close(rows @ rows.t(), torch.eye(16), atol=1e-5, rtol=0)
+    else:
+        expected = (2 / fan_in if init.startswith("kaiming") else 2 / (fan_in + fan_out)) ** 0.5
+        assert rows.std() == pytest.approx(expected, rel=0.1)
+        if init.endswith("uniform"):
+            assert rows.abs().max() <= expected * 3**0.5 + 1e-6
+    assert not model.get_parameter("fc.bias").any()
+
+
+def test_weights_of_a_plain_file_and_of_data_parallel(tmp_path: Path):
+    cfg = ModelConfig(name="vgg11", options=SMALL)
+    source, _ = build(cfg, INFO)
+    state = source.state_dict()
+    torch.save(state, tmp_path / "plain.pt")
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "wrapped.pt")
+    checkpoint.export_weights(tmp_path / "x.safetensors", state)
+    for name in ("plain.pt", "wrapped.pt", "x.safetensors"):
+        model, said = build(cfg.model_copy(update={"weights": str(tmp_path / name)}), INFO)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert said == f"weights of {tmp_path / name}"
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path):
+    source, _ = build(ModelConfig(name="vgg13", options=SMALL), INFO)
+    torch.save(source.state_dict(), tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    cfg = ModelConfig(name="vgg11", options=SMALL)
+    with pytest.raises(UserError, match="other.pt: these weights are of another network"):
+        build(cfg.model_copy(update={"weights": str(tmp_path / "other.pt")}), INFO)
+    with pytest.raises(UserError, match="list.pt: found a list, expected a file of weights"):
+        build(cfg.model_copy(update={"weights": str(tmp_path / "list.pt")}), INFO)
+
+
+def test_a_download_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    monkeypatch.setattr("os.path.exists", lambda path: False)
+    cfg = ModelConfig(name="torchvision/resnet18", weights="pretrained")
+    with pytest.raises(
+        UserError, match="pretrained weights of torchvision/resnet18: no route to host.*model.weights=PATH"
+    ):
+        build(cfg, INFO)
+    with pytest.raises(UserError, match="'pretrained' is for torchvision/NAME and timm/NAME, not for vgg11"):
+        build(ModelConfig(name="vgg11", options=SMALL, weights="pretrained"), INFO)

@@ -1,0 +1,97 @@
+"""A user's images classified: order, batches, files written, and that no bad input stops the rest."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from classify.config import ClassifyConfig
+from classify.data import DataInfo
+from classify.predict import Predictor, Summary, classify_files
+from engine.errors import UserError
+
+CLASSES = ("red", "green", "blue")
+
+
+def brightest(images: list[np.ndarray]) -> Tensor:
+    """Probabilities: the share of each channel."""
+    sums = torch.tensor(np.stack([image.reshape(-1, 3).sum(0) for image in images]).astype(np.float32))
+    return sums / sums.sum(1, keepdim=True)
+
+
+def save(path: Path, colour: tuple[int, int, int]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 7), colour).save(path)
+    return path
+
+
+def run(inputs: list[Path], **options: object) -> tuple[Summary, list[str]]:
+    said: list[str] = []
+    return classify_files(brightest, CLASSES, inputs, say=said.append, **options), said  # type: ignore[arg-type]
+
+
+def test_the_likeliest_classes_in_order_whatever_the_batch(tmp_path: Path):
+    save(tmp_path / "a.png", (200, 50, 0))
+    save(tmp_path / "b.png", (0, 10, 90))
+    save(tmp_path / "c.png", (0, 90, 10))
+    for size in (1, 2, 5):
+        summary, said = run([tmp_path], topk=2, batch_size=size)
+        assert [one.classes for one in summary.predictions] == [["red", "green"], ["blue", "green"], ["green", "blue"]]
+        assert said[0] == f"{tmp_path / 'a.png'}: red 80.0 %, green 20.0 %"
+        assert str(summary) == "3 images classified"
+
+
+def test_files_hold_what_is_printed(tmp_path: Path):
+    save(tmp_path / "in/a, b.png", (200, 50, 0))
+    run([tmp_path / "in"], topk=3, out=tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
+    assert [(r["rank"], r["class"], float(r["probability"])) for r in rows] == [
+        ("1", "red", 0.8),
+        ("2", "green", 0.2),
+        ("3", "blue", 0.0),
+    ]
+    assert rows[0]["path"] == str(tmp_path / "in/a, b.png")
+    stored = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert stored[0]["classes"] == ["red", "green", "blue"] and stored[0]["probabilities"][0] == pytest.approx(0.8)
+
+
+def test_one_bad_file_stops_nothing(tmp_path: Path):
+    save(tmp_path / "a.png", (1, 2, 3))
+    (tmp_path / "b.jpg").write_text("hello")
+    summary, said = run([tmp_path, tmp_path / "typo.png"])
+    assert len(summary.predictions) == 1 and len(summary.problems) == 2 and any("FAILED" in line for line in said)
+    assert "1 image classified, 2 problems:" in str(summary)
+
+
+def test_nothing_to_do_and_a_topk_out_of_range_are_errors(tmp_path: Path):
+    with pytest.raises(UserError, match="typo.png: no such file"):
+        run([tmp_path / "typo.png"])
+    with pytest.raises(UserError, match="--topk: 4; expected 1 to 3"):
+        run([save(tmp_path / "a.png", (1, 2, 3))], topk=4)
+
+
+@pytest.mark.parametrize("name, channels, size", [("cifar10", 3, 32), ("mnist", 1, 28), ("folder", 3, 24)])
+def test_images_enter_as_in_the_validation(name: str, channels: int, size: int):
+    """Of any size and shape; a grey network gets grey images."""
+    data = {"name": name, "size": size}
+    cfg = ClassifyConfig.model_validate({"length": "1 epoch", "batch_size": 1, "data": data})
+    info = DataInfo(CLASSES, channels, size, (0.5,) * channels, (0.25,) * channels)
+    seen: list[Tensor] = []
+
+    class Net(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return images.mean((2, 3))[:, :1] * torch.ones(3)
+
+    predictor = Predictor.from_config(Net(), cfg, info, torch.device("cpu"))
+    images = [np.full((h, w, 3), 255, np.uint8) for h, w in ((10, 40), (64, 64), (1, 1))]
+    found = predictor.predict(images)
+    assert seen[0].shape == (3, channels, size, size) and torch.allclose(seen[0], torch.tensor(2.0), atol=0.02)
+    torch.testing.assert_close(found, torch.full((3, 3), 1 / 3))

@@ -1,0 +1,137 @@
+"""Training from end to end on tiny data: it learns, resumes exactly, and every option of the config is taken up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from classify import train
+from classify.config import ClassifyConfig
+from classify.evaluate import evaluate_checkpoint
+from classify.network import build, from_checkpoint
+from engine import checkpoint
+from engine.config import Loaded, from_dict
+from engine.errors import UserError
+from engine.report import read_metrics
+
+
+def loaded(root: Path, *overrides: str, **data: Any) -> Loaded[ClassifyConfig]:
+    plain = {
+        "task": "classify",
+        "length": "4 epochs",
+        "batch_size": 20,
+        "data": {"name": "cifar10", "root": str(root), "check_files": False, "download": False, **data},
+        "model": {"name": "vgg11", "options": {"width": 0.125}},
+        "optim": {"lr": 0.05, "schedule": "cosine"},
+        "recipes": {"deconv": {"block": 8, "fc_block": 16}},
+        "runtime": {"workers": 0, "device": "cpu", "threads": 1},
+        "report": {"log_every": "1 step", "eval_every": "2 epochs", "tensorboard": False},
+    }
+    return from_dict(plain, list(overrides), ClassifyConfig, "test")
+
+
+@pytest.mark.parametrize("norm", ["bn", "deconv"])
+def test_it_learns_and_the_checkpoint_scores_the_same(cifar_root: Path, tmp_path: Path, norm: str):
+    experiment = loaded(cifar_root, f"norm.name={norm}", "norm.momentum=0.5", "length=6 epochs")
+    result = train.run(experiment, tmp_path / "run")
+    assert result.step == 30 and result.score is not None and result.score > 0.3
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert losses[-1] < losses[0] and "top1" in rows[0]["parts"]
+    scores = evaluate_checkpoint(tmp_path / "run/last.pt")
+    assert scores is not None and scores[1] == "test" and scores[0].top1 == result.last_score
+    best = [row for row in rows if row["kind"] == "eval"][-1]
+    assert best["scalars"]["loss"] == pytest.approx(scores[0].loss) and "accuracy/frog" in best["scalars"]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(cifar_root: Path, tmp_path: Path):
+    options = ["norm.name=deconv", "data.randaugment=1", "data.mixup=0.2", "report.checkpoint_every=3 steps"]
+    train.run(loaded(cifar_root, *options, "length=9 steps"), tmp_path / "whole")
+    whole = checkpoint.load(tmp_path / "whole/last.pt")
+    experiment = loaded(cifar_root, *options, "length=9 steps", "report.keep_all=true")
+    train.run(experiment, tmp_path / "kept")
+    (tmp_path / "kept/step-00000006.pt").rename(tmp_path / "kept/last.pt")
+    train.run(experiment, tmp_path / "kept", "auto")
+    again = checkpoint.load(tmp_path / "kept/last.pt")
+    assert all(torch.equal(again["model"][name], value) for name, value in whole["model"].items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["optim.name=amsgrad", "optim.lr=0.001", "loss.name=l2", "data.erasing=0.5", "optim.warmup=1 step"],
+        ["optim.name=adamw", "optim.lr=0.001", "data.cutmix=1", "data.mixup=0.2", "loss.label_smoothing=0.1"],
+        ["optim.schedule=multistep", "optim.milestones=['1 step']", "optim.ema_decay=0.9", "model.init=xavier_normal"],
+        ["runtime.amp=bf16", "micro_batch=10", "runtime.channels_last=true", "norm.name=gn"],
+    ],
+    ids=["amsgrad-l2", "adamw-mixed", "multistep-ema", "amp-accumulated-gn"],
+)
+def test_options_of_a_config(cifar_root: Path, tmp_path: Path, options: list[str]):
+    result = train.run(loaded(cifar_root, *options, "length=2 steps"), tmp_path)
+    assert result.step == 2 and result.score is not None
+    model, cfg, info = from_checkpoint(tmp_path / "best.pt")
+    assert info.classes[6] == "frog" and model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_folder_of_images_with_a_broken_one(image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    import shutil
+
+    root = tmp_path / "images"
+    shutil.copytree(image_root, root)
+    (root / "val/car/1.png").write_bytes(b"broken")
+    (root / "train/bus/2.png").write_bytes(b"broken")
+    options = ["data.on_error=skip", "batch_size=6", "length=3 epochs", "data.size=32"]
+    experiment = loaded(root, *options, name="folder", val_split="val")
+    with pytest.raises(UserError, match="2.png|1.png"):
+        train.run(loaded(root, *options, "data.on_error=stop", name="folder", val_split="val"), tmp_path / "stopped")
+    train.run(experiment, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "2 unreadable images left out" in said and "car/1.png" in said and "bus/2.png" in said
+    scores = evaluate_checkpoint(tmp_path / "run/best.pt")
+    assert scores is not None and scores[0].images == 8 and len(scores[0].problems) == 1
+
+
+def test_weights_of_another_number_of_classes_start_the_classifier_anew(
+    cifar_root: Path, image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    train.run(loaded(cifar_root, "length=1 step"), tmp_path / "first")
+    options = ["batch_size=6", "length=1 step", "data.size=32", f"model.weights={tmp_path / 'first/best.pt'}"]
+    capsys.readouterr()
+    train.run(loaded(image_root, *options, name="folder", val_split="val"), tmp_path / "second")
+    assert "fc.weight, fc.bias start anew (another number of classes)" in capsys.readouterr().out
+    stored = checkpoint.load(tmp_path / "first/best.pt")["model"]
+    cfg = loaded(cifar_root, f"model.weights={tmp_path / 'first/best.pt'}").config
+    from classify.data import describe
+
+    model, _ = build(cfg.model, describe(cfg.data))
+    assert all(torch.equal(stored[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "overrides, text",
+    [
+        (["model.name=resnet19"], "model.name: .*resnet19.*resnet18"),
+        (["model.options.depth=3"], "depth"),
+        (["model.options.size=3"], "model.options.size: the network's name stands in model.name"),
+        (["model.weights=pretrained"], "'pretrained' is for torchvision/NAME and timm/NAME"),
+        (["model.weights=nowhere.pt"], "nowhere.pt: cannot read"),
+        (["batch_size=1000"], "batch_size"),
+        (["norm.name=deconv", "norm.overrides={nothing: {n_iter: 1}}"], "nothing"),
+    ],
+)
+def test_mistakes(cifar_root: Path, tmp_path: Path, overrides: list[str], text: str):
+    with pytest.raises(UserError, match=text):
+        train.run(loaded(cifar_root, *overrides), tmp_path)
+
+
+def test_a_segmentation_checkpoint_is_refused(cifar_root: Path, tmp_path: Path):
+    train.run(loaded(cifar_root, "length=1 step"), tmp_path)
+    content = checkpoint.load(tmp_path / "best.pt")
+    checkpoint.save(tmp_path / "other.pt", {**content, "task": "seg"})
+    with pytest.raises(UserError, match="other.pt: a checkpoint of the task 'seg', expected one of 'classify'"):
+        from_checkpoint(tmp_path / "other.pt")
+    with pytest.raises(UserError, match="cifar100|classes"):
+        evaluate_checkpoint(tmp_path / "best.pt", ["data.name=cifar100"])
