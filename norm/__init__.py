@@ -8,10 +8,12 @@ order; `adapters` and `other_layers` are for looking things up.
 """
 
 from norm import recipes as _recipes  # registers the recipes that the toolkit brings
+from norm.channel_deconv import ChannelDeconv
 from norm.convert import Report, convert
 from norm.fold import fold
-from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError
+from norm.layers import Delinear, FastDeconv
 from norm.registry import Place, Recipe, available, recipe, register
+from norm.state import NormError
 
 __all__ = [
     "ChannelDeconv",

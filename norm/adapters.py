@@ -13,9 +13,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError
+from norm.channel_deconv import ChannelDeconv
+from norm.layers import Delinear, FastDeconv
 from norm.other_layers import FrozenBatchNorm2d, Padded, SamePad2d
 from norm.recipes import conv_arguments, copy_conv
+from norm.state import NormError
 
 Kind = Literal["norm", "conv", "linear"]
 Rebuild = Callable[[nn.Module], nn.Module]

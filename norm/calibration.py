@@ -20,9 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from norm import whitening
-from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError
+from norm.channel_deconv import ChannelDeconv
+from norm.layers import Delinear, FastDeconv
 from norm.other_layers import ChannelAffine
 from norm.plan import Swap
+from norm.state import NormError
 
 
 @dataclass
@@ -40,13 +42,12 @@ class Moments:
         self.total = total if self.total is None else self.total + total
         self.square = square if self.square is None else self.square + square
 
-    def statistics(self, eps: float, n_iter: int) -> tuple[Tensor, Tensor]:
-        """Mean, flattened, and D."""
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean, flattened, and covariance."""
         assert self.total is not None and self.square is not None
         mean = self.total / self.rows
         covariance = self.square / self.rows - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-        eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-        return mean.flatten(), whitening.inverse_sqrt(covariance + eps * eye, n_iter)
+        return mean.flatten(), covariance
 
 
 @dataclass
@@ -89,7 +90,7 @@ def observe(model: nn.Module, swaps: list[Swap], batches: Tensor | Iterable[Tens
     if not any(isinstance(swap.core, (FastDeconv, Delinear)) for swap in swaps):
         raise NormError("calibrate= goes with a recipe that whitens, such as deconv; this one does not")
     if any(isinstance(part, ChannelDeconv) for swap in swaps for part in swap.new.modules()):
-        raise NormError("calibrate= cannot keep the function of a network that gets ChannelDeconv layers; use delinear=True")
+        raise NormError("calibrate= cannot keep the function where ChannelDeconv layers come in; use delinear=True")
     seen = Observed()
     with _evaluation(model), ExitStack() as stack, torch.no_grad():
         for swap in swaps:
@@ -186,11 +187,9 @@ def _set_layer(core: FastDeconv | Delinear, conv: nn.Module, norm: nn.Module | N
         weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
         bias = shift if bias is None else bias * scale + shift
     with torch.no_grad():
-        mean, deconv = moments.statistics(core.eps, core.n_iter)
-        core.running_mean.copy_(mean)
-        core.running_deconv.copy_(deconv)
-        groups, grouping = (core.groups, core.grouping) if isinstance(core, FastDeconv) else (1, "channel")
-        weight, bias = whitening.unfold_weight(weight, bias, core.running_mean, core.running_deconv, groups, grouping)
+        core.set_statistics(*moments.statistics())
+        deconv = core.deconv()
+        weight, bias = whitening.unfold_weight(weight, bias, core.running_mean, deconv, core.groups, core.grouping)
         core.weight.copy_(weight)
         assert core.bias is not None
         core.bias.copy_(bias)

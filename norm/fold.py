@@ -9,10 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from norm.channel_deconv import ChannelDeconv
 from norm.convert import replace, share_hooks
-from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError
+from norm.layers import Delinear, FastDeconv
 from norm.other_layers import ChannelAffine, Padded, WSConv2d
 from norm.recipes import conv_arguments
+from norm.state import NormError
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)
 

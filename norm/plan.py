@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from norm.adapters import Kind, Rebuild, kind_of, probe, take_apart
-from norm.layers import NormError
 from norm.other_layers import Padded
 from norm.registry import Place, Recipe, recipe
+from norm.state import NormError
 
 Overrides = Mapping[str, Mapping[str, Any]]
 

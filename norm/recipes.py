@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from norm.layers import ChannelDeconv, Delinear, FastDeconv, NormError, check_options
+from norm.channel_deconv import ChannelDeconv
+from norm.layers import Delinear, FastDeconv
 from norm.other_layers import FrozenBatchNorm2d, WSConv2d
 from norm.registry import Place, Recipe, register
+from norm.state import NormError, check_options
 from norm.whitening import Grouping
 
 
@@ -40,6 +42,11 @@ def _like(old: nn.Module, new: L) -> L:
 def _check_eps(name: str, eps: float) -> None:
     if not 0 < eps < math.inf:
         raise NormError(f"{name}: eps is {eps}; it must be greater than 0")
+
+
+def largest_block(channels: int, most: int) -> int:
+    """The largest divisor of `channels` that is at most `most`, at least 1."""
+    return max((d for d in range(1, min(channels, most) + 1) if channels % d == 0), default=1)
 
 
 def conv_arguments(old: nn.Conv2d) -> dict[str, Any]:
@@ -197,6 +204,14 @@ class Deconv(Recipe):
     """The first convolution holds its statistics nine tenths of the time."""
     freeze_iter: int = 100
     """Steps in which a frozen layer updates its statistics, of every ten times as many."""
+    max_rows: int = 0
+    """Take the statistics from about so many patches, by leaving out images or by a coarser grid; 0: from all."""
+    block_features: int = 0
+    """Whiten as many channels together as give up to so many features (channels x kernel size), in place of `block`; 0:
+    `block` channels. The gcd rule leaves 16 of 80 or 112 channels together, and a 1x1 layer 64 features."""
+    every: int = 0
+    """0: the exact method. n: the shape of D comes from a running covariance, without gradient, renewed in every n-th
+    step; mean and scale stay the batch's, with gradients."""
     fc_block: int = 0
     """Features whitened together in linear layers, which become Delinear; 0 keeps them. Not for attention blocks that
     read the weights of their linear layers themselves (torch's TransformerEncoderLayer, torchvision's Swin)."""
@@ -207,6 +222,11 @@ class Deconv(Recipe):
     def __post_init__(self) -> None:
         check_options(self.block, self.n_iter, self.eps, self.momentum, self.sampling_stride)
         check_options(self.last_block or 1, self.stem_n_iter, self.eps, self.momentum)
+        if min(self.max_rows, self.block_features, self.every) < 0:
+            raise NormError(
+                f"deconv: max_rows={self.max_rows}, block_features={self.block_features} and every={self.every}; they "
+                "must be at least 0"
+            )
         if self.freeze_iter < 1 or self.fc_block < 0 or self.last_block == 0:
             raise NormError(
                 f"deconv: freeze_iter={self.freeze_iter} and last_block={self.last_block} must be at least 1, "
@@ -228,9 +248,12 @@ class Deconv(Recipe):
 
     def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
         last = at.last and old.kernel_size == (1, 1)
+        block = self.block
+        if self.block_features:
+            block = largest_block(old.in_channels, self.block_features // math.prod(old.kernel_size))
         new = FastDeconv(
             **conv_arguments(old),
-            block=(self.last_block or old.in_channels) if last else self.block,
+            block=(self.last_block or old.in_channels) if last else block,
             n_iter=self.stem_n_iter if at.first else self.n_iter,
             eps=self.eps,
             momentum=self.momentum,
@@ -239,6 +262,8 @@ class Deconv(Recipe):
             freeze_iter=self.freeze_iter,
             grouping=self.grouping,
             dense_small_maps=self.dense_small_maps,
+            max_rows=self.max_rows,
+            every=self.every,
         )
         return copy_conv(old, new)
 
@@ -260,6 +285,7 @@ class Deconv(Recipe):
             n_iter=self.n_iter,
             eps=self.eps,
             momentum=self.momentum,
+            every=self.every,
         )
         new.to(old.weight.device, old.weight.dtype)
         with torch.no_grad():

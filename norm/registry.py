@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from norm.layers import NormError
+from norm.state import NormError
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ Grouping = Literal["channel", "published"]
 Pair = tuple[int, int]
 _SPECTRAL_SIZE = 128
 """Features from which an eigendecomposition on a CPU is faster than the products."""
+_SMALL_MAP = 64
+_FEWEST_WINDOWS = 36
 
 
 def resolve_block(channels: int, block: int) -> int:
@@ -42,18 +44,43 @@ def resolve_block(channels: int, block: int) -> int:
     return channels if block > channels else math.gcd(block, channels)
 
 
-def dense_strides(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, most: int) -> Pair:
+def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Positions of a convolution in both directions."""
+    each = zip(size, kernel_size, stride, padding, dilation, strict=True)
+    height, width = ((side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in each)
+    return height, width
+
+
+def dense_strides(positions: Pair, most: int) -> Pair:
     """Sampling strides that leave no small map with a corner or two: where the convolution has up to 8 positions in a
     direction every one is taken, up to 16 every second, beyond that every `most`-th; never fewer than every `most`-th.
 
     At stride 3 a 1x1 convolution sees one of eight images in an image-pooling branch: a covariance of one row is eps I,
     and the layer amplifies by eps^(-1/2).
     """
-    found = []
-    for side, k, s, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True):
-        positions = (side + 2 * p - d * (k - 1) - 1) // s + 1
-        found.append(min(most, 1 if positions <= 8 else 2 if positions <= 16 else most))
-    return found[0], found[1]
+    height, width = (min(most, 1 if side <= 8 else 2 if side <= 16 else most) for side in positions)
+    return height, width
+
+
+def thin_out(images: int, blocks: int, positions: Pair, strides: Pair, most_rows: int) -> tuple[int, Pair]:
+    """(take every so many-th image, sampling strides) that leave about `most_rows` rows, less than twice as many on
+    small maps.
+
+    Statistics depend on a window's place, so small maps (up to 64 windows) keep all windows and lose images. On larger
+    maps an image's mean and scale are not the batch's: all images stay, and the grid gets coarser, down to 36 windows.
+    """
+
+    def windows(each: Pair) -> int:
+        return math.prod(-(-side // step) for side, step in zip(positions, each, strict=True))
+
+    if windows(strides) > _SMALL_MAP:
+        while images * blocks * windows(strides) > most_rows:
+            wider = (strides[0] + 1, strides[1] + 1)
+            if windows(wider) < _FEWEST_WINDOWS:
+                break
+            strides = wider
+        return 1, strides
+    return max(1, min(images, images * blocks * windows(strides) // most_rows)), strides
 
 
 def sample(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, sampling_stride: Pair) -> Tensor:
@@ -129,6 +156,57 @@ class _Moments(torch.autograd.Function):
         ).div_(patches.shape[-1])
         (to_x,) = torch.autograd.grad(patches, source, grad.view(patches.shape).to(patches.dtype))
         return to_x, None, None
+
+
+class _MeanAndScale(torch.autograd.Function):
+    """Mean, scale s = mean((patch - mu)^2) + eps and shape Cov / s of patches that are gathered from x.
+
+    Mean and scale have gradients, the shape has none: no product of two F x F matrices is left. A patch gets
+    (g_mu + 2 g_s (patch - mu) / F) / rows. Without `shape` the covariance is not computed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gather: Callable[[Tensor], Tensor], eps: float, shape: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        patches = _wide(gather(x))
+        mean = patches.mean(-1)
+        centred = patches - mean.unsqueeze(-1)
+        scale = centred.square().mean((-2, -1)) + eps
+        covariance = None
+        if shape:
+            covariance = (centred @ centred.mT).div_(patches.shape[-1])
+            covariance.diagonal(dim1=-2, dim2=-1).add_(eps)
+            covariance.div_(scale[..., None, None])
+            ctx.mark_non_differentiable(covariance)
+        ctx.save_for_backward(x, mean)
+        ctx.gather = gather
+        return mean, scale, covariance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_mean: Tensor, to_scale: Tensor, _: None) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        x, mean = ctx.saved_tensors
+        with torch.enable_grad():
+            source = x.detach().requires_grad_()
+            patches = ctx.gather(source)
+        factor = to_scale[..., None, None] * (2 / patches.shape[-2])
+        grad = (_wide(patches.detach()) - mean.unsqueeze(-1)).mul_(factor).add_(to_mean.unsqueeze(-1))
+        grad.div_(patches.shape[-1])
+        (to_x,) = torch.autograd.grad(patches, source, grad.to(patches.dtype))
+        return to_x, None, None, None
+
+
+def mean_and_scale(
+    x: Tensor, gather: Callable[[Tensor], Tensor], eps: float, shape: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean (F,) or (G F,), scale () or (G,), and the covariance over the scale, which has no gradient, if `shape`.
+
+    float32 under autocast, float64 stays float64; for `gather` see `statistics`.
+    """
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        mean, scale, covariance = _MeanAndScale.apply(x, gather, eps, shape)  # type: ignore[no-untyped-call]
+        return mean.flatten(), scale, covariance
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -225,12 +303,23 @@ def merge_weight(rows: Tensor, shape: torch.Size, groups: int, grouping: Groupin
 
 
 def fold_weight(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, groups: int, grouping: Grouping
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    deconv: Tensor,
+    groups: int,
+    grouping: Grouping,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weight W D and bias b - W D mu of the ordinary convolution or linear layer, in the dtype of the statistics."""
+    """Weight W D and bias b - W D mu of the ordinary convolution or linear layer, in the dtype of the statistics.
+
+    With `scale` s, () or (G,), D is deconv / sqrt(s).
+    """
     features = deconv.shape[-1]
     with torch.autocast(device_type=weight.device.type, enabled=False):
         rows = split_weight(weight.to(deconv.dtype), features, groups, grouping) @ deconv
+        if scale is not None:
+            rows = rows * scale.rsqrt().view(-1, *[1] * (rows.ndim - 1))
         if groups > 1:
             offset = (rows @ mean.view(groups, features, 1)).flatten()
         else:

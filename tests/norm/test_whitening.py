@@ -42,7 +42,8 @@ def test_pixels_are_every_ninth_of_the_flattened_list(size, stride, memory_forma
 
 def test_dense_strides_take_every_window_of_small_maps():
     def strides(size, kernel=3, stride=1, padding=1, dilation=1, most=3):
-        return whitening.dense_strides(size, (kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2, most)
+        pairs = ((each,) * 2 for each in (kernel, stride, padding, dilation))
+        return whitening.dense_strides(whitening.output_size(size, *pairs), most)
 
     assert strides((8, 17)) == (1, 3) and strides((9, 16)) == (2, 2) and strides((32, 33), stride=2) == (2, 3)
     assert strides((1, 1), kernel=1, padding=0) == (1, 1) and strides((10, 20), padding=0) == (1, 3)

@@ -1,0 +1,136 @@
+"""`ChannelDeconv` whitens the channels of a feature map or vector and leaves the layers around it alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from norm import whitening
+from norm.state import NormError, Whitening, check_options
+from norm.whitening import Grouping
+
+
+class ChannelDeconv(Whitening):
+    """Whitens the channels of a feature map, or the features of a vector, in blocks; it has no weights.
+
+    The first C - C % block channels are whitened with one D for all blocks; what is left is standardised with one mean
+    and variance. Statistics come from every `sampling_stride`^2-th element of a block's flattened (blocks, N, H, W)
+    list, from all where H or W is smaller than the stride. The first training batch sets the running averages.
+
+    Args:
+        block: channels whitened together, at most the channels of the input.
+        n_iter, eps, momentum, sampling_stride: as in FastDeconv.
+        grouping: "channel": blocks of neighbouring channels. "published": block j holds the channels whose index is j
+            modulo C / block.
+
+    Shape: (N, C, H, W) or (N, C), kept.
+
+    Raises:
+        NormError: an option out of range, an input of another rank or with fewer than `block` channels, or `.half()`.
+    """
+
+    running_deconv: Tensor
+    rest_mean: Tensor
+    rest_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        block: int = 64,
+        *,
+        n_iter: int = 5,
+        eps: float = 1e-2,
+        momentum: float = 0.1,
+        sampling_stride: int = 3,
+        grouping: Grouping = "channel",
+    ) -> None:
+        check_options(block, n_iter, eps, momentum, sampling_stride)
+        super().__init__()
+        self.block = block
+        self.n_iter = n_iter
+        self.eps = eps
+        self.momentum = momentum
+        self.sampling_stride = sampling_stride
+        self.grouping: Grouping = grouping
+        self.register_buffer("running_mean", torch.zeros(block))
+        self.register_buffer("running_deconv", torch.eye(block))
+        self.register_buffer("rest_mean", torch.zeros(()))
+        self.register_buffer("rest_var", torch.ones(()))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+        self.seen: tuple[int, int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim not in (2, 4):
+            raise NormError(f"ChannelDeconv got an input of shape {tuple(x.shape)}; it takes (N, C) or (N, C, H, W)")
+        if x.shape[1] < self.block:
+            raise NormError(f"ChannelDeconv has block {self.block} but an input of {x.shape[1]} channels")
+        self.seen = (x.shape[1], x.ndim)
+        whole = x.shape[1] - x.shape[1] % self.block
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            wide = x if x.dtype == torch.float64 else x.float()
+            parts = [self._whiten(wide[:, :whole])]
+            if whole < x.shape[1]:
+                parts.append(self._standardise(wide[:, whole:]))
+            if self.training:
+                self.num_batches_tracked.add_(1)
+            return torch.cat(parts, 1).to(x.dtype)
+
+    def _every(self, x: Tensor) -> int:
+        dense = x.ndim == 2 or min(x.shape[2:]) < self.sampling_stride
+        return 1 if dense else self.sampling_stride**2
+
+    def _rate(self) -> Tensor:
+        first = (self.num_batches_tracked == 0).to(self.running_mean.dtype)
+        return first * (1 - self.momentum) + self.momentum
+
+    def _whiten(self, x: Tensor) -> Tensor:
+        channels = x.transpose(0, 1)
+        if self.grouping == "channel":
+            blocks = channels.reshape(-1, self.block, channels[0].numel()).transpose(0, 1)
+        else:
+            blocks = channels.reshape(self.block, -1, channels[0].numel())
+        rows = blocks.reshape(self.block, -1)
+        mean, deconv = self.running_mean, self.running_deconv
+        if self.training:
+            every = self._every(x)
+            mean, deconv = whitening.statistics(rows, lambda rows: rows[:, ::every], self.eps, self.n_iter)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self._rate())
+                self.running_deconv.lerp_(deconv.to(self.running_mean.dtype), self._rate())
+        white = (deconv @ (rows - mean[:, None])).view(blocks.shape)
+        if self.grouping == "channel":
+            white = white.transpose(0, 1)
+        return white.reshape(channels.shape).transpose(0, 1)
+
+    def _standardise(self, x: Tensor) -> Tensor:
+        mean, var = self.rest_mean, self.rest_var
+        if self.training:
+            sampled = x.flatten(1)[:, :: self._every(x)]
+            # The unbiased variance, as the authors' code; one element alone has none.
+            mean, var = sampled.mean(), sampled.var(correction=min(1, sampled.numel() - 1))
+            with torch.no_grad():
+                self.rest_mean.lerp_(mean.to(self.running_mean.dtype), self._rate())
+                self.rest_var.lerp_(var.to(self.running_mean.dtype), self._rate())
+        return (x - mean) * (var + self.eps).rsqrt()
+
+    def folded(self) -> tuple[Tensor, Tensor, int]:
+        """Matrix (C, C) and offset (C,) of the map that this layer is in evaluation, and the rank of its input.
+
+        Raises:
+            NormError: the layer has seen no input since it was made, so that it does not know C.
+        """
+        if self.seen is None:
+            raise NormError("a ChannelDeconv learns its channels from its input; run one batch before folding")
+        channels, rank = self.seen
+        eye = torch.eye(channels, dtype=self.running_deconv.dtype, device=self.running_deconv.device)
+        whole = channels - channels % self.block
+        training, self.training = self.training, False
+        try:
+            rows = torch.cat([torch.zeros_like(eye[:1]), eye])
+            images = torch.cat([self._whiten(rows[:, :whole]), self._standardise(rows[:, whole:])], 1)
+        finally:
+            self.training = training
+        return (images[1:] - images[0]).t().contiguous(), images[0], rank
+
+    def extra_repr(self) -> str:
+        return f"block={self.block}, n_iter={self.n_iter}, eps={self.eps}, sampling_stride={self.sampling_stride}"

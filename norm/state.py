@@ -1,0 +1,178 @@
+"""The statistics that whitening layers hold: in a training step those of the batch, in evaluation the running ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from norm import whitening
+from norm.whitening import Grouping
+
+
+class NormError(ValueError):
+    """A wrong option, an unknown name, or a model that a recipe cannot be applied to; the message says what to do."""
+
+
+def check_options(block: int, n_iter: int, eps: float, momentum: float, sampling_stride: int = 1) -> None:
+    """Raises NormError unless all are in range."""
+    for name, value in (("block", block), ("n_iter", n_iter), ("sampling_stride", sampling_stride)):
+        if value < 1:
+            raise NormError(f"{name} is {value}; it must be at least 1")
+    if n_iter > 30:
+        raise NormError(f"n_iter is {n_iter}; it must be at most 30, beyond that float32 overflows")
+    if not 0 < eps < math.inf:
+        raise NormError(f"eps is {eps}; it must be greater than 0, else a covariance of few rows has no inverse root")
+    if not 0 <= momentum <= 1:
+        raise NormError(f"momentum is {momentum}; it must lie between 0 and 1")
+
+
+class Whitening(nn.Module):
+    """What the layers share: running statistics in at least float32."""
+
+    running_mean: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        dtype = fn(self.running_mean[:0]).dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            raise NormError(
+                f"{type(self).__name__} cannot be turned to {dtype}: its statistics and inverse roots need float32. "
+                "Train under torch.autocast instead, or deploy norm.fold(model).half(). The layers before this one may "
+                "have been turned already: build the model anew"
+            )
+        return super()._apply(fn, recurse)
+
+
+class Statistics(NamedTuple):
+    """What whitens: the patches' mean, and D, or with a scale s the shape sqrt(s) D."""
+
+    mean: Tensor
+    deconv: Tensor
+    scale: Tensor | None
+
+
+class Deconvolving(Whitening):
+    """What FastDeconv and Delinear share: the statistics of a training step, and those of evaluation.
+
+    With `every` = 0, the method as published, D and its gradient are the batch's, and `running_deconv` averages D. With
+    `every` = n, D = S / sqrt(s): mean and scale s are the batch's, with gradients; the shape S is the inverse root of a
+    running covariance, renewed in every n-th step, without gradient.
+    """
+
+    running_deconv: Tensor
+    running_scale: Tensor
+    running_covariance: Tensor
+    running_shape: Tensor
+    steps: Tensor
+    groups: int = 1
+    grouping: Grouping = "channel"
+    freeze: bool = False
+    freeze_iter: int = 100
+
+    def _set_up(self, features: int, n_iter: int, eps: float, momentum: float, every: int) -> None:
+        if every < 0:
+            raise NormError(f"every is {every}; it must be 0 (the exact method) or the steps between two inverse roots")
+        self.features, self.n_iter, self.eps, self.momentum, self.every = features, n_iter, eps, momentum, every
+        eye = torch.eye(features)
+        eye = eye if self.groups == 1 else eye.repeat(self.groups, 1, 1)
+        self.register_buffer("running_mean", torch.zeros(features * self.groups))
+        if every:
+            self.register_buffer("running_scale", torch.ones(() if self.groups == 1 else (self.groups,)))
+            self.register_buffer("running_covariance", eye)
+            self.register_buffer("running_shape", eye.clone())
+        else:
+            self.register_buffer("running_deconv", eye)
+        self._steps = 0
+        if every or self.freeze:
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def deconv(self) -> Tensor:
+        """D of evaluation, (F, F) or (groups, F, F)."""
+        if not self.every:
+            return self.running_deconv
+        return self.running_shape * self.running_scale.rsqrt()[..., None, None]
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the plain layer that this one is in evaluation."""
+        return self._fold(self._held_statistics())
+
+    def set_statistics(self, mean: Tensor, covariance: Tensor) -> None:
+        """Take the statistics of evaluation from a mean (F,) or (groups F,) and a covariance, without eps."""
+        with torch.no_grad():
+            eye = torch.eye(self.features, dtype=covariance.dtype, device=covariance.device)
+            covariance = covariance + self.eps * eye
+            self.running_mean.copy_(mean)
+            if not self.every:
+                self.running_deconv.copy_(whitening.inverse_sqrt(covariance, self.n_iter))
+                return
+            self.running_scale.copy_(covariance.diagonal(dim1=-2, dim2=-1).mean(-1))
+            self.running_covariance.copy_(covariance / self.running_scale[..., None, None])
+            self.running_shape.copy_(whitening.inverse_sqrt(self.running_covariance, self.n_iter))
+            if not self.freeze:  # the averages go on from here, they do not start anew
+                self._steps = self.every * math.ceil(1 / max(self.momentum, 1e-3))
+                self.steps.fill_(self._steps)
+
+    def _fold(self, found: Statistics) -> tuple[Tensor, Tensor]:
+        layer: Any = self  # a Conv2d or a Linear
+        return whitening.fold_weight(layer.weight, layer.bias, *found[:2], self.groups, self.grouping, found.scale)
+
+    def _held_statistics(self) -> Statistics:
+        if self.every:
+            return Statistics(self.running_mean, self.running_shape, self.running_scale)
+        return Statistics(self.running_mean, self.running_deconv, None)
+
+    def _held(self, steps: Any) -> Any:
+        """Whether the statistics of the training step after `steps` others are held; an int or a tensor."""
+        limit = self.freeze_iter + 1 if self.grouping == "published" else self.freeze_iter
+        return steps % (10 * self.freeze_iter) >= limit
+
+    def _training_statistics(self, x: Tensor, gather: Callable[[Tensor], Tensor]) -> Statistics:
+        """Those of this training step, from the patches `gather(x)` or held; the running averages move."""
+        if self.every:
+            return self._running_shape(x, gather)
+        if self.freeze and not torch.compiler.is_compiling():
+            held = self._held(self._count())
+            if held:  # copies, since the next call may move the averages before the gradient of this one is taken
+                return Statistics(self.running_mean.clone(), self.running_deconv.clone(), None)
+        mean, deconv = whitening.statistics(x, gather, self.eps, self.n_iter)
+        if self.freeze and torch.compiler.is_compiling():  # a branch on the count would cut the graph in two
+            mask = self._held(self.steps)
+            self.steps.add_(1)
+            mean = torch.where(mask, self.running_mean, mean)
+            deconv = torch.where(mask, self.running_deconv, deconv)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_deconv.lerp_(deconv.to(self.running_deconv.dtype), self.momentum)
+        return Statistics(mean, deconv, None)
+
+    @torch.compiler.disable
+    def _running_shape(self, x: Tensor, gather: Callable[[Tensor], Tensor]) -> Statistics:
+        steps = self._count()
+        if self.freeze and self._held(steps):
+            return Statistics(self.running_mean.clone(), self.running_shape.clone(), self.running_scale.clone())
+        renew = steps % self.every == 0
+        mean, scale, covariance = whitening.mean_and_scale(x, gather, self.eps, renew)
+        with torch.no_grad():  # an average that starts as the mean of what it has seen, and never slower than momentum
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), max(self.momentum, 1 / (steps + 1)))
+            self.running_scale.lerp_(scale.to(self.running_mean.dtype), max(self.momentum, 1 / (steps + 1)))
+            if covariance is not None:
+                rate = max(1 - (1 - self.momentum) ** self.every, 1 / (steps // self.every + 1))
+                self.running_covariance.lerp_(covariance.to(self.running_mean.dtype), rate)
+                self.running_shape.copy_(whitening.inverse_sqrt(self.running_covariance, self.n_iter))
+        return Statistics(mean, self.running_shape.clone(), scale)
+
+    def _count(self) -> int:
+        """The training steps before this one, counted on the host as well, so that no step waits for the device."""
+        steps = self._steps
+        self._steps += 1
+        self.steps.fill_(self._steps)
+        return steps
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.every or self.freeze:
+            state_dict.setdefault(prefix + "steps", self.steps)  # the authors' weights have no count
+            self._steps = int(state_dict[prefix + "steps"])
+        super()._load_from_state_dict(state_dict, prefix, *args)

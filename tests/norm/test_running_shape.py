@@ -1,0 +1,213 @@
+"""The running shape (`every`) against a plain float64 reference written from its formulas, and the rows it sees."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import norm
+from norm import Delinear, FastDeconv, whitening
+
+D64 = torch.float64
+
+CASES: dict[str, dict[str, Any]] = {
+    "3x3": dict(channels=8, out=6, kernel_size=3, padding=1, block=8),
+    "blocks": dict(channels=8, out=6, kernel_size=3, padding=1, block=4, stride=2),
+    "groups": dict(channels=8, out=4, kernel_size=3, padding=1, groups=2),
+    "depthwise": dict(channels=6, out=12, kernel_size=3, padding=1, groups=6, dilation=2),
+    "1x1": dict(channels=8, out=6, kernel_size=1, block=4),
+    "stem": dict(channels=3, out=4, kernel_size=7, stride=2, padding=3, n_iter=15),
+}
+
+
+def make(case: str, **more: Any) -> FastDeconv:
+    torch.manual_seed(0)
+    options = {**CASES[case], **more}
+    return FastDeconv(options.pop("channels"), options.pop("out"), **options).to(D64)
+
+
+def image(layer: FastDeconv) -> Tensor:
+    x = torch.randn(3, layer.in_channels, 15, 14, dtype=D64).cumsum(-1) / 3
+    return x + torch.randn(layer.in_channels, 1, 1, dtype=D64)
+
+
+def inverse_root(matrix: Tensor, steps: int) -> Tensor:
+    norm_ = matrix.square().sum().sqrt()
+    eye = torch.eye(len(matrix), dtype=matrix.dtype)
+    y, z = matrix / norm_, eye
+    for _ in range(steps):
+        t = (3 * eye - z @ y) / 2
+        y, z = y @ t, t @ z
+    return z / norm_.sqrt()
+
+
+class Reference:
+    """One group after the other; the state that the layer should have."""
+
+    def __init__(self, layer: FastDeconv) -> None:
+        self.layer, eye = layer, torch.eye(layer.features, dtype=D64)
+        self.covariance, self.shape = [eye] * layer.groups, [eye] * layer.groups
+        self.mean = torch.zeros(layer.groups, layer.features, dtype=D64)
+        self.scale = torch.ones(layer.groups, dtype=D64)
+        self.steps = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, t = self.layer, self.steps
+        patches = layer.patches(x, layer.padding).reshape(layer.groups, layer.features, -1)
+        outs = []
+        for g in range(layer.groups):
+            rows = patches[g].t()
+            mean = rows.mean(0)
+            scale = ((rows - mean) ** 2).mean() + layer.eps
+            rate = max(layer.momentum, 1 / (t + 1))
+            self.mean[g] = (1 - rate) * self.mean[g] + rate * mean.detach()
+            self.scale[g] = (1 - rate) * self.scale[g] + rate * scale.detach()
+            if t % layer.every == 0:
+                centred = (rows - mean).detach()
+                eye = torch.eye(layer.features, dtype=D64)
+                now = (centred.t() @ centred / len(rows) + layer.eps * eye) / scale.detach()
+                rate = max(1 - (1 - layer.momentum) ** layer.every, 1 / (t // layer.every + 1))
+                self.covariance[g] = (1 - rate) * self.covariance[g] + rate * now
+                self.shape[g] = inverse_root(self.covariance[g], layer.n_iter)
+            deconv = self.shape[g] / scale.sqrt()
+            out = layer.out_channels // layer.groups
+            weight = layer.weight[g * out : (g + 1) * out].reshape(-1, layer.features) @ deconv
+            offset = (weight @ mean).view(out, -1).sum(1)
+            inside = x if layer.groups == 1 else x.chunk(layer.groups, 1)[g]
+            kernel = weight.view(out, -1, *layer.kernel_size)
+            bias = layer.bias[g * out : (g + 1) * out] - offset
+            outs.append(F.conv2d(inside, kernel, bias, layer.stride, layer.padding, layer.dilation))
+        self.steps += 1
+        return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_statistics_and_gradients_equal_the_formulas(case: str, every: int):
+    layer = make(case, every=every)
+    reference = Reference(layer)
+    for _ in range(5):
+        x = image(layer).requires_grad_()
+        inputs = [x, *layer.parameters()]
+        want = reference(x)
+        got = layer(x)
+        upstream = torch.randn_like(want)
+        want_grads = torch.autograd.grad(want, inputs, upstream)
+        got_grads = torch.autograd.grad(got, inputs, upstream)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        for a, b in zip(got_grads, want_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(layer.running_mean, reference.mean.flatten())
+    torch.testing.assert_close(layer.running_scale.view(-1), reference.scale)
+    torch.testing.assert_close(
+        layer.running_shape.view(layer.groups, *reference.shape[0].shape), torch.stack(reference.shape)
+    )
+    roots = torch.stack(reference.shape) * reference.scale.rsqrt().view(-1, 1, 1)
+    torch.testing.assert_close(layer.deconv().view_as(roots), roots)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_evaluation_and_folding_use_the_running_statistics(case: str):
+    layer = make(case, every=2)
+    for _ in range(3):
+        layer(image(layer))
+    layer.eval()
+    x = image(layer)
+    weight, bias = whitening.fold_weight(
+        layer.weight, layer.bias, layer.running_mean, layer.deconv(), layer.groups, layer.grouping
+    )
+    want = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    torch.testing.assert_close(layer(x), want)
+    torch.testing.assert_close(norm.fold(nn.Sequential(layer))(x), want)
+    assert int(layer.steps) == 3
+
+
+def test_a_stored_layer_goes_on_where_it_stopped():
+    layer = make("blocks", every=3)
+    for _ in range(4):
+        layer(image(layer))
+    other = make("blocks", every=3)
+    other.load_state_dict(layer.state_dict())
+    for _ in range(4):
+        x = image(layer)
+        assert torch.equal(layer(x), other(x))
+    assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), other.buffers(), strict=True))
+
+
+def test_delinear_is_the_layer_of_1x1_maps():
+    torch.manual_seed(0)
+    linear, conv = Delinear(8, 5, block=4, every=2).to(D64), make("1x1", every=2, out=5, sampling_stride=1)
+    conv.load_state_dict({k: v.view(conv.state_dict()[k].shape) for k, v in linear.state_dict().items()})
+    for _ in range(3):
+        x = torch.randn(7, 8, dtype=D64)
+        torch.testing.assert_close(linear(x), conv(x[:, :, None, None]).flatten(1))
+
+
+def test_a_held_stem_uses_the_running_statistics():
+    layer = make("stem", every=1, freeze=True, freeze_iter=1)
+    layer(image(layer))
+    before = copy.deepcopy(layer)
+    x = image(layer)
+    torch.testing.assert_close(layer(x), before.eval()(x))
+    assert torch.equal(layer.running_covariance, before.running_covariance)
+
+
+def test_calibration_keeps_the_function_and_the_averages_go_on_from_there():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+    images = torch.randn(4, 3, 12, 12)
+    for _ in range(20):
+        net(images)
+    net.eval()
+    want = net(images)
+    norm.convert(net, "deconv", every=2, stem_freeze=False, calibrate=images)
+    torch.testing.assert_close(net(images), want, rtol=1e-3, atol=1e-4)
+    layer, before = net[3], net[3].running_covariance.clone()
+    net.train()
+    net(torch.randn(4, 3, 12, 12))
+    moved = (layer.running_covariance - before).norm() / before.norm()
+    assert 0 < moved < 0.5
+
+
+def test_it_works_under_autocast_and_compiled():
+    layer = make("blocks", every=2).float()
+    twin = copy.deepcopy(layer)
+    x = image(layer).float()
+    want = copy.deepcopy(layer)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    assert got.dtype is torch.bfloat16 and layer.running_covariance.dtype is torch.float32
+    torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.1)
+    twin.compile(backend="aot_eager")
+    torch.testing.assert_close(twin(x), want)
+
+
+def test_rows_are_saved_by_images_on_small_maps_and_by_the_grid_on_large_ones():
+    assert whitening.thin_out(128, 8, (4, 4), (1, 1), 4000) == (4, (1, 1))
+    assert whitening.thin_out(32, 1, (4, 4), (1, 1), 4000) == (1, (1, 1))
+    assert whitening.thin_out(128, 1, (16, 16), (2, 2), 4000) == (2, (2, 2))
+    assert whitening.thin_out(128, 1, (32, 32), (3, 3), 4000) == (1, (6, 6))  # 36 windows stay
+    assert whitening.thin_out(2, 4, (64, 128), (3, 3), 4000) == (1, (5, 5))
+    assert whitening.thin_out(2, 16, (1, 1), (1, 1), 4) == (2, (1, 1))  # never fewer than one image
+    layer = FastDeconv(8, 4, 3, padding=1, block=4, dense_small_maps=True, max_rows=40)
+    assert layer.patches(torch.randn(6, 8, 4, 4), (1, 1)).shape == (36, 2 * 16 * 2)
+
+
+def test_blocks_by_features():
+    net = nn.Sequential(nn.Conv2d(80, 112, 3), nn.Conv2d(112, 8, 1), nn.Conv2d(8, 700, 1), nn.Conv2d(700, 7, 1))
+    norm.convert(net, "deconv", block_features=640)
+    assert [layer.block for layer in net] == [40, 112, 8, 700]  # 40 x 9 = 360; the last layer is whitened whole
+    assert math.prod(net[0].running_deconv.shape) == 360**2
+
+
+def test_options_out_of_range():
+    with pytest.raises(norm.NormError, match="every is -1"):
+        FastDeconv(3, 3, 3, every=-1)
+    with pytest.raises(norm.NormError, match="max_rows -5"):
+        FastDeconv(3, 3, 3, max_rows=-5)
+    with pytest.raises(norm.NormError, match="block_features=-1"):
+        norm.convert(nn.Conv2d(3, 3, 3), "deconv", block_features=-1)
