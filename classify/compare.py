@@ -63,7 +63,7 @@ def _draw(
     classes = list(dict.fromkeys(name for found in accuracies.values() for name in found))
     wide = not 0 < len(classes) <= MOST_BARS
     tall = 4.2 if wide else max(8.0, 1.2 + len(classes) * (0.12 + 0.1 * len(shown)))
-    layout = [["steps", "time", "loss"]] if wide else [["steps", "bars"], ["time", "bars"], ["loss", "bars"]]
+    layout: list[Any] = [["steps", "time", "loss"]] if wide else [["steps", "bars"], ["time", "bars"], ["loss", "bars"]]
     longest = max((row["seconds"] for _, rows in shown for row in rows if "seconds" in row), default=0.0)
     unit, size = next((each for each in _UNITS if longest >= 2 * each[1]), _UNITS[-1])
     clocked = [

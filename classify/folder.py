@@ -110,7 +110,7 @@ class FolderDataset(Dataset[dict[str, Any]]):
             crop = v2.RandomResizedCrop(size, scale=cfg.crop_scale, antialias=True)
             steps = [crop, v2.RandomHorizontalFlip(cfg.flip), augment.randaugment(cfg)]
         else:
-            steps = [v2.Resize(cfg.eval_resize or round(size / 0.875), antialias=True), v2.CenterCrop(size)]
+            steps = [augment.evaluation_steps(cfg, size)]
         self.steps = v2.Compose([step for step in steps if step is not None])
         self.erasing = augment.erasing(cfg) if train else None
 

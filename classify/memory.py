@@ -60,9 +60,12 @@ def crop_and_flip(padded: Tensor, index: Tensor, draw: Tensor, padding: int) -> 
     height, width = (side - 2 * padding for side in padded.shape[-2:])
     top, left, flip = draw
     if padded.is_cpu:  # numpy copies rows of a window, torch pixels: it takes four times as long
-        view = np.lib.stride_tricks.sliding_window_view
-        windows = view(padded.numpy(), (height, width), (2, 3))  # type: ignore[call-overload]  # its stub has no tuples
-        images = windows[index.numpy(), :, top.numpy(), left.numpy()]
+        if padding:
+            view = np.lib.stride_tricks.sliding_window_view
+            windows = view(padded.numpy(), (height, width), (2, 3))  # type: ignore[call-overload]  # no tuples in its stub
+            images = windows[index.numpy(), :, top.numpy(), left.numpy()]
+        else:
+            images = padded.numpy()[index.numpy()]
         flipped = np.flatnonzero(flip.numpy())
         images[flipped] = images[flipped, :, :, ::-1]
         return torch.from_numpy(images)

@@ -42,12 +42,14 @@ def make(wanted: Request) -> bool:
         if name not in wanted.networks:
             known.update({found.cell.key: found for found in _earlier(wanted, name)})
     with session(todo[0].loaded.config.runtime):
+        known = distributed.gather(known)[0]  # all processes must train the same cells, whatever each has read
         _write(wanted, known)
         for number, cell in enumerate(todo, 1):
             if known[cell.key].state == "done":
                 continue
             _say(f"\n[{number}/{len(todo)}] {cell.name}: {cell.run}")
-            known[cell.key], stopped = _train(cell)
+            found, stopped = _train(cell)
+            known[cell.key] = distributed.gather(found)[0]
             _write(wanted, known)
             if stopped:
                 _say(f"stopped by a signal; the same command goes on. So far: {wanted.folder / 'table.md'}")

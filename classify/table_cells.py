@@ -118,14 +118,16 @@ def request(
     """A table as the user names its parts; by default the paper's networks, 1 epoch (ImageNet: 90), one seed.
 
     Raises:
-        UserError: a number of epochs below 1, a thing named twice, a variant that is not NAME or NAME:key=value, or a
-            key that the table sets itself.
+        UserError: a number of epochs below 1, no network, a thing named twice, a variant that is not NAME or
+            NAME:key=value, or a key that the table sets itself.
     """
     if epochs is not None and epochs < 1:
         raise UserError(f"--epochs: found {epochs}, expected at least 1")
     length = epochs or (90 if data == "imagenet" else 1)
     columns = tuple(_variant(text) for text in variants)
     names = tuple(networks) or tuple(paper.networks(data))
+    if not names:
+        raise UserError(f"--networks: the paper has no table of {data}, so name the networks, such as --networks lenet")
     for option, given in (("networks", names), ("seeds", seeds), ("variants", [one.slug for one in columns])):
         if twice := [str(one) for one in dict.fromkeys(given) if list(given).count(one) > 1]:
             raise UserError(f"--{option}: {', '.join(twice)} is there twice")

@@ -89,7 +89,9 @@ def draw(wanted: Request, known: Outcomes) -> None:
         return
     across = min(2, len(shown))
     down = math.ceil(len(shown) / across)
-    with plots.figure(wanted.folder / "curves.png", (7.2 * across, 3.0 * down)) as figure:
+    with plots.figure(wanted.folder / "curves.png", (7.2 * across, 3.0 * down + 0.3)) as figure:
+        data = DATA_NAMES.get(wanted.data, wanted.data)
+        figure.suptitle(f"{data}: accuracy on the validation split (thin lines: on the training batches)", fontsize=11)
         grid = figure.subplots(down, 2 * across, squeeze=False).reshape(-1, 2)
         for score, loss in grid[len(shown) :]:
             score.remove()
@@ -97,8 +99,7 @@ def draw(wanted: Request, known: Outcomes) -> None:
         for (score, loss), (name, lines, hues) in zip(grid, shown, strict=False):
             for (_, found), color in zip(lines, hues, strict=True):
                 while_training(score, found, color, "epoch")
-            title = f"{name}: top-1 (thin: training batches)"
-            plots.curves(score, loss, lines, title, x="epoch", colors=hues, best=False)
+            plots.curves(score, loss, lines, f"{name}: top-1", x="epoch", colors=hues, best=False)
             loss.set_title(f"{name}: training loss")
             for axes in (score, loss):
                 axes.set_xlim(0, 1.04 * wanted.epochs)
@@ -151,7 +152,7 @@ def _notes(wanted: Request, both: bool) -> list[str]:
     notes = [f"Paper: {paper.SOURCE}, Table {2 if both else 1}; –: not in it."]
     if both:
         notes.append(f"Reproduction: {paper.REPRODUCTION}.")
-    ours = "Ours: accuracy on the validation split after the last step"
+    ours = "Ours: accuracy on the scored split (data.val_split) after the last step"
     if len(wanted.seeds) > 1:
         ours += f", mean ± standard deviation of the seeds {', '.join(map(str, wanted.seeds))}"
     return [*notes, ours + "."]

@@ -97,7 +97,8 @@ def draw_kernels(layer: FastDeconv, name: str, path: Path | str) -> None:
     names = {1: ("grey",), 3: _RGB}.get(layer.block) or [f"channel {i}" for i in range(shown)]
     wide = max(4.2, 1.75 * shown + 0.8)
     with figure(path, (wide + 5.6, max(4.8, 1.75 * shown + 0.9))) as drawn:
-        left, right = drawn.subfigures(1, 2, width_ratios=[wide, 5.6])
+        parts: Any = drawn.subfigures(1, 2, width_ratios=[wide, 5.6])
+        left, right = parts
         grid = left.subplots(shown, shown, squeeze=False)
         for i, line in enumerate(grid):
             for j, axes in enumerate(line):
@@ -160,15 +161,15 @@ def whitened(layer: FastDeconv, x: Tensor) -> tuple[NDArray[np.float64], NDArray
     Of a grouped convolution those of the first group. At most 100,000 rows, evenly spread.
     """
     padded, padding = layer.pad(x)
-    patches = layer.patches(padded, padding)
-    patches = patches if patches.ndim == 2 else patches[0]
-    patches = patches[:, :: -(-patches.shape[1] // _MOST_ROWS)].double().cpu().numpy()
+    found = layer.patches(padded, padding)
+    found = found if found.ndim == 2 else found[0]
+    patches = found[:, :: -(-found.shape[1] // _MOST_ROWS)].double().cpu().numpy()
     mean = layer.running_mean[: patches.shape[0]].double().cpu().numpy()
     return patches, _deconv(layer) @ (patches - mean[:, None])
 
 
 def _deconv(layer: FastDeconv) -> NDArray[np.float64]:
-    deconv = layer.running_deconv if layer.running_deconv.ndim == 2 else layer.running_deconv[0]
+    deconv = layer.deconv() if layer.deconv().ndim == 2 else layer.deconv()[0]
     found: NDArray[np.float64] = deconv.double().cpu().numpy()
     return found
 

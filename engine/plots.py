@@ -122,9 +122,8 @@ def bars(axes: Axes, runs: Mapping[str, Mapping[str, float | None]], classes: Se
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=min(3, max(1, len(runs))), frameon=False
-    )
+    across = min(100 // (20 + max(map(len, runs), default=0)) or 1, len(runs) or 1)  # have room beside each other
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=across, frameon=False)
 
 
 def plot_confusion(matrix: Any, names: Sequence[str], path: Path | str, title: str = "") -> None:

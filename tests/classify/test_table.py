@@ -98,9 +98,8 @@ def test_a_table_is_made_and_not_made_twice(ask: Any, trained: list[str]):
     assert content["rows"][0]["paper_percent"] == {"bn": [14.12], "deconv": [74.18]}
     one = ours["runs"][0]
     assert (ours["last_mean"], one["last"], one["state"], one["steps"]) == (scores[1], scores[1], "done", 5)
-    assert (
-        one["training_seconds"] > 0 and one["parameters"] > 10_000 and one["run"].endswith("cifar10_1ep/vgg16_deconv")
-    )
+    assert one["training_seconds"] > 0 and one["parameters"] > 10_000
+    assert one["run"].endswith("cifar10_1ep/vgg16_deconv")
     assert (wanted.folder / "curves.png").stat().st_size > 10_000
     assert table.make(wanted) and len(trained) == 2
     assert (wanted.folder / "table.md").read_text() == text
@@ -111,12 +110,8 @@ def test_the_command_of_a_cell_trains_the_same(ask: Any):
     (cell,) = cells(ask(variants=["deconv:optim.lr=0.02,optim.milestones=[]"], overrides=["batch_size=10"]), ["vgg16"])
     program, script, config, *rest = shlex.split(cell.command)
     keys = rest[: rest.index("--work-dir")]
-    assert (program, script) == ("python", "tools/train.py") and rest[-4:] == [
-        "--work-dir",
-        str(cell.run),
-        "--resume",
-        "auto",
-    ]
+    assert (program, script) == ("python", "tools/train.py")
+    assert rest[-4:] == ["--work-dir", str(cell.run), "--resume", "auto"]
     assert load(config, keys, ClassifyConfig).text == cell.loaded.text
     assert (cell.loaded.config.optim.lr, cell.loaded.config.batch_size) == (0.02, 10)
 
@@ -128,15 +123,14 @@ def test_several_seeds_have_a_mean_and_a_deviation(ask: Any, trained: list[str])
     assert table.make(wanted)
     assert trained == ["vgg16_bn_optim.lr_0.1_optim.momentum_0", "vgg16_bn_optim.lr_0.1_optim.momentum_0_seed1"]
     a, b = (100 * last_score(wanted.folder / name) for name in trained)
-    assert (
-        row((wanted.folder / "table.md").read_text(), "VGG-16")[1] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
-    )
+    found = row((wanted.folder / "table.md").read_text(), "VGG-16")[1]
+    assert found == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_signal_stops_the_table_and_the_next_start_goes_on(ask: Any, tmp_path: Path, monkeypatch, capsys):
-    wanted, whole = ask("vgg16", "vgg11", variants=["deconv"]), ask("vgg16", variants=["deconv"])
-    whole = request(tmp_path / "whole", networks=["vgg16"], variants=["deconv"], configs=whole.configs)
+    wanted = ask("vgg16", "vgg11", variants=["deconv"])
+    whole = request(tmp_path / "whole", networks=["vgg16"], variants=["deconv"], configs=wanted.configs)
     real, calls = losses.build, []
 
     def build(*args: Any) -> Any:
@@ -213,6 +207,7 @@ def test_what_earlier_starts_made_stays_in_the_table(ask: Any, trained: list[str
     ("options", "said"),
     [
         ({"epochs": 0}, "--epochs: found 0, expected at least 1"),
+        ({"data": "mnist"}, "--networks: the paper has no table of mnist"),
         ({"variants": ["bn", "bn"]}, "--variants: bn is there twice"),
         ({"variants": ["bn:optim.lr"]}, "--variants: found 'bn:optim.lr', expected NAME or NAME:key=value"),
         ({"variants": [":optim.lr=1"]}, "--variants: found ':optim.lr=1'"),
@@ -278,6 +273,13 @@ def test_the_papers_figures():
             assert [pair["deconv"] for pair in pairs] == sorted(pair["deconv"] for pair in pairs)
 
 
+def test_another_data_set_has_no_rows_of_the_paper(tmp_path: Path):
+    wanted = request(tmp_path, data="mnist", networks=["lenet"])
+    assert len(cells(wanted, ["lenet"])) == 2
+    text = table_files.markdown(wanted, {})
+    assert row(text, "lenet") == ["–", "not measured", "not measured"] and "VGG" not in text
+
+
 def test_table_2_has_two_accuracies_and_the_reproduction(tmp_path: Path):
     wanted = request(tmp_path, data="imagenet", networks=["vgg11"], variants=["deconv"], seeds=[0, 1])
     loaded: Any = None
@@ -311,7 +313,8 @@ def test_the_program(tmp_path: Path, monkeypatch, capsys):
 
 
 def both(folder: Path, configs: Path) -> None:
-    """Make a table of two cells in one of several processes."""
+    """Make a table of two cells in one of several processes; its curves are not looked at."""
+    table_files.draw = lambda *_: None
     wanted = request(folder, networks=["vgg16"], variants=["bn", "deconv"], configs=configs)
     assert table.make(wanted)
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from engine import distributed
+from engine import checkpoint, distributed
 from engine.errors import UserError
 from seg import evaluate
 from seg.config import SegConfig
@@ -289,6 +289,7 @@ def test_a_checkpoint_is_scored_with_overrides(
         return Coarse().eval(), config(sample_root), {}
 
     monkeypatch.setitem(sys.modules, "seg.models", SimpleNamespace(from_checkpoint=from_checkpoint))
+    monkeypatch.setattr(checkpoint, "task", lambda path: "seg")
     spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
     assert spec and spec.loader
     tool = importlib.util.module_from_spec(spec)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine import checkpoint
 from engine.errors import UserError
 from seg import predict
 from seg.config import SegConfig
@@ -296,6 +297,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     loader.from_checkpoint = from_checkpoint
     monkeypatch.setitem(sys.modules, "seg.models", loader)
+    monkeypatch.setattr(checkpoint, "task", lambda path: "seg")
     module.asked = loader.asked
     return module
 

@@ -1,0 +1,287 @@
+"""What a normalization costs: step time, memory, evaluation and arithmetic of one network with several recipes.
+
+The variants are measured in turn, A B A B ..., in one process, and compared by their medians: other work on the machine
+then slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+import norm
+from engine.errors import UserError
+from engine.optim import build_optimizer
+from engine.prepare import convert_norm
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe to measure."""
+
+    label: str
+    section: Any
+    """An `engine.config.NormConfig`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and what goes into it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    """Makes the network, with plain convolutions and batch norm; called once for each variant, after seeding."""
+    shape: tuple[int, ...]
+    """Of the input, N x C x H x W."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure."""
+
+    rounds: int = 7
+    """Rounds that count, after one that warms up."""
+    steps: int = 1
+    """Steps in a round; what is not done in every step (norm.every) needs as many or a multiple."""
+    device: torch.device = torch.device("cpu")
+    amp: torch.dtype | None = None
+    channels_last: bool = False
+    compile: bool = False
+    memory: bool = True
+    """Measure memory and count operations too."""
+
+
+@dataclass
+class Row:
+    """What was measured of a variant; None: not measured."""
+
+    case: str
+    variant: str
+    step: float = 0.0
+    """Seconds of forward, backward and update."""
+    ratio: float = 1.0
+    """`step` over that of the first variant."""
+    images_per_second: float = 0.0
+    saved: int | None = None
+    """Bytes kept for the backward, parameters left out."""
+    peak: int | None = None
+    """Largest allocation of a step beyond what was there before, in bytes."""
+    flops: int | None = None
+    """Multiplications and additions of matrix products and convolutions in a step."""
+    evaluation: float | None = None
+    """Seconds of a forward in evaluation."""
+    folded: float | None = None
+    """The same after folding (batch norm into the convolution, `norm.fold`); None where the network can't be traced."""
+
+
+def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list[Row]:
+    """Measure one network with all variants.
+
+    Raises:
+        UserError: see `engine.prepare.convert_norm`; a network that does not take the input.
+    """
+    works = [_Work(case, variant, settings) for variant in variants]
+    rows = [Row(case.name, variant.label) for variant in variants]
+    trained = _in_turn([work.step for work in works], settings)
+    for row, work, seconds in zip(rows, works, trained, strict=True):
+        row.step, row.ratio = seconds, seconds / trained[0]
+        row.images_per_second = case.shape[0] / seconds
+        if settings.memory:
+            row.saved, row.flops, row.peak = work.saved(), work.flops(), work.peak()
+    plain = [work.evaluated() for work in works]
+    folded = [_folded(network) for network in plain]
+    with torch.no_grad():
+        calls = [work.forward(network) for work, network in zip(works, plain, strict=True)]
+        shorter = [work.forward(network) for work, network in zip(works, folded, strict=True) if network is not None]
+        found = _in_turn([*calls, *shorter], settings)
+    for row, seconds in zip(rows, found, strict=False):
+        row.evaluation = seconds
+    rest = iter(found[len(rows) :])
+    for row, network in zip(rows, folded, strict=True):
+        row.folded = None if network is None else next(rest)
+    return rows
+
+
+def trace(case: Case, variant: Variant, settings: Settings, path: Path) -> None:
+    """Write torch's profile of a training step as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
+    work = _Work(case, variant, settings)
+    work.step()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        work.step()
+    try:
+        profile.export_chrome_trace(str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each variant; times in ms, memory in MiB with the ratio to the first variant of the case."""
+    head = ("case", "variant", "step ms", "ratio", "img/s", "saved MiB", "peak MiB", "GFLOP", "eval ms", "folded ms")
+    lines = [head]
+    first: dict[str, Row] = {}
+    for row in rows:
+        base = first.setdefault(row.case, row)
+        lines.append(
+            (
+                row.case,
+                row.variant,
+                f"{1e3 * row.step:.1f}",
+                f"{row.ratio:.2f}",
+                f"{row.images_per_second:.1f}",
+                _memory(row.saved, base.saved),
+                _memory(row.peak, base.peak),
+                "-" if row.flops is None else f"{row.flops / 1e9:.1f}",
+                "-" if row.evaluation is None else f"{1e3 * row.evaluation:.1f}",
+                "-" if row.folded is None else f"{1e3 * row.folded:.1f}",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    texts = (
+        "  ".join(
+            word.ljust(w) if i < 2 else word.rjust(w) for i, (word, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+    return "\n".join(text.rstrip() for text in texts)
+
+
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in rows]
+
+
+def _memory(value: int | None, base: int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 2**20:.0f}" + (f" ({value / base:.2f})" if base else "")
+
+
+class _Work:
+    """A network with one recipe, ready to be stepped."""
+
+    def __init__(self, case: Case, variant: Variant, settings: Settings) -> None:
+        from engine.config import OptimConfig
+
+        torch.manual_seed(0)
+        self.settings = settings
+        self.model = case.build().to(settings.device)
+        convert_norm(self.model, variant.section)
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self.model = self.model.to(memory_format=layout).train()  # type: ignore[call-overload]
+        # as between other layers: the input needs a gradient
+        self.images = torch.randn(case.shape, device=settings.device).to(memory_format=layout).requires_grad_()
+        groups = [{"params": list(self.model.parameters())}]
+        self.optimizer = build_optimizer(groups, OptimConfig(lr=1e-3))
+        if settings.compile:
+            self.model.compile()
+
+    def loss(self) -> Tensor:
+        dtype = self.settings.amp or torch.bfloat16
+        with torch.autocast(self.settings.device.type, dtype, enabled=self.settings.amp is not None):
+            found = self.model(self.images)
+        outputs = list(found.values()) if isinstance(found, dict) else [found]
+        return torch.stack([output.float().square().mean() for output in outputs]).sum()
+
+    def step(self) -> None:
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.images.grad = None
+
+    def saved(self) -> int:
+        """Bytes that autograd keeps, each storage once, without those of parameters and of the input."""
+        own = {each.untyped_storage().data_ptr() for each in [*self.model.parameters(), self.images]}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss()
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.images.grad = None
+        return sum(kept.values())
+
+    def flops(self) -> int:
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return int(counter.get_total_flops())
+
+    def peak(self) -> int | None:
+        if self.settings.device.type == "cuda":
+            torch.cuda.synchronize(self.settings.device)
+            torch.cuda.reset_peak_memory_stats(self.settings.device)
+            before = torch.cuda.memory_allocated(self.settings.device)
+            self.step()
+            return torch.cuda.max_memory_allocated(self.settings.device) - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            self.step()
+        assert profile.profiler is not None
+        events = profile.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        total = highest = 0
+        for _, change in changes:
+            total += change
+            highest = max(highest, total)
+        return highest
+
+    def evaluated(self) -> nn.Module:
+        return self.model.eval()
+
+    def forward(self, network: nn.Module) -> Callable[[], Any]:
+        images = self.images.detach()
+
+        def call() -> Any:
+            dtype = self.settings.amp or torch.bfloat16
+            with torch.autocast(self.settings.device.type, dtype, enabled=self.settings.amp is not None):
+                return network(images)
+
+        return call
+
+
+def _folded(network: nn.Module) -> nn.Module | None:
+    """Without any norm: deconvolution by `norm.fold`, batch norm by torch's tracer, where it can follow."""
+    plain = norm.fold(network)
+    if not any(isinstance(module, nn.BatchNorm2d) for module in plain.modules()):
+        return plain
+    from torch.fx.experimental.optimization import fuse
+    from torch.fx.proxy import TraceError
+
+    try:
+        fused: nn.Module = fuse(plain)
+    except (TraceError, TypeError):  # control flow that depends on the input
+        return None
+    return fused
+
+
+def _in_turn(calls: Sequence[Callable[[], Any]], settings: Settings) -> list[float]:
+    """Seconds of each call: the median over the rounds of a round's mean."""
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(settings.rounds + 1):
+        for call, found in zip(calls, times, strict=True):
+            each = []
+            for _ in range(settings.steps):
+                start = _now(settings.device)
+                call()
+                each.append(_now(settings.device) - start)
+            if number:  # the first round warms up
+                found.append(mean(each))
+    return [median(found) for found in times]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

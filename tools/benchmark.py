@@ -1,0 +1,162 @@
+"""Step time, memory, images per second and evaluation of networks and layers with several norms, measured in turn.
+
+python tools/benchmark.py                                           # single layers and small networks, on the CPU
+python tools/benchmark.py resnet18:32x3x32x32 --norms bn deconv deconv:every=4,max_rows=4000
+python tools/benchmark.py seg/deeplabv3_resnet50:2x3x256x256 torchvision/resnet50:8x3x224x224 --json costs.json
+python tools/benchmark.py conv:64,64,3,padding=1:4x64x64x64         # a convolution and its norm alone
+python tools/benchmark.py resnet18:128x3x32x32 --device cuda --amp bf16 --channels-last --compile --trace trace.json
+
+A case is NETWORK:NxCxHxW, where NETWORK is a classifier's name (torchvision/NAME and timm/NAME too), seg/NAME, or
+conv:IN,OUT,KERNEL[,padding=P][,dilation=D][,stride=S][,groups=G]. A norm is NAME[:option=value,...]; ratios are over
+the first one. A round has --steps steps; norm options that skip steps (every=4) need as many or a multiple.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.errors import UserError, program
+
+SUITE = [
+    "conv:64,64,3,padding=1:4x64x64x64",
+    "conv:512,512,3,padding=1:32x512x4x4",
+    "conv:256,256,3,padding=2,dilation=2:2x256x64x128",
+    "conv:1024,256,1:2x1024x64x128",
+    "resnet18:32x3x32x32",
+    "vgg11:128x3x32x32",
+    "seg/deeplabv3_resnet50:2x3x256x256",
+]
+
+
+def parse_case(text: str) -> tuple[Any, dict[str, Any]]:
+    """The case, and what its deconvolution recipes need: a layer alone is not a network's stem nor its last layer."""
+    from engine.benchmark import Case
+
+    found = re.fullmatch(r"(\S+?):(\d+)x(\d+)x(\d+)x(\d+)", text)
+    if found is None:
+        raise UserError(f"case {text!r}: expected NETWORK:NxCxHxW, such as resnet18:32x3x32x32")
+    name, shape = found[1], tuple(map(int, found.groups()[1:]))
+    if name.startswith("conv:"):
+        numbers = dict(part.split("=", 1) for part in name[5:].split(",") if "=" in part)
+        places = [part for part in name[5:].split(",") if "=" not in part]
+        try:
+            build = partial(_layer, *map(int, places), **{key: int(value) for key, value in numbers.items()})
+            build()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"case {text!r}: no convolution: {error}") from None
+        return Case(name, build, shape), {"stem_freeze": False, "stem_n_iter": 5, "last_block": 64}
+    if name.startswith("seg/"):
+        return Case(name, partial(_segmentation, name[4:]), shape), {}
+    return Case(name, partial(_classifier, name, shape), shape), {}
+
+
+def _layer(*numbers: int, **options: int) -> Any:
+    from torch import nn
+
+    conv: Any = nn.Conv2d(*numbers, **options)  # type: ignore[arg-type]
+    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))
+
+
+def _segmentation(name: str) -> Any:
+    from seg import models
+    from seg.config import ModelConfig
+
+    stride = 16 if "mobilenet" in name else 8
+    return models.build(ModelConfig(name=name, output_stride=stride), pretrained=False)  # type: ignore[arg-type]
+
+
+def _classifier(name: str, shape: tuple[int, ...]) -> Any:
+    from classify import models
+
+    return models.build(name, in_channels=shape[1], size=shape[2])
+
+
+def parse_norm(text: str, layer_options: dict[str, Any]) -> Any:
+    import yaml
+    from pydantic import ValidationError
+
+    from engine.benchmark import Variant
+    from engine.config import NormConfig
+
+    name, _, rest = text.partition(":")
+    options = dict(part.partition("=")[::2] for part in rest.split(",") if part)
+    try:
+        section = {key: yaml.safe_load(value) for key, value in options.items()}
+        more = layer_options if name.startswith("deconv") else {}
+        return Variant(text, NormConfig(name=name, **{**more, **section}))
+    except (ValidationError, yaml.YAMLError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"norm {text!r}: {reason.removeprefix('Value error, ')}") from None
+
+
+def settings(args: argparse.Namespace) -> Any:
+    import torch
+
+    from engine.benchmark import Settings
+
+    chosen = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here")
+    amp = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    return Settings(
+        rounds=args.rounds,
+        steps=args.steps,
+        device=torch.device(chosen),
+        amp=amp,
+        channels_last=args.channels_last,
+        compile=args.compile,
+        memory=not args.no_memory,
+    )
+
+
+@program
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=SUITE, metavar="CASE", help="NETWORK:NxCxHxW (default: a list)")
+    parser.add_argument("--norms", nargs="+", metavar="NORM", help="recipes with options (bn deconv deconv_fast)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (%(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="steps in a round (%(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (%(default)s)")
+    parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
+    parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision")
+    parser.add_argument("--channels-last", action="store_true", help="memory layout of convolutions")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="torch's profile of a step of the last case and norm"
+    )
+    args = parser.parse_args()
+    if min(args.rounds, args.steps) < 1:
+        parser.error("--rounds and --steps must be at least 1")
+    import torch
+
+    from engine import benchmark
+    from engine.images import write_bytes
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    how = settings(args)
+    parsed = [parse_case(text) for text in args.cases]
+    rows = []
+    for case, options in parsed:
+        norms = [parse_norm(text, options) for text in args.norms or ["bn", "deconv", "deconv_fast"]]
+        rows += benchmark.measure(case, norms, how)
+        print(benchmark.table(rows[-len(norms) :]), flush=True)
+    if args.trace:
+        benchmark.trace(case, norms[-1], how, args.trace)
+    if args.json:
+        write_bytes(args.json, (json.dumps(benchmark.to_json(rows), indent=1) + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
