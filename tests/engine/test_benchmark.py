@@ -1,0 +1,64 @@
+"""What the benchmark counts is what there is; times are only asked to be there."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from engine import benchmark
+from engine.benchmark import Case, Settings, Variant
+from engine.config import NormConfig
+
+QUICK = Settings(rounds=1)
+
+
+def variants(*names: str) -> list[Variant]:
+    return [Variant(name, NormConfig(name=name)) for name in names]
+
+
+def layer() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+
+
+def test_bytes_kept_for_the_backward():
+    """Batch norm keeps its input (the convolution's output) and its statistics; none keeps nothing of its own."""
+    bn, none = benchmark.measure(Case("x", layer, (2, 4, 16, 16)), variants("bn", "none"), QUICK)
+    output = 2 * 8 * 16 * 16 * 4
+    assert none.saved is not None and bn.saved is not None
+    assert output <= bn.saved - none.saved < output + 1000
+    assert bn.peak is not None and bn.peak >= output
+
+
+def test_operations_of_a_step():
+    """A convolution, its weight's and its input's gradient."""
+    (row,) = benchmark.measure(Case("x", layer, (2, 4, 16, 16)), variants("bn"), QUICK)
+    assert row.flops == 3 * 2 * (2 * 16 * 16 * 8) * (4 * 9)
+
+
+def test_every_variant_is_timed_and_folded_to_the_same_layers():
+    rows = benchmark.measure(Case("x", layer, (2, 4, 16, 16)), variants("bn", "deconv", "deconv_fast"), QUICK)
+    assert [row.ratio for row in rows][0] == 1 and all(row.step > 0 and row.evaluation and row.folded for row in rows)
+    assert rows[1].ratio == pytest.approx(rows[1].step / rows[0].step)
+    assert json.loads(json.dumps(benchmark.to_json(rows)))[2]["variant"] == "deconv_fast"
+    lines = benchmark.table(rows).splitlines()
+    assert len(lines) == 4 and lines[1].split()[:2] == ["x", "bn"] and "(1.00)" in lines[1]
+
+
+def test_a_network_that_cannot_be_traced_is_not_folded():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layer()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) if x.sum() > -1e9 else x
+
+    (row,) = benchmark.measure(Case("x", Odd, (2, 4, 8, 8)), variants("bn"), Settings(rounds=1, memory=False))
+    assert row.folded is None and row.evaluation and row.saved is None
+    assert benchmark.table([row]).splitlines()[1].split()[-1] == "-"
+
+
+def test_a_profile_is_written(tmp_path):
+    benchmark.trace(Case("x", layer, (2, 4, 8, 8)), variants("deconv")[0], QUICK, tmp_path / "trace.json")
+    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
