@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from norm import whitening
+from norm import folded_conv, whitening
+from norm.folded_conv import Geometry
 from norm.state import Deconvolving, NormError, check_options
 from norm.whitening import Grouping, Pair
 
@@ -125,12 +126,24 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         sampled = whitening.sample(x, kernel_size, stride, padding, dilation, strides)
         return whitening.group_patches(sampled, self.features, self.groups, self.grouping)
 
+    def _refolds(self, x: Tensor, how: Geometry) -> bool:
+        if torch.compiler.is_compiling():  # the compiler decides what is kept
+            return False
+        size, kernel = (x.shape[-2], x.shape[-1]), cast(Pair, self.kernel_size)
+        positions = whitening.output_size(size, kernel, how.stride, how.padding, how.dilation)
+        return folded_conv.worth_it(self.features, len(x), positions)
+
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise NormError(f"FastDeconv expects an input (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
         x, padding = self.pad(x)
         if self.training:
-            weight, bias = self._fold(self._training_statistics(x, partial(self.patches, padding=padding)))
+            found = self._training_statistics(x, partial(self.patches, padding=padding))
+            stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
+            how = Geometry(stride, padding, dilation, self.groups, self.grouping)
+            if self._refolds(x, how):
+                return folded_conv.conv(x, self.weight, self.bias, found, how)
+            weight, bias = self._fold(found)
         else:
             weight, bias = self.folded()
         if not torch.is_autocast_enabled(x.device.type):

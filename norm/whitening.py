@@ -221,12 +221,13 @@ def inverse_sqrt(matrix: Tensor, n_iter: int) -> Tensor:
     1.5^n_iter / sqrt(|A|_F). The first step needs no product with Z0, the last none for Y: 3 n_iter - 3 products.
     Large matrices on a CPU take the same steps on their eigenvalues (`_Spectral`).
     """
-    scale = torch.linalg.matrix_norm(matrix, keepdim=True)
     large = matrix.device.type == "cpu" and matrix.shape[-1] >= _SPECTRAL_SIZE and not torch.compiler.is_compiling()
-    if large and bool(torch.isfinite(scale).all()):  # else the products hand the NaN on, as every layer does
-        root: Tensor = _Spectral.apply(matrix / scale, n_iter)  # type: ignore[no-untyped-call]
-        return root * scale.rsqrt()
+    # what is not finite goes through the products, which hand it on as every layer does
+    if large and bool(torch.linalg.matrix_norm(matrix.detach()).isfinite().all()):
+        root: Tensor = _Spectral.apply(matrix, n_iter)  # type: ignore[no-untyped-call]
+        return root
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    scale = torch.linalg.matrix_norm(matrix, keepdim=True)
     y = matrix / scale
     t = 1.5 * eye - 0.5 * y
     z = t
@@ -238,30 +239,32 @@ def inverse_sqrt(matrix: Tensor, n_iter: int) -> Tensor:
 
 
 class _Spectral(torch.autograd.Function):
-    """The Newton-Schulz steps on X = V diag(x) V^T with |X|_F = 1: V diag(p(x)) V^T, with p the scalar recursion.
+    """The Newton-Schulz steps as p on eigenvalues: A / |A|_F = V diag(x) V^T, D = V diag(p(x)) V^T / sqrt(|A|_F).
 
-    One eigendecomposition and one product, and four products for the gradient V (P o (V^T G V)) V^T, in place of
-    3 n_iter - 3 and twice as many. P_ij = (p(x_i) - p(x_j)) / (x_i - x_j) is computed without cancellation by the same
-    recursion, with the product rule of divided differences [f g]_ij = f_i [g]_ij + [f]_ij g_j. Equal to the products
-    within rounding; many steps amplify the rounding of small eigenvalues, so they are computed in float64.
+    One eigendecomposition and one product, and four products for the gradient, in place of 3 n_iter - 3 and twice as
+    many; V and x are all that is kept. In the basis V, a gradient G of V diag(p(x)) V^T becomes P o G with
+    P_ij = (p(x_i) - p(x_j)) / (x_i - x_j), which is computed without cancellation by the same recursion, with the
+    product rule of divided differences [f g]_ij = f_i [g]_ij + [f]_ij g_j. Equal to the products within rounding; many
+    steps amplify the rounding of small eigenvalues, so they are computed in float64.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, n_iter: int) -> Tensor:
-        wide = x.double() if n_iter > 8 else x
-        values, vectors = torch.linalg.eigh(wide)
+    def forward(ctx: Any, matrix: Tensor, n_iter: int) -> Tensor:
+        wide = matrix.double() if n_iter > 8 else matrix
+        size = torch.linalg.matrix_norm(wide)
+        values, vectors = torch.linalg.eigh(wide / size[..., None, None])
         y, z = values, torch.ones_like(values)
         for _ in range(n_iter):
             t = 1.5 - 0.5 * z * y
             y, z = y * t, t * z
-        ctx.save_for_backward(values, vectors)
+        ctx.save_for_backward(size, values, vectors)
         ctx.n_iter = n_iter
-        return ((vectors * z.unsqueeze(-2)) @ vectors.mT).to(x.dtype)
+        return ((vectors * (z * size.rsqrt().unsqueeze(-1)).unsqueeze(-2)) @ vectors.mT).to(matrix.dtype)
 
     @staticmethod
     @once_differentiable  # the decomposition is taken as constant, which a second derivative could not be told
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        values, vectors = ctx.saved_tensors
+        size, values, vectors = ctx.saved_tensors
         y, z = values, torch.ones_like(values)
         dy, dz = torch.ones_like(vectors), torch.zeros_like(vectors)
         for _ in range(ctx.n_iter):
@@ -269,8 +272,12 @@ class _Spectral(torch.autograd.Function):
             dt = -0.5 * (z.unsqueeze(-1) * dy + dz * y.unsqueeze(-2))
             dy, dz = y.unsqueeze(-1) * dt + dy * t.unsqueeze(-2), t.unsqueeze(-1) * dz + dt * z.unsqueeze(-2)
             y, z = y * t, t * z
-        inner = dz * (vectors.mT @ grad.to(vectors.dtype) @ vectors)
-        return (vectors @ inner @ vectors.mT).to(grad.dtype), None
+        inner = (vectors.mT @ grad.to(vectors.dtype) @ vectors) * size.rsqrt()[..., None, None]
+        through_root = -0.5 * (inner.diagonal(dim1=-2, dim2=-1) * z).sum(-1)  # |A|_F under the root, times |A|_F
+        inner = dz * inner
+        through_x = -(inner.diagonal(dim1=-2, dim2=-1) * values).sum(-1)  # |A|_F below A, times |A|_F
+        inner.diagonal(dim1=-2, dim2=-1).add_((through_x + through_root).unsqueeze(-1) * values)
+        return (vectors @ (inner / size[..., None, None]) @ vectors.mT).to(grad.dtype), None
 
 
 def statistics(x: Tensor, gather: Callable[[Tensor], Tensor], eps: float, n_iter: int) -> tuple[Tensor, Tensor]:
