@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from norm import whitening
+from norm.sampling import Grouping
 from norm.state import NormError, Whitening, check_options
-from norm.whitening import Grouping
 
 
 class ChannelDeconv(Whitening):
@@ -92,8 +92,7 @@ class ChannelDeconv(Whitening):
         rows = blocks.reshape(self.block, -1)
         mean, deconv = self.running_mean, self.running_deconv
         if self.training:
-            every = self._every(x)
-            mean, deconv = whitening.statistics(rows, lambda rows: rows[:, ::every], self.eps, self.n_iter)
+            mean, deconv = whitening.patch_statistics(rows[:, :: self._every(x)], self.eps, self.n_iter)
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self._rate())
                 self.running_deconv.lerp_(deconv.to(self.running_mean.dtype), self._rate())

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from norm import whitening
+from norm.sampling import Grouping, Pair
 from norm.state import Statistics
-from norm.whitening import Grouping, Pair
 
 _SHARE = 0.3
 """Refold where that takes at most this share of the convolution's multiplications (which are a third of its step's)."""

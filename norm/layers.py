@@ -5,17 +5,16 @@ The mathematics is in `norm.whitening`, the statistics are in `norm.state`.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from norm import folded_conv, whitening
+from norm import folded_conv, sampling
 from norm.folded_conv import Geometry
+from norm.sampling import Grouping, Pair, Rows, Windows
 from norm.state import Deconvolving, NormError, check_options
-from norm.whitening import Grouping, Pair
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -23,7 +22,7 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 class FastDeconv(Deconvolving, nn.Conv2d):
     """A Conv2d that whitens the patches it sees (Ye et al. 2020, section 4, with the implicit form of section 4.4).
 
-    Training: mean and D come from the batch (`whitening.sample`), gradients flow through both, and the running
+    Training: mean and D come from the batch (`norm.sampling`), gradients flow through both, and the running
     averages move by `momentum`. Evaluation: the running averages take their place. Padding pixels count as zeros, in
     the statistics and in the convolution.
 
@@ -41,10 +40,10 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             the layer in training mode: one a step of the optimiser, without accumulation.
         grouping: "channel": blocks of neighbouring channels, as in the paper. "published": the authors' code, whose
             blocks interleave features, and which updates one step more of every freeze cycle.
-        dense_small_maps: take more windows where the output is at most 16 high or wide (`whitening.dense_strides`).
+        dense_small_maps: take more windows where the output is at most 16 high or wide (`sampling.dense_strides`).
             The authors' code does not.
         max_rows: leave out images, or make the grid of large maps coarser, until the statistics come from about so many
-            patches (`whitening.thin_out`); 0: take all that the strides leave.
+            patches (`sampling.thin_out`); 0: take all that the strides leave.
         every: 0: the exact method. n: the shape of D comes from a running covariance, has no gradient, and is renewed
             in every n-th step; mean and scale stay the batch's (`norm.state.Deconvolving`).
         padding_mode: as in Conv2d.
@@ -92,7 +91,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode=padding_mode
         )
-        self.block = in_channels // groups if groups > 1 else whitening.resolve_block(in_channels, block)
+        self.block = in_channels // groups if groups > 1 else sampling.resolve_block(in_channels, block)
         self.sampling_stride = sampling_stride
         self.freeze = freeze
         self.freeze_iter = freeze_iter
@@ -110,27 +109,28 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             return F.pad(x, amount, "constant" if self.padding_mode == "zeros" else self.padding_mode), (0, 0)
         return x, (self.padding[0], self.padding[1])
 
-    def patches(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        """The sampled patches of the (padded) input, (F, rows) or (groups, F, rows), in the dtype of `x`."""
+    def windows(self, shape: torch.Size, padding: Pair) -> Windows:
+        """Which windows of (padded) images (N, C, H, W) of this shape the statistics are taken from."""
         kernel_size, stride, dilation = (cast(Pair, each) for each in (self.kernel_size, self.stride, self.dilation))
-        strides = (self.sampling_stride, self.sampling_stride)
-        if self.dense_small_maps or self.max_rows:
-            size = (x.shape[-2], x.shape[-1])
-            positions = whitening.output_size(size, kernel_size, stride, padding, dilation)
-            if self.dense_small_maps:
-                strides = whitening.dense_strides(positions, self.sampling_stride)
-            if self.max_rows:
-                blocks = self.in_channels // self.groups // self.block
-                step, strides = whitening.thin_out(len(x), blocks, positions, strides, self.max_rows)
-                x = x[::step]
-        sampled = whitening.sample(x, kernel_size, stride, padding, dilation, strides)
-        return whitening.group_patches(sampled, self.features, self.groups, self.grouping)
+        strides, images = (self.sampling_stride, self.sampling_stride), 1
+        positions = sampling.output_size((shape[2], shape[3]), kernel_size, stride, padding, dilation)
+        if self.dense_small_maps:
+            strides = sampling.dense_strides(positions, self.sampling_stride)
+        if self.max_rows:
+            blocks = self.in_channels // self.groups // self.block
+            images, strides = sampling.thin_out(shape[0], blocks, positions, strides, self.max_rows)
+        step = (strides[0] * stride[0], strides[1] * stride[1])
+        return Windows(kernel_size, step, padding, dilation, self.features, self.groups, self.grouping, images)
+
+    def patches(self, x: Tensor, padding: Pair) -> Tensor:
+        """The sampled patches of the (padded) input, (F, rows) or (groups, F, rows), in the dtype of `x`."""
+        return self.windows(x.shape, padding).gather(x)
 
     def _refolds(self, x: Tensor, how: Geometry) -> bool:
         if torch.compiler.is_compiling():  # the compiler decides what is kept
             return False
         size, kernel = (x.shape[-2], x.shape[-1]), cast(Pair, self.kernel_size)
-        positions = whitening.output_size(size, kernel, how.stride, how.padding, how.dilation)
+        positions = sampling.output_size(size, kernel, how.stride, how.padding, how.dilation)
         return folded_conv.worth_it(self.features, len(x), positions)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             raise NormError(f"FastDeconv expects an input (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
         x, padding = self.pad(x)
         if self.training:
-            found = self._training_statistics(x, partial(self.patches, padding=padding))
+            x, found = self._training_statistics(x, self.windows(x.shape, padding))
             stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
             how = Geometry(stride, padding, dilation, self.groups, self.grouping)
             if self._refolds(x, how):
@@ -182,16 +182,17 @@ class Delinear(Deconvolving, nn.Linear):
     ) -> None:
         check_options(block, n_iter, eps, momentum)
         super().__init__(in_features, out_features, bias)
-        self.block = whitening.resolve_block(in_features, block)
+        self.block = sampling.resolve_block(in_features, block)
         self._set_up(self.block, n_iter, eps, momentum, every)
 
     def patches(self, x: Tensor) -> Tensor:
         """The input as (block, rows)."""
-        return x.reshape(-1, self.block).t()
+        return Rows(self.block).gather(x)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            weight, bias = self._fold(self._training_statistics(x, self.patches))
+            x, found = self._training_statistics(x, Rows(self.block))
+            weight, bias = self._fold(found)
         else:
             weight, bias = self.folded()
         if not torch.is_autocast_enabled(x.device.type):

@@ -13,8 +13,8 @@ from norm.channel_deconv import ChannelDeconv
 from norm.layers import Delinear, FastDeconv
 from norm.other_layers import FrozenBatchNorm2d, WSConv2d
 from norm.registry import Place, Recipe, register
+from norm.sampling import Grouping
 from norm.state import NormError, check_options
-from norm.whitening import Grouping
 
 
 def copy_conv(old: nn.Conv2d, new: nn.Conv2d) -> nn.Conv2d:

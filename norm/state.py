@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from norm import whitening
-from norm.whitening import Grouping
+from norm.sampling import Grouping, Sampler
 
 
 class NormError(ValueError):
@@ -129,15 +129,16 @@ class Deconvolving(Whitening):
         limit = self.freeze_iter + 1 if self.grouping == "published" else self.freeze_iter
         return steps % (10 * self.freeze_iter) >= limit
 
-    def _training_statistics(self, x: Tensor, gather: Callable[[Tensor], Tensor]) -> Statistics:
-        """Those of this training step, from the patches `gather(x)` or held; the running averages move."""
+    def _training_statistics(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
+        """x, for the layer to go on with, and the statistics of this step, from its patches or held; the running
+        averages move."""
         if self.every:
-            return self._running_shape(x, gather)
+            return self._running_shape(x, sampler)
         if self.freeze and not torch.compiler.is_compiling():
             held = self._held(self._count())
             if held:  # copies, since the next call may move the averages before the gradient of this one is taken
-                return Statistics(self.running_mean.clone(), self.running_deconv.clone(), None)
-        mean, deconv = whitening.statistics(x, gather, self.eps, self.n_iter)
+                return x, Statistics(self.running_mean.clone(), self.running_deconv.clone(), None)
+        x, mean, deconv = whitening.statistics(x, sampler, self.eps, self.n_iter)
         if self.freeze and torch.compiler.is_compiling():  # a branch on the count would cut the graph in two
             mask = self._held(self.steps)
             self.steps.add_(1)
@@ -146,15 +147,15 @@ class Deconvolving(Whitening):
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_deconv.lerp_(deconv.to(self.running_deconv.dtype), self.momentum)
-        return Statistics(mean, deconv, None)
+        return x, Statistics(mean, deconv, None)
 
     @torch.compiler.disable
-    def _running_shape(self, x: Tensor, gather: Callable[[Tensor], Tensor]) -> Statistics:
+    def _running_shape(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
         steps = self._count()
         if self.freeze and self._held(steps):
-            return Statistics(self.running_mean.clone(), self.running_shape.clone(), self.running_scale.clone())
+            return x, Statistics(self.running_mean.clone(), self.running_shape.clone(), self.running_scale.clone())
         renew = steps % self.every == 0
-        mean, scale, covariance = whitening.mean_and_scale(x, gather, self.eps, renew)
+        x, mean, scale, covariance = whitening.mean_and_scale(x, sampler, self.eps, renew)
         with torch.no_grad():  # an average that starts as the mean of what it has seen, and never slower than momentum
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), max(self.momentum, 1 / (steps + 1)))
             self.running_scale.lerp_(scale.to(self.running_mean.dtype), max(self.momentum, 1 / (steps + 1)))
@@ -162,7 +163,7 @@ class Deconvolving(Whitening):
                 rate = max(1 - (1 - self.momentum) ** self.every, 1 / (steps // self.every + 1))
                 self.running_covariance.lerp_(covariance.to(self.running_mean.dtype), rate)
                 self.running_shape.copy_(whitening.inverse_sqrt(self.running_covariance, self.n_iter))
-        return Statistics(mean, self.running_shape.clone(), scale)
+        return x, Statistics(mean, self.running_shape.clone(), scale)
 
     def _count(self) -> int:
         """The training steps before this one, counted on the host as well, so that no step waits for the device."""

@@ -22,101 +22,16 @@ One D serves all C / B blocks of an ungrouped convolution: their patches are sta
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Grouping = Literal["channel", "published"]
-Pair = tuple[int, int]
+from norm.sampling import Grouping, Sampler
+
 _SPECTRAL_SIZE = 128
 """Features from which an eigendecomposition on a CPU is faster than the products."""
-_SMALL_MAP = 64
-_FEWEST_WINDOWS = 36
-
-
-def resolve_block(channels: int, block: int) -> int:
-    """Channels a block holds: `block`, at most `channels`; gcd of both where `block` does not divide `channels`."""
-    return channels if block > channels else math.gcd(block, channels)
-
-
-def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    """Positions of a convolution in both directions."""
-    each = zip(size, kernel_size, stride, padding, dilation, strict=True)
-    height, width = ((side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in each)
-    return height, width
-
-
-def dense_strides(positions: Pair, most: int) -> Pair:
-    """Sampling strides that leave no small map with a corner or two: where the convolution has up to 8 positions in a
-    direction every one is taken, up to 16 every second, beyond that every `most`-th; never fewer than every `most`-th.
-
-    At stride 3 a 1x1 convolution sees one of eight images in an image-pooling branch: a covariance of one row is eps I,
-    and the layer amplifies by eps^(-1/2).
-    """
-    height, width = (min(most, 1 if side <= 8 else 2 if side <= 16 else most) for side in positions)
-    return height, width
-
-
-def thin_out(images: int, blocks: int, positions: Pair, strides: Pair, most_rows: int) -> tuple[int, Pair]:
-    """(take every so many-th image, sampling strides) that leave about `most_rows` rows, less than twice as many on
-    small maps.
-
-    Statistics depend on a window's place, so small maps (up to 64 windows) keep all windows and lose images. On larger
-    maps an image's mean and scale are not the batch's: all images stay, and the grid gets coarser, down to 36 windows.
-    """
-
-    def windows(each: Pair) -> int:
-        return math.prod(-(-side // step) for side, step in zip(positions, each, strict=True))
-
-    if windows(strides) > _SMALL_MAP:
-        while images * blocks * windows(strides) > most_rows:
-            wider = (strides[0] + 1, strides[1] + 1)
-            if windows(wider) < _FEWEST_WINDOWS:
-                break
-            strides = wider
-        return 1, strides
-    return max(1, min(images, images * blocks * windows(strides) // most_rows)), strides
-
-
-def sample(x: Tensor, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, sampling_stride: Pair) -> Tensor:
-    """The patches that the statistics are taken from: (N, C, H, W) -> (N', C k_h k_w, rows), channel-major features.
-
-    Kernels larger than 1x1: the zero-padded windows at `sampling_stride` times the stride of the convolution.
-    1x1: every (product of both strides in both directions)-th pixel of the flattened N x H x W list, whatever the
-    padding.
-    Only what is sampled is gathered.
-    """
-    step = (sampling_stride[0] * stride[0], sampling_stride[1] * stride[1])
-    if kernel_size != (1, 1):
-        return F.unfold(x, kernel_size, dilation, padding, step)
-    n, c, h, w = x.shape
-    every = step[0] * step[1]
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).reshape(-1, c)[::every].t().unsqueeze(0)
-    pixels = x.flatten(2)
-    if (h * w) % every == 0:
-        return pixels[:, :, ::every]
-    index = torch.arange(0, n * h * w, every, device=x.device)
-    return pixels[index.div(h * w, rounding_mode="floor"), :, index % (h * w)].t().unsqueeze(0)
-
-
-def group_patches(patches: Tensor, features: int, groups: int, grouping: Grouping) -> Tensor:
-    """(N, C k_h k_w, rows) -> (F, N C/B rows), or (G, F, N rows) for a grouped convolution.
-
-    grouping "channel": a block is B neighbouring channels, as in the paper. "published": block j holds the features
-    whose channel-major index is j modulo C / B, as the authors' code reshapes them.
-    """
-    n, _, rows = patches.shape
-    if groups > 1:
-        return patches.reshape(n, groups, features, rows).permute(1, 2, 0, 3).reshape(groups, features, -1)
-    if grouping == "channel":
-        return patches.reshape(n, -1, features, rows).permute(2, 0, 1, 3).reshape(features, -1)
-    return patches.reshape(n, features, -1, rows).permute(1, 0, 2, 3).reshape(features, -1)
 
 
 def mean_and_covariance(patches: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -128,48 +43,46 @@ def mean_and_covariance(patches: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class _Moments(torch.autograd.Function):
-    """`mean_and_covariance` of patches that are gathered from x, with a gradient of one product.
+    """x as it is, and `mean_and_covariance` of its patches, with a gradient of one product.
 
-    The gradient gathers the patches again from x, which the convolution keeps anyway: with G the covariance's gradient
-    and g the mean's, a patch gets (G + G^T)(patch - mu) / rows + g / rows; the centred patches sum to zero, so that no
-    term comes from mu in the covariance.
+    The gradient gathers the patches again from x, which the layer keeps anyway: with G the covariance's gradient and g
+    the mean's, a patch gets ((G + G^T)(patch - mu) + g) / rows; the centred patches sum to zero, so that no term comes
+    from mu in the covariance. It is added to the gradient that x has from the layer, in place: nobody else has that
+    one, since x as returned goes to the layer alone.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gather: Callable[[Tensor], Tensor], eps: float) -> tuple[Tensor, Tensor]:
-        mean, covariance = mean_and_covariance(_wide(gather(x)), eps)
+    def forward(ctx: Any, x: Tensor, sampler: Sampler, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        mean, covariance = mean_and_covariance(_wide(sampler.gather(x)), eps)
         ctx.save_for_backward(x, mean)
-        ctx.gather = gather
-        return mean, covariance
+        ctx.sampler = sampler
+        return x.view_as(x), mean, covariance
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, to_mean: Tensor, to_covariance: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, to_x: Tensor, to_mean: Tensor, to_covariance: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         x, mean = ctx.saved_tensors
-        with torch.enable_grad():
-            source = x.detach().requires_grad_()
-            patches = ctx.gather(source)
-        centred = _wide(patches.detach()) - mean.unsqueeze(-1)
+        centred = _wide(ctx.sampler.gather(x)) - mean.unsqueeze(-1)
         grad = torch.baddbmm(
             to_mean.reshape(-1, to_mean.shape[-1], 1),
             *((each.reshape(-1, *each.shape[-2:])) for each in (to_covariance + to_covariance.mT, centred)),
-        ).div_(patches.shape[-1])
-        (to_x,) = torch.autograd.grad(patches, source, grad.view(patches.shape).to(patches.dtype))
+        ).div_(centred.shape[-1])
+        ctx.sampler.scatter_add_(to_x, grad.view(centred.shape))
         return to_x, None, None
 
 
 class _MeanAndScale(torch.autograd.Function):
-    """Mean, scale s = mean((patch - mu)^2) + eps and shape Cov / s of patches that are gathered from x.
+    """x as it is; mean, scale s = mean((patch - mu)^2) + eps and shape Cov / s of its patches.
 
     Mean and scale have gradients, the shape has none: no product of two F x F matrices is left. A patch gets
-    (g_mu + 2 g_s (patch - mu) / F) / rows. Without `shape` the covariance is not computed.
+    (g_mu + 2 g_s (patch - mu) / F) / rows, added as in `_Moments`. Without `shape` the covariance is not computed.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gather: Callable[[Tensor], Tensor], eps: float, shape: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        patches = _wide(gather(x))
+        ctx: Any, x: Tensor, sampler: Sampler, eps: float, shape: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        patches = _wide(sampler.gather(x))
         mean = patches.mean(-1)
         centred = patches - mean.unsqueeze(-1)
         scale = centred.square().mean((-2, -1)) + eps
@@ -180,33 +93,30 @@ class _MeanAndScale(torch.autograd.Function):
             covariance.div_(scale[..., None, None])
             ctx.mark_non_differentiable(covariance)
         ctx.save_for_backward(x, mean)
-        ctx.gather = gather
-        return mean, scale, covariance
+        ctx.sampler = sampler
+        return x.view_as(x), mean, scale, covariance
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, to_mean: Tensor, to_scale: Tensor, _: None) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, to_x: Tensor, to_mean: Tensor, to_scale: Tensor, _: None
+    ) -> tuple[Tensor, None, None, None]:
         x, mean = ctx.saved_tensors
-        with torch.enable_grad():
-            source = x.detach().requires_grad_()
-            patches = ctx.gather(source)
+        patches = _wide(ctx.sampler.gather(x))
         factor = to_scale[..., None, None] * (2 / patches.shape[-2])
-        grad = (_wide(patches.detach()) - mean.unsqueeze(-1)).mul_(factor).add_(to_mean.unsqueeze(-1))
-        grad.div_(patches.shape[-1])
-        (to_x,) = torch.autograd.grad(patches, source, grad.to(patches.dtype))
+        grad = (patches - mean.unsqueeze(-1)).mul_(factor).add_(to_mean.unsqueeze(-1)).div_(patches.shape[-1])
+        ctx.sampler.scatter_add_(to_x, grad)
         return to_x, None, None, None
 
 
 def mean_and_scale(
-    x: Tensor, gather: Callable[[Tensor], Tensor], eps: float, shape: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Mean (F,) or (G F,), scale () or (G,), and the covariance over the scale, which has no gradient, if `shape`.
-
-    float32 under autocast, float64 stays float64; for `gather` see `statistics`.
-    """
+    x: Tensor, sampler: Sampler, eps: float, shape: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, for the layer to go on with; mean (F,) or (G F,), scale () or (G,), and the covariance over the scale, which
+    has no gradient, if `shape`. float32 under autocast, float64 stays float64."""
     with torch.autocast(device_type=x.device.type, enabled=False):
-        mean, scale, covariance = _MeanAndScale.apply(x, gather, eps, shape)  # type: ignore[no-untyped-call]
-        return mean.flatten(), scale, covariance
+        x, mean, scale, covariance = _MeanAndScale.apply(x, sampler, eps, shape)  # type: ignore[no-untyped-call]
+        return x, mean.flatten(), scale, covariance
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -280,16 +190,22 @@ class _Spectral(torch.autograd.Function):
         return (vectors @ (inner / size[..., None, None]) @ vectors.mT).to(grad.dtype), None
 
 
-def statistics(x: Tensor, gather: Callable[[Tensor], Tensor], eps: float, n_iter: int) -> tuple[Tensor, Tensor]:
-    """Mean (F,) or (G F,) and deconv D of the patches `gather(x)`, (F, rows) or (G, F, rows), where `gather` is linear.
+def statistics(x: Tensor, sampler: Sampler, eps: float, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, for the layer to go on with, and mean (F,) or (G F,) and deconv D of its patches.
 
     float32 under autocast, float64 stays float64.
     """
+    if torch.compiler.is_compiling():  # the compiler saves what it likes and cuts the products itself
+        return x, *patch_statistics(sampler.gather(x), eps, n_iter)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        if torch.compiler.is_compiling():  # the compiler saves what it likes and cuts the products itself
-            mean, covariance = mean_and_covariance(_wide(gather(x)), eps)
-        else:
-            mean, covariance = _Moments.apply(x, gather, eps)  # type: ignore[no-untyped-call]
+        x, mean, covariance = _Moments.apply(x, sampler, eps)  # type: ignore[no-untyped-call]
+        return x, mean.flatten(), inverse_sqrt(covariance, n_iter)
+
+
+def patch_statistics(patches: Tensor, eps: float, n_iter: int) -> tuple[Tensor, Tensor]:
+    """Mean and D of patches (F, rows) or (G, F, rows), with torch's own gradients; dtypes as in `statistics`."""
+    with torch.autocast(device_type=patches.device.type, enabled=False):
+        mean, covariance = mean_and_covariance(_wide(patches), eps)
         return mean.flatten(), inverse_sqrt(covariance, n_iter)
 
 

@@ -186,17 +186,6 @@ def test_it_works_under_autocast_and_compiled():
     torch.testing.assert_close(twin(x), want)
 
 
-def test_rows_are_saved_by_images_on_small_maps_and_by_the_grid_on_large_ones():
-    assert whitening.thin_out(128, 8, (4, 4), (1, 1), 4000) == (4, (1, 1))
-    assert whitening.thin_out(32, 1, (4, 4), (1, 1), 4000) == (1, (1, 1))
-    assert whitening.thin_out(128, 1, (16, 16), (2, 2), 4000) == (2, (2, 2))
-    assert whitening.thin_out(128, 1, (32, 32), (3, 3), 4000) == (1, (6, 6))  # 36 windows stay
-    assert whitening.thin_out(2, 4, (64, 128), (3, 3), 4000) == (1, (5, 5))
-    assert whitening.thin_out(2, 16, (1, 1), (1, 1), 4) == (2, (1, 1))  # never fewer than one image
-    layer = FastDeconv(8, 4, 3, padding=1, block=4, dense_small_maps=True, max_rows=40)
-    assert layer.patches(torch.randn(6, 8, 4, 4), (1, 1)).shape == (36, 2 * 16 * 2)
-
-
 def test_blocks_by_features():
     net = nn.Sequential(nn.Conv2d(80, 112, 3), nn.Conv2d(112, 8, 1), nn.Conv2d(8, 700, 1), nn.Conv2d(700, 7, 1))
     norm.convert(net, "deconv", block_features=640)

@@ -1,0 +1,193 @@
+"""Which patches the statistics are taken from, how they are gathered, and how a gradient of theirs goes back.
+
+Everything is linear: `gather` picks patches from a layer's input, `scatter_add_` adds what belongs to them to a
+gradient of that input, in place, so that no tensor of the input's size is made for the few values that were picked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grouping = Literal["channel", "published"]
+Pair = tuple[int, int]
+_SMALL_MAP = 64
+_FEWEST_WINDOWS = 36
+
+
+class Sampler(Protocol):
+    """Picks the patches that a layer's statistics are taken from."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The patches, (F, rows) or (G, F, rows), in the dtype of x."""
+
+    def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
+        """Add each value of `patches` to where `gather` would take it from x; the adjoint of `gather`."""
+
+
+def resolve_block(channels: int, block: int) -> int:
+    """Channels a block holds: `block`, at most `channels`; gcd of both where `block` does not divide `channels`."""
+    return channels if block > channels else math.gcd(block, channels)
+
+
+def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Positions of a convolution in both directions."""
+    each = zip(size, kernel_size, stride, padding, dilation, strict=True)
+    height, width = ((side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in each)
+    return height, width
+
+
+def dense_strides(positions: Pair, most: int) -> Pair:
+    """Sampling strides that leave no small map with a corner or two: where the convolution has up to 8 positions in a
+    direction every one is taken, up to 16 every second, beyond that every `most`-th; never fewer than every `most`-th.
+
+    At stride 3 a 1x1 convolution sees one of eight images in an image-pooling branch: a covariance of one row is eps I,
+    and the layer amplifies by eps^(-1/2).
+    """
+    height, width = (min(most, 1 if side <= 8 else 2 if side <= 16 else most) for side in positions)
+    return height, width
+
+
+def thin_out(images: int, blocks: int, positions: Pair, strides: Pair, most_rows: int) -> tuple[int, Pair]:
+    """(take every so many-th image, sampling strides) that leave about `most_rows` rows, less than twice as many on
+    small maps.
+
+    Statistics depend on a window's place, so small maps (up to 64 windows) keep all windows and lose images. On larger
+    maps an image's mean and scale are not the batch's: all images stay, and the grid gets coarser, down to 36 windows.
+    """
+
+    def windows(each: Pair) -> int:
+        return math.prod(-(-side // step) for side, step in zip(positions, each, strict=True))
+
+    if windows(strides) > _SMALL_MAP:
+        while images * blocks * windows(strides) > most_rows:
+            wider = (strides[0] + 1, strides[1] + 1)
+            if windows(wider) < _FEWEST_WINDOWS:
+                break
+            strides = wider
+        return 1, strides
+    return max(1, min(images, images * blocks * windows(strides) // most_rows)), strides
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The sampled windows of a convolution over images (N, C, H, W).
+
+    Kernels larger than 1x1: the zero-padded windows at every `strides`-th position. 1x1: every (product of
+    `strides`)-th pixel of the flattened N x H x W list, whatever the padding.
+    """
+
+    kernel_size: Pair
+    strides: Pair
+    """The sampling's strides times the convolution's."""
+    padding: Pair
+    dilation: Pair
+    features: int
+    groups: int = 1
+    grouping: Grouping = "channel"
+    images: int = 1
+    """Every so many-th image is taken."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        x = x[:: self.images] if self.images > 1 else x
+        if self.kernel_size != (1, 1):
+            found = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.strides)
+        else:
+            found = self._pixels(x)
+        return group_patches(found, self.features, self.groups, self.grouping)
+
+    def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
+        x = x[:: self.images] if self.images > 1 else x
+        n, c, height, width = x.shape
+        if self.kernel_size == (1, 1):
+            self._add_pixels(x, patches)
+            return
+        counts = output_size((height, width), self.kernel_size, self.strides, self.padding, self.dilation)
+        each = ungroup_patches(patches, n, c * math.prod(self.kernel_size), self.groups, self.grouping)
+        each = each.view(n, c, *self.kernel_size, *counts).to(x.dtype)
+        for top, rows in self._inside(0, height, counts[0]):
+            for left, columns in self._inside(1, width, counts[1]):
+                x[:, :, rows[1], columns[1]].add_(each[:, :, top, left, rows[0], columns[0]])
+
+    def _inside(self, axis: int, side: int, count: int) -> Iterator[tuple[int, tuple[slice, slice]]]:
+        """For each place in the kernel: which windows have it inside the map, and which pixels of the map those are."""
+        step, padding, dilation = self.strides[axis], self.padding[axis], self.dilation[axis]
+        for place in range(self.kernel_size[axis]):
+            offset = place * dilation - padding
+            first = max(0, -(offset // step))  # the first window whose pixel is not in the padding before the map
+            last = min(count, (side - 1 - offset) // step + 1)
+            if first < last:
+                start = first * step + offset
+                yield place, (slice(first, last), slice(start, start + (last - first - 1) * step + 1, step))
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        every = math.prod(self.strides)
+        if (h * w) % every == 0:
+            if x.is_contiguous(memory_format=torch.channels_last):
+                return x.permute(0, 2, 3, 1).reshape(n, h * w, c)[:, ::every].transpose(1, 2)
+            return x.flatten(2)[:, :, ::every]
+        image, row, column = self._places(n, h, w, x.device)
+        return x[image, :, row, column].t().unsqueeze(0)
+
+    def _add_pixels(self, x: Tensor, patches: Tensor) -> None:
+        n, c, h, w = x.shape
+        every = math.prod(self.strides)
+        if (h * w) % every:
+            image, row, column = self._places(n, h, w, x.device)
+            x[image, :, row, column] += ungroup_patches(patches, 1, c, self.groups, self.grouping)[0].t().to(x.dtype)
+            return
+        each = ungroup_patches(patches, n, c, self.groups, self.grouping).to(x.dtype)
+        if x.is_contiguous():
+            x.view(n, c, h * w)[:, :, ::every].add_(each)
+        else:
+            _, row, column = self._places(1, h, w, x.device)
+            x[:, :, row, column] += each
+
+    def _places(self, images: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.arange(0, images * height * width, math.prod(self.strides), device=device)
+        place = index % (height * width)
+        return index.div(height * width, rounding_mode="floor"), place.div(width, rounding_mode="floor"), place % width
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of an input (..., features of several blocks) of a linear layer."""
+
+    features: int
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.features).t()
+
+    def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
+        x.add_(patches.t().reshape(x.shape).to(x.dtype))
+
+
+def group_patches(patches: Tensor, features: int, groups: int, grouping: Grouping) -> Tensor:
+    """(N, C k_h k_w, rows) -> (F, N C/B rows), or (G, F, N rows) for a grouped convolution.
+
+    grouping "channel": a block is B neighbouring channels, as in the paper. "published": block j holds the features
+    whose channel-major index is j modulo C / B, as the authors' code reshapes them.
+    """
+    n, _, rows = patches.shape
+    if groups > 1:
+        return patches.reshape(n, groups, features, rows).permute(1, 2, 0, 3).reshape(groups, features, -1)
+    if grouping == "channel":
+        return patches.reshape(n, -1, features, rows).permute(2, 0, 1, 3).reshape(features, -1)
+    return patches.reshape(n, features, -1, rows).permute(1, 0, 2, 3).reshape(features, -1)
+
+
+def ungroup_patches(patches: Tensor, images: int, total: int, groups: int, grouping: Grouping) -> Tensor:
+    """The inverse of `group_patches`: to (N, C k_h k_w, rows), where N = `images` and C k_h k_w = `total`."""
+    features = patches.shape[-2]
+    if groups > 1:
+        return patches.reshape(groups, features, images, -1).permute(2, 0, 1, 3).reshape(images, total, -1)
+    each = patches.reshape(features, images, total // features, -1)
+    each = each.permute(1, 2, 0, 3) if grouping == "channel" else each.permute(1, 0, 2, 3)
+    return each.reshape(images, total, -1)
