@@ -133,6 +133,8 @@ class Deconvolving(Whitening):
         """x, for the layer to go on with, and the statistics of this step, from its patches or held; the running
         averages move."""
         if self.every:
+            if torch.compiler.is_compiling():  # it counts steps on the host: its own piece, which is not traced
+                return torch.compiler.disable(Deconvolving._running_shape)(self, x, sampler)
             return self._running_shape(x, sampler)
         if self.freeze and not torch.compiler.is_compiling():
             held = self._held(self._count())
@@ -149,7 +151,6 @@ class Deconvolving(Whitening):
             self.running_deconv.lerp_(deconv.to(self.running_deconv.dtype), self.momentum)
         return x, Statistics(mean, deconv, None)
 
-    @torch.compiler.disable
     def _running_shape(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
         steps = self._count()
         if self.freeze and self._held(steps):

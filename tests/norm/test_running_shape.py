@@ -2,6 +2,9 @@
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -200,3 +203,9 @@ def test_options_out_of_range():
         FastDeconv(3, 3, 3, max_rows=-5)
     with pytest.raises(norm.NormError, match="block_features=-1"):
         norm.convert(nn.Conv2d(3, 3, 3), "deconv", block_features=-1)
+
+
+def test_importing_the_package_does_not_import_the_compiler():
+    """It takes longer than torch itself."""
+    command = "import sys, norm; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(norm.__file__).parent.parent)
