@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from engine.config import Count, ExperimentConfig, Fraction, NotNegative, Positive, Section
+from engine.config import Count, ExperimentConfig, Fraction, NotNegative, Positive, ReportConfig, Section
 
 
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:
@@ -80,7 +80,8 @@ class ModelConfig(Section):
     """Arguments of the network besides its classes and channels, such as width: 0.5."""
     weights: str | None = None
     """Weights to start from: null (random), 'pretrained' (torchvision's or timm's, downloaded), or a path to a file. A
-    classifier with another number of classes starts anew."""
+    classifier with another number of classes starts anew. A checkpoint of tools/train.py fits if it was trained with
+    batch norm, or with the very `norm` section of this config."""
     init: Literal["default", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal"] = (
         "default"
     )
@@ -99,3 +100,11 @@ class ClassifyConfig(ExperimentConfig):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+
+    @model_validator(mode="after")
+    def _no_pictures(self) -> ClassifyConfig:
+        if self.report.images not in (0, ReportConfig().images):
+            raise ValueError(
+                "report.images has no effect with task: classify, whose pictures tools/evaluate.py draws; remove it"
+            )
+        return self

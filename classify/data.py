@@ -61,6 +61,27 @@ def describe(cfg: DataConfig) -> DataInfo:
     return DataInfo(classes, channels, size, mean, std)
 
 
+def as_trained(cfg: DataConfig, info: DataInfo, trained_on: str) -> DataConfig:
+    """The data as a trained network is to see it, that may be of another data set than the one it was trained on.
+
+    Args:
+        cfg: the training's section with what is to be another; where it is silent on size, mean and std, those of the
+            training are filled in. A network that was trained on whole images (`trained_on` a set in memory) gets whole
+            images of a folder too. What has no effect on the new kind of data goes back to its default.
+        info: what the network was trained with.
+        trained_on: data.name of the training.
+    """
+    fills: dict[str, Any] = {"size": info.size}
+    if cfg.name == "folder" or sets.SETS[cfg.name].shape[0] == info.channels:  # others are an error elsewhere
+        fills |= {"mean": info.mean, "std": info.std}
+    changes = {key: value for key, value in fills.items() if getattr(cfg, key) is None}
+    if cfg.name != trained_on:
+        changes |= {key: getattr(DataConfig(), key) for key in _without_effect(cfg)}
+        if cfg.name == "folder" and cfg.eval_resize is None:
+            changes["eval_resize"] = cfg.size or info.size
+    return cfg.model_copy(update=changes)
+
+
 def train_batches(cfg: ClassifyConfig, device: torch.device, world: int = 1, rank: int = 0) -> TrainBatches:
     """Batches of the training split for `engine.loop.fit`; sets in memory live on `device`.
 
@@ -105,12 +126,16 @@ def _limited(data: tuple[npt.NDArray[Any], npt.NDArray[np.int64]], limit: int | 
     return items[chosen], labels[chosen]
 
 
+def _without_effect(cfg: DataConfig) -> tuple[str, ...]:
+    """The options that are for the other kind of data set."""
+    return ("crop_padding",) if cfg.name == "folder" else ("crop_scale", "eval_resize", "on_error")
+
+
 def _check_options(cfg: DataConfig) -> None:
     """Raises UserError for an option that was set and would do nothing."""
     default = DataConfig()
     is_folder = cfg.name == "folder"
-    useless = ["crop_padding"] if is_folder else ["crop_scale", "eval_resize", "on_error"]
-    for key in useless:
+    for key in _without_effect(cfg):
         if getattr(cfg, key) != getattr(default, key):
             raise UserError(
                 f"data.{key}: has no effect with data.name={cfg.name}, it is for "

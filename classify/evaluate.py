@@ -47,7 +47,7 @@ class Scores:
     """Images whose true class was among the first five."""
     loss_sum: float
     mistakes: list[Mistake] = field(default_factory=list)
-    """The surest ones, the surest first; on the first process only."""
+    """The surest ones of all processes, the surest first."""
     problems: tuple[str, ...] = ()
     """Images that could not be read and were left out, as `path: why`."""
 
@@ -134,7 +134,7 @@ def evaluate_model(
         mistakes: how many of the surest wrong answers to keep.
 
     Raises:
-        UserError: bad data (see classify.data), or an output that is not finite.
+        UserError: bad data (see classify.data), no image that can be read, or an output that is not finite.
     """
     device, count = next(model.parameters()).device, len(info.classes)
     each = losses.criterion(cfg.loss.model_copy(update={"label_smoothing": 0.0}))
@@ -151,7 +151,7 @@ def evaluate_model(
                 first = logits.topk(min(5, count), 1).indices
                 matrix += torch.bincount(target * count + first[:, 0], minlength=count * count)
                 sums += torch.stack([(first == target[:, None]).sum().double(), each(logits, target).sum().double()])
-                if mistakes and distributed.is_main():
+                if mistakes:
                     kept = _surest([*kept, *_mistakes(batch, image, target, logits, info, mistakes)], mistakes)
     finally:
         model.train(training)
@@ -161,9 +161,12 @@ def evaluate_model(
             "the network's outputs on the split are not finite; a lower optim.lr or optim.clip_norm=1 keeps a training "
             "from diverging"
         )
-    problems = [one for part in distributed.gather(list(getattr(batches, "problems", ()))) for one in part]
+    problems = {one for part in distributed.gather(list(getattr(batches, "problems", ()))) for one in part}
+    if problems and not matrix.any():
+        raise UserError(f"none of the images of the split can be read, so there is nothing to score: {min(problems)}")
+    surest = _surest([one for part in distributed.gather(kept) for one in part], mistakes) if mistakes else []
     return Scores(
-        info.classes, matrix.view(count, count).cpu(), int(sums[0]), float(sums[1]), kept, tuple(sorted(set(problems)))
+        info.classes, matrix.view(count, count).cpu(), int(sums[0]), float(sums[1]), surest, tuple(sorted(problems))
     )
 
 
@@ -182,9 +185,10 @@ def evaluate_checkpoint(
     from engine.prepare import session
 
     model, cfg, info = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    split = split or cfg.data.val_split
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"val_split": split})})
     with session(cfg.runtime) as device:
         check_classes(info, describe(cfg.data), path)
-        split = split or cfg.data.val_split
         batches = eval_batches(cfg, device, split, distributed.world_size(), distributed.rank())
         if cfg.runtime.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

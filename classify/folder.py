@@ -139,7 +139,7 @@ class _Problems:
         batch, errors = loaded
         for error in errors:
             if not self.skip:
-                loading.checked(error)
+                raise UserError(f"{error} Repair or remove it; data.on_error=skip goes on without such images.")
             self.found[str(error)] = None
         return batch
 

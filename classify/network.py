@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from classify import models
 from classify.config import ClassifyConfig, ModelConfig
-from classify.data import DataInfo
+from classify.data import DataInfo, as_trained
 from engine import checkpoint
 from engine.config import from_dict
 from engine.errors import UserError
@@ -28,8 +29,8 @@ def build(cfg: ModelConfig, info: DataInfo, *, pretrained: bool = True) -> tuple
         pretrained: load `cfg.weights`; False when a checkpoint will fill all weights anyway.
 
     Raises:
-        UserError: an unknown name or option, images too small for it, or weights that are missing, of another network,
-            or cannot be downloaded.
+        UserError: an unknown name or option, images too small for it, initial weights beside those of a file, or
+            weights that are missing, of another network, or cannot be downloaded.
     """
     if taken := [name for name in ("name", "num_classes", "in_channels", "size") if name in cfg.options]:
         raise UserError(
@@ -41,8 +42,44 @@ def build(cfg: ModelConfig, info: DataInfo, *, pretrained: bool = True) -> tuple
         _initialise(model, cfg.init)
     said = ""
     if pretrained and cfg.weights is not None:
-        said = _load(model, cfg)
+        said = fill(model, cfg)
     return model, said
+
+
+def fill(model: nn.Module, cfg: ModelConfig) -> str:
+    """Fill the network from the file or the download that `cfg.weights` names, and say so; a classifier of another
+    shape is left as it is. Raises UserError as `build`."""
+    source = str(cfg.weights)
+    if cfg.init != "default":
+        raise UserError(f"model.init: {cfg.init} has no effect beside the weights of model.weights; remove one of them")
+    state: Any = _download(cfg.name) if source == "pretrained" else checkpoint.read(Path(source))
+    for key in ("state_dict", "ema", "model"):  # of our checkpoints the average, which is what was scored
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise UserError(f"{source}: found a {type(state).__name__}, expected a file of weights")
+    tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    here = model.state_dict()
+    tensors = {key: v for key, v in tensors.items() if key in here or not key.lower().startswith("aux")}  # extra heads
+    own = [
+        name
+        for name in models.classifier_names(model)
+        if name in here and (name not in tensors or tensors[name].shape != here[name].shape)
+    ]
+    if own and all(name.endswith("bias") for name in own):
+        own = []  # the same classes: a file without the bias is another network
+    checkpoint.load_weights(model, {**tensors, **{name: here[name] for name in own}}, source)
+    return f"weights of {source}" + (f"; {', '.join(own)} start anew (another number of classes)" if own else "")
+
+
+def fits_converted(cfg: ClassifyConfig) -> bool:
+    """Whether model.weights is a checkpoint that was trained with the norm of `cfg`: it fits the network after the
+    conversion, not before it. Raises UserError if it cannot be read."""
+    if cfg.model.weights in (None, "pretrained"):
+        return False
+    stored: Any = checkpoint.read(Path(str(cfg.model.weights)))
+    section = stored.get("config") if isinstance(stored, dict) else None
+    return isinstance(section, dict) and section.get("norm") == cfg.norm.model_dump(mode="json")
 
 
 def blank_images(info: DataInfo) -> list[Tensor]:
@@ -68,7 +105,8 @@ def from_checkpoint(
 
     Args:
         path: a file that tools/train.py wrote.
-        overrides: `key=value` changes to the stored config.
+        overrides: `key=value` changes to the stored config. Another data set enters with the size and the
+            normalisation of the training unless data.size, data.mean or data.std are among them.
         allow_imports: import the modules that the stored config names (they run code).
 
     Raises:
@@ -82,6 +120,9 @@ def from_checkpoint(
     info = DataInfo(
         tuple(meta["classes"]), int(meta["channels"]), int(meta["size"]), tuple(meta["mean"]), tuple(meta["std"])
     )
+    data = as_trained(cfg.data, info, content["config"]["data"]["name"])
+    cfg = cfg.model_copy(update={"data": data})
+    info = replace(info, size=data.size or info.size, mean=data.mean or info.mean, std=data.std or info.std)
     model, _ = build(cfg.model, info, pretrained=False)
     convert_norm(model, cfg.norm, blank_images(info) if cfg.norm.calibrate_batches else None)
     weights = content["model"] if content["ema"] is None else content["ema"]
@@ -98,29 +139,6 @@ def _initialise(model: nn.Module, init: str) -> None:
             fill(module.weight, **options)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-
-def _load(model: nn.Module, cfg: ModelConfig) -> str:
-    """Fill the network from a file or a download; a classifier of another shape is left as it is, and said."""
-    source = str(cfg.weights)
-    state: Any = _download(cfg.name) if source == "pretrained" else checkpoint.read(Path(source))
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise UserError(f"{source}: found a {type(state).__name__}, expected a file of weights")
-    tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
-    here = model.state_dict()
-    tensors = {key: v for key, v in tensors.items() if key in here or not key.lower().startswith("aux")}  # extra heads
-    own = [
-        name
-        for name in models.classifier_names(model)
-        if name in here and (name not in tensors or tensors[name].shape != here[name].shape)
-    ]
-    if own and all(name.endswith("bias") for name in own):
-        own = []  # the same classes: a file without the bias is another network
-    checkpoint.load_weights(model, {**tensors, **{name: here[name] for name in own}}, source)
-    return f"weights of {source}" + (f"; {', '.join(own)} start anew (another number of classes)" if own else "")
 
 
 def _download(name: str) -> dict[str, Tensor]:

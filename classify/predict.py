@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,6 +18,9 @@ from classify.config import ClassifyConfig
 from classify.data import DataInfo
 from engine.errors import UserError
 from engine.images import MAX_PIXELS, Array, Found, find_images, read_image, show, write_bytes
+
+MOST_BYTES = 1 << 28
+"""A batch ends with the image with which its files hold so many bytes decoded."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def classify_files(
         inputs: files, folders (searched recursively) and globs.
         topk: classes told for each image.
         out: a folder that gets `predictions.csv` (a row for each image and rank) and `predictions.json`; None: none.
-        batch_size: images predicted at once.
+        batch_size: images predicted at once, fewer where they are large.
         max_pixels: larger images are refused.
         say: takes the line of each image.
 
@@ -139,7 +141,8 @@ def classify_files(
 def _batches(
     found: Sequence[Found], size: int, max_pixels: int, summary: Summary, say: Callable[[str], None]
 ) -> Iterator[list[tuple[Found, Array]]]:
-    """The images that can be read, at most `size` at a time; what can't is noted in `summary`."""
+    """The images that can be read, at most `size` at a time and fewer large ones, which are here in full; what can't is
+    noted in `summary`."""
 
     def readable() -> Iterator[tuple[Found, Array]]:
         for item in found:
@@ -149,8 +152,13 @@ def _batches(
                 summary.problems.append(str(error))
                 say(f"{show(item.path)}: FAILED")
 
-    images = readable()
-    while batch := list(islice(images, size)):
+    batch: list[tuple[Found, Array]] = []
+    for one in readable():
+        batch.append(one)
+        if len(batch) == size or sum(image.size for _, image in batch) >= MOST_BYTES:
+            yield batch
+            batch = []
+    if batch:
         yield batch
 
 

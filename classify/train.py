@@ -10,8 +10,8 @@ from classify import losses, models, network
 from classify.config import ClassifyConfig
 from classify.data import describe, eval_batches, train_batches
 from classify.evaluate import evaluate_model, left_out
+from engine import distributed
 from engine.config import Loaded
-from engine.distributed import rank, world_size
 from engine.loop import Evaluation, Result, fit
 from engine.optim import parameter_groups
 from engine.prepare import prepare, session
@@ -28,13 +28,15 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
     cfg = loaded.config
     with session(cfg.runtime) as device:
         info = describe(cfg.data)
-        training = train_batches(cfg, device, world_size(), rank())
-        validation = eval_batches(cfg, device, world=world_size(), rank=rank())
+        training = train_batches(cfg, device, distributed.world_size(), distributed.rank())
+        validation = eval_batches(cfg, device, world=distributed.world_size(), rank=distributed.rank())
         state = open_work_dir(work_dir, loaded, resume)
         with Log(work_dir, cfg.report, resume_step=state["step"] if state else 0) as log:
-            model, weights = network.build(cfg.model, info, pretrained=state is None)
+            later = state is None and network.fits_converted(cfg)
+            model, weights = network.build(cfg.model, info, pretrained=state is None and not later)
             images = network.blank_images(info) if state else (batch["image"] for batch in training.epoch(0))
             prepared = prepare(model, cfg, images=images)
+            weights = network.fill(prepared.raw, cfg.model) if later else weights
             head = set(models.classifier_names(prepared.raw))
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
             summary = [line for line in prepared.report.splitlines() if " | " not in line]
@@ -42,7 +44,8 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
 
             def evaluate(net: nn.Module, max_batches: int | None) -> Evaluation:
                 scores = evaluate_model(net, cfg, info, validation, max_batches=max_batches)
-                lines = [scores.line(), *left_out(sorted({*training.problems, *scores.problems}))]
+                problems = {one for part in distributed.gather(training.problems) for one in part}
+                lines = [scores.line(), *left_out(sorted({*problems, *scores.problems}))]
                 return Evaluation(scores.top1, scores.scalars(), {}, "\n".join(lines) if max_batches is None else "")
 
             return fit(

@@ -14,7 +14,15 @@ from engine.errors import UserError
 LAST = "last.pt"
 BEST = "best.pt"
 CONFIG = "config.yaml"
-FREE = ("runtime.", "report.", "length", "data.root", "data.eval_batch_size")  # may differ when a run goes on ...
+FREE = (  # may differ when a run goes on ...
+    "runtime.",
+    "report.",
+    "length",
+    "data.root",
+    "data.download",
+    "data.check_files",
+    "data.eval_batch_size",
+)
 BOUND = ("runtime.seed",)  # ... and among them those that decide which data comes next
 
 

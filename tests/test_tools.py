@@ -135,6 +135,7 @@ def test_a_classifier_tells_the_likeliest_classes(project: Path, classifier: str
     [
         (["predict", "runs/c/best.pt", "x.png", "--save", "labels"], "a classifier; --save is for segmentation"),
         (["predict", "runs/c/best.pt", "x.png"], "x.png: no such file"),
+        (["predict", "runs/c/best.pt", "x.png", "--topk", "0"], "--topk: 0; expected 1 to 3"),
         (["predict", "runs/x/best.pt", "x.png"], "a segmentation network; give --out DIR"),
         (["evaluate", "runs/c/best.pt", "--split", "test"], "test"),
         (["compare", "runs/c", "runs/x", "--out", "o.png"], "runs/x"),

@@ -79,9 +79,8 @@ def _classify(args: argparse.Namespace, max_pixels: int) -> Any:
     model, cfg, info = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
     with session(cfg.runtime) as device:
         predict = Predictor.from_config(model, cfg, info, device).predict
-        return classify_files(
-            predict, info.classes, args.inputs, topk=args.topk or 1, out=args.out, max_pixels=max_pixels
-        )
+        topk = 1 if args.topk is None else args.topk
+        return classify_files(predict, info.classes, args.inputs, topk=topk, out=args.out, max_pixels=max_pixels)
 
 
 @program

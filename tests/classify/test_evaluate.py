@@ -83,6 +83,14 @@ def test_outputs_that_are_not_finite_are_an_error():
         evaluate_model(Table(torch.full((2, 7), torch.nan)), config(), INFO, batches([0, 1]))
 
 
+def test_no_image_that_can_be_read_is_an_error():
+    class Unreadable(list):  # type: ignore[type-arg]
+        problems = ("b.png: broken", "a.png: empty")
+
+    with pytest.raises(UserError, match="none of the images of the split can be read.*: a.png: empty"):
+        evaluate_model(Table(torch.eye(7)), config(), INFO, Unreadable())
+
+
 def test_what_is_printed_and_written(tmp_path: Path):
     matrix = torch.tensor([[3, 1, 0], [0, 2, 2], [0, 0, 0]])
     scores = Scores(("bus", "car", "tram"), matrix, 0, 4.0, problems=("x.png: broken",))

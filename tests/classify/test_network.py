@@ -47,6 +47,22 @@ def test_weights_of_a_plain_file_and_of_data_parallel(tmp_path: Path):
         assert said == f"weights of {tmp_path / name}"
 
 
+def test_weights_of_a_checkpoint_are_the_average_where_one_was_kept(tmp_path: Path):
+    cfg = ModelConfig(name="vgg11", options=SMALL)
+    last, average = (build(cfg, INFO)[0].state_dict() for _ in range(2))
+    for ema, expected in ((average, average), (None, last)):
+        torch.save({"model": last, "ema": ema}, tmp_path / "best.pt")
+        model, _ = build(cfg.model_copy(update={"weights": str(tmp_path / "best.pt")}), INFO)
+        assert torch.equal(model.get_parameter("fc.weight"), expected["fc.weight"])
+
+
+def test_initial_weights_beside_those_of_a_file_are_refused(tmp_path: Path):
+    cfg = ModelConfig(name="vgg11", options=SMALL, weights=str(tmp_path / "x.pt"), init="orthogonal")
+    with pytest.raises(UserError, match="model.init: orthogonal has no effect beside the weights of model.weights"):
+        build(cfg, INFO)
+    build(cfg, INFO, pretrained=False)  # of a checkpoint
+
+
 def test_weights_of_another_network_are_refused(tmp_path: Path):
     source, _ = build(ModelConfig(name="vgg13", options=SMALL), INFO)
     torch.save(source.state_dict(), tmp_path / "other.pt")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from classify import predict
 from classify.config import ClassifyConfig
 from classify.data import DataInfo
 from classify.predict import Predictor, Summary, classify_files
@@ -46,6 +47,20 @@ def test_the_likeliest_classes_in_order_whatever_the_batch(tmp_path: Path):
         assert [one.classes for one in summary.predictions] == [["red", "green"], ["blue", "green"], ["green", "blue"]]
         assert said[0] == f"{tmp_path / 'a.png'}: red 80.0 %, green 20.0 %"
         assert str(summary) == "3 images classified"
+
+
+def test_large_images_are_not_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in "abcd":
+        save(tmp_path / f"{name}.png", (200, 50, 0))
+    seen: list[int] = []
+
+    def counted(images: list[np.ndarray]) -> Tensor:
+        seen.append(len(images))
+        return brightest(images)
+
+    monkeypatch.setattr(predict, "MOST_BYTES", 3 * 9 * 7 * 3)
+    summary = classify_files(counted, CLASSES, [tmp_path], say=lambda line: None)
+    assert seen == [3, 1] and len(summary.predictions) == 4
 
 
 def test_files_hold_what_is_printed(tmp_path: Path):

@@ -206,6 +206,12 @@ def test_bad_npz(tmp_path: Path) -> None:
         (tmp_path / "val_data.npz").write_bytes(part)
         with pytest.raises(UserError, match="val_data.npz: expected an npz file of plain arrays; damaged"):
             sets.load(section(tmp_path, "imagenet32"), "val")
+    np.savez_compressed(tmp_path / "val_data.npz", data=pixels(4, 3072), labels=[1, 2, 3, 4])
+    whole = (tmp_path / "val_data.npz").read_bytes()
+    for place in range(80, 600, 40):  # in the packed data, where it ends in zlib
+        (tmp_path / "val_data.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="val_data.npz: expected an npz file of plain arrays; damaged"):
+            sets.load(section(tmp_path, "imagenet32"), "val")
 
 
 @pytest.mark.parametrize(

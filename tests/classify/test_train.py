@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from classify import train
+from classify import sets, train
 from classify.config import ClassifyConfig
 from classify.evaluate import evaluate_checkpoint
 from classify.network import build, from_checkpoint
@@ -16,6 +18,7 @@ from engine import checkpoint
 from engine.config import Loaded, from_dict
 from engine.errors import UserError
 from engine.report import read_metrics
+from tests.engine.toy import in_processes
 
 
 def loaded(root: Path, *overrides: str, **data: Any) -> Loaded[ClassifyConfig]:
@@ -77,15 +80,13 @@ def test_options_of_a_config(cifar_root: Path, tmp_path: Path, options: list[str
 
 
 def test_a_folder_of_images_with_a_broken_one(image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    import shutil
-
     root = tmp_path / "images"
     shutil.copytree(image_root, root)
     (root / "val/car/1.png").write_bytes(b"broken")
     (root / "train/bus/2.png").write_bytes(b"broken")
     options = ["data.on_error=skip", "batch_size=6", "length=3 epochs", "data.size=32"]
     experiment = loaded(root, *options, name="folder", val_split="val")
-    with pytest.raises(UserError, match="2.png|1.png"):
+    with pytest.raises(UserError, match="(2|1).png: .* Repair or remove it; data.on_error=skip goes on without such"):
         train.run(loaded(root, *options, "data.on_error=stop", name="folder", val_split="val"), tmp_path / "stopped")
     train.run(experiment, tmp_path / "run")
     said = capsys.readouterr().out
@@ -110,6 +111,69 @@ def test_weights_of_another_number_of_classes_start_the_classifier_anew(
     assert all(torch.equal(stored[name], value) for name, value in model.state_dict().items())
 
 
+def test_weights_of_a_deconvolution_network_start_another(
+    cifar_root: Path, image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    train.run(loaded(cifar_root, "norm.name=deconv", "length=2 steps"), tmp_path / "first")
+    options = [f"model.weights={tmp_path / 'first/last.pt'}", "batch_size=6", "length=1 step", "data.size=32"]
+    experiment = loaded(image_root, *options, "norm.name=deconv", "optim.lr=1.0e-9", name="folder", val_split="val")
+    capsys.readouterr()
+    train.run(experiment, tmp_path / "second")
+    assert "fc.weight, fc.bias start anew (another number of classes)" in capsys.readouterr().out
+    first, second = (checkpoint.load(tmp_path / name / "last.pt")["model"] for name in ("first", "second"))
+    torch.testing.assert_close(second["features.4.weight"], first["features.4.weight"])
+    with pytest.raises(UserError, match="weights are of another network"):
+        train.run(loaded(cifar_root, options[0], "norm.name=deconv", "norm.fc_block=0"), tmp_path / "third")
+
+
+def as_folder(root: Path, place: Path) -> Path:
+    """The test images of the CIFAR-like set as PNG files, in the split photos of a folder."""
+    arrays = sets.load(loaded(root).config.data, "test")
+    for i, (pixels, label) in enumerate(zip(arrays.images, arrays.labels, strict=True)):
+        path = place / "photos" / sets.CIFAR10_CLASSES[label] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
+    return place
+
+
+def test_another_data_set_enters_as_that_of_the_training(cifar_root: Path, tmp_path: Path):
+    """The same images in a folder, even as its only split, have the same scores; what is given is taken."""
+    train.run(loaded(cifar_root, "length=8 steps", crop_padding=2), tmp_path / "run")
+    path = tmp_path / "run/last.pt"
+    here = evaluate_checkpoint(path)
+    there = ["data.name=folder", f"data.root={as_folder(cifar_root, tmp_path / 'images')}"]
+    found = evaluate_checkpoint(path, there, "photos")
+    assert here is not None and found is not None and 0.1 < here[0].top1 < 1
+    assert torch.equal(found[0].matrix, here[0].matrix) and found[0].loss == pytest.approx(here[0].loss, rel=1e-5)
+    darker = evaluate_checkpoint(path, [*there, "data.mean=[0.9, 0.9, 0.9]"], "photos")
+    assert darker is not None and darker[0].loss != pytest.approx(here[0].loss, rel=1e-2)
+    _, cfg, info = from_checkpoint(path, [*there, "data.size=48"])
+    assert (info.size, cfg.data.size, info.mean) == (48, 48, (0.4914, 0.4822, 0.4465))
+    with pytest.raises(UserError, match="the network's class 'airplane' is '0' in the data set"):
+        evaluate_checkpoint(path, ["data.name=mnist"])
+
+
+def in_one_of_two(root: Path, place: Path) -> None:
+    options = ["data.on_error=skip", "batch_size=18", "length=1 epoch", "data.size=32", "report.eval_every=1 epoch"]
+    train.run(loaded(root, *options, name="folder", val_split="val"), place / "run")
+    result = evaluate_checkpoint(place / "run/last.pt")
+    if result is not None:
+        scores, _ = result
+        wrong = scores.images - int(scores.matrix.trace())
+        (place / "counts.txt").write_text(f"{wrong} {len(scores.mistakes)} {len({m.name for m in scores.mistakes})}")
+
+
+def test_two_processes_tell_what_each_has_found(image_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """Unreadable training images and the surest mistakes are those of all processes."""
+    shutil.copytree(image_root, tmp_path / "images")
+    for name in ("bus/1", "car/2", "tram/3", "tram/4"):
+        (tmp_path / f"images/train/{name}.png").write_bytes(b"broken")
+    in_processes(in_one_of_two, tmp_path / "images", tmp_path)
+    assert "4 unreadable images left out" in capfd.readouterr().out
+    wrong, kept, names = (int(word) for word in (tmp_path / "counts.txt").read_text().split())
+    assert wrong == kept == names > 1
+
+
 @pytest.mark.parametrize(
     "overrides, text",
     [
@@ -125,6 +189,12 @@ def test_weights_of_another_number_of_classes_start_the_classifier_anew(
 def test_mistakes(cifar_root: Path, tmp_path: Path, overrides: list[str], text: str):
     with pytest.raises(UserError, match=text):
         train.run(loaded(cifar_root, *overrides), tmp_path)
+
+
+def test_an_option_that_would_do_nothing(cifar_root: Path):
+    with pytest.raises(UserError, match="report.images has no effect with task: classify"):
+        loaded(cifar_root, "report.images=8")
+    assert loaded(cifar_root, "report.images=0").config.report.images == 0
 
 
 def test_a_segmentation_checkpoint_is_refused(cifar_root: Path, tmp_path: Path):

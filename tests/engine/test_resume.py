@@ -74,6 +74,9 @@ def test_what_may_differ(tmp_path: Path) -> None:
     assert find_resume(tmp_path, "auto", other) is not None
     then, now = config().model_dump(mode="json"), config(runtime__seed=1).model_dump(mode="json")
     assert differences(then, now) == ["runtime.seed: was 0, now 1"]
+    then = {"data": {"download": True, "check_files": True, "name": "a"}}
+    now = {"data": {"download": False, "check_files": False, "name": "b"}}
+    assert differences(then, now) == ["data.name: was a, now b"]
 
 
 def test_open_work_dir_writes_the_configuration(tmp_path: Path) -> None:
