@@ -298,7 +298,11 @@ class Deconv(Recipe):
 @dataclass(frozen=True, kw_only=True)
 class DeconvFast(Deconv):
     """Network deconvolution at about batch norm's price: `deconv` with a running shape that has no gradient, renewed in
-    every fourth step, from about 4,000 patches. Another method than the paper's; docs/performance.md compares them."""
+    every fourth step, from about 4,000 patches. Another method than the paper's; docs/performance.md compares them.
+
+    It needs more patches than a block has features: with two images of 64x64 pixels, whose last maps are 2x2, gradients
+    of deep networks grow without bound, where the exact method's do not.
+    """
 
     max_rows: int = 4000
     every: int = 4

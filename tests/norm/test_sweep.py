@@ -57,15 +57,16 @@ def test_the_sweep_is_broad():
     assert len(set(NAMES)) >= 60
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_converts_trains_and_folds(name):
+@pytest.mark.parametrize("name, recipe", [*((n, "deconv") for n in NAMES), *((n, "deconv_fast") for n in NAMES[::4])])
+def test_converts_trains_and_folds(name, recipe):
     torch.manual_seed(0)
     model = build(name)
-    report = norm.convert(model, "deconv", block=16)
+    report = norm.convert(model, recipe, block=16)
     assert any("FastDeconv" in row.new for row in report.changed)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
-    images = torch.randn(2, 3, 64, 64)
+    # The shape's own gradient holds back what few patches amplify; the cheap recipe, which lacks it, needs more of them.
+    images = torch.randn(2 if recipe == "deconv" else 8, 3, 64, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     loss = sum((out.logsumexp(1) - out[:, 0]).mean() for out in logits(model(images)))
     assert torch.isfinite(loss)
