@@ -204,8 +204,9 @@ class Deconv(Recipe):
     """The first convolution holds its statistics nine tenths of the time."""
     freeze_iter: int = 100
     """Steps in which a frozen layer updates its statistics, of every ten times as many."""
-    max_rows: int = 0
-    """Take the statistics from about so many patches, by leaving out images or by a coarser grid; 0: from all."""
+    max_rows: int = 4000
+    """Take the statistics from about so many patches, by leaving out images or by a coarser grid; 0: from all, as the
+    authors do."""
     block_features: int = 0
     """Whiten as many channels together as give up to so many features (channels x kernel size), in place of `block`; 0:
     `block` channels. The gcd rule leaves 16 of 80 or 112 channels together, and a 1x1 layer 64 features."""
@@ -298,13 +299,12 @@ class Deconv(Recipe):
 @dataclass(frozen=True, kw_only=True)
 class DeconvFast(Deconv):
     """Network deconvolution at about batch norm's price: `deconv` with a running shape that has no gradient, renewed in
-    every fourth step, from about 4,000 patches. Another method than the paper's; docs/performance.md compares them.
+    every fourth step. Another method than the paper's; docs/performance.md compares them.
 
     It needs more patches than a block has features: with two images of 64x64 pixels, whose last maps are 2x2, gradients
     of deep networks grow without bound, where the exact method's do not.
     """
 
-    max_rows: int = 4000
     every: int = 4
 
 
