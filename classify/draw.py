@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from classify.scores import Mistake
 from engine.plots import bars, figure
-
-if TYPE_CHECKING:
-    from classify.evaluate import Mistake
 
 
 def plot_class_accuracy(accuracies: Mapping[str, float | None], path: Path | str) -> None:

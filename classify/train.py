@@ -9,7 +9,8 @@ from torch import nn
 from classify import losses, models, network
 from classify.config import ClassifyConfig
 from classify.data import describe, eval_batches, train_batches
-from classify.evaluate import evaluate_model, left_out
+from classify.evaluate import evaluate_model
+from classify.scores import left_out
 from engine import distributed
 from engine.config import Loaded
 from engine.loop import Evaluation, Result, fit

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from classify.config import ClassifyConfig
 from classify.data import DataInfo
-from classify.evaluate import Scores, check_classes, draw, evaluate_model, left_out
+from classify.evaluate import check_classes, draw, evaluate_model
+from classify.scores import Scores, left_out
 from engine.errors import UserError
 
 INFO = DataInfo(tuple("abcdefg"), 3, 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

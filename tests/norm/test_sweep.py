@@ -65,7 +65,7 @@ def test_converts_trains_and_folds(name, recipe):
     assert any("FastDeconv" in row.new for row in report.changed)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
-    # The shape's own gradient holds back what few patches amplify; the cheap recipe, which lacks it, needs more of them.
+    # The gradient of D holds back what few patches amplify; the cheap recipe, which lacks it, needs more of them.
     images = torch.randn(2 if recipe == "deconv" else 8, 3, 64, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     loss = sum((out.logsumexp(1) - out[:, 0]).mean() for out in logits(model(images)))
