@@ -71,8 +71,9 @@ def _draw(
     ]
     with plots.figure(picture, (15, tall) if wide else (13, tall)) as figure:
         axes = figure.subplot_mosaic(layout)
-        for (_, rows), color in zip(shown, plots.cycle(len(shown)), strict=True):
+        for (_, rows), (_, timed), color in zip(shown, clocked, plots.cycle(len(shown)), strict=True):
             while_training(axes["steps"], rows, color, "step")
+            while_training(axes["time"], timed, color, "time")
         title = "Top-1 accuracy on the validation split\n(thin: on training batches)"
         plots.curves(axes["steps"], axes["loss"], shown, title)
         title = "The same over training time"
