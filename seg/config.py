@@ -10,11 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from engine.config import ExperimentConfig, Section
+from engine.config import ExperimentConfig, Fraction, Positive, Section
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=16)]
-Positive = Annotated[float, Field(gt=0)]
 
 
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:

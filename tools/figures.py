@@ -26,15 +26,14 @@ def main() -> int:
         "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
     )
     args = parser.parse_intermixed_args()
-    from engine.checkpoint import load
+    from engine.checkpoint import task
 
-    task = load(args.checkpoint)["task"]
-    if task == "classify":
+    if (found := task(args.checkpoint)) == "classify":
         from classify.figures import draw
-    elif task == "seg":
+    elif found == "seg":
         from seg.figures import draw
     else:
-        raise UserError(f"{args.checkpoint}: a checkpoint of the task {task!r}, expected 'seg' or 'classify'")
+        raise UserError(f"{args.checkpoint}: a checkpoint of the task {found!r}, expected 'seg' or 'classify'")
     for path in draw(args.checkpoint, args.out, args.layer, args.overrides, allow_imports=args.allow_imports):
         print(f"drawn in {path}")
     return 0
