@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from norm import whitening
 from norm.sampling import Grouping, Pair
-from norm.state import Statistics
+from norm.whitening import Statistics
 
 _SHARE = 0.3
 """Refold where that takes at most this share of the convolution's multiplications (which are a third of its step's)."""
@@ -31,9 +31,9 @@ class Geometry(NamedTuple):
     grouping: Grouping
 
 
-def worth_it(features: int, images: int, positions: Pair) -> bool:
-    """Whether folding anew is cheap: F products for each weight, where the convolution does one for each position."""
-    return features <= _SHARE * images * positions[0] * positions[1]
+def worth_it(products: int, images: int, positions: Pair) -> bool:
+    """Whether folding anew, so many `products` for each weight, is cheap: the convolution does one for each position."""
+    return products <= _SHARE * images * positions[0] * positions[1]
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, found: Statistics, how: Geometry) -> Tensor:
@@ -56,11 +56,13 @@ class _Refolded(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         deconv: Tensor,
+        gains: Tensor | None,
         scale: Tensor | None,
         how: Geometry,
     ) -> Tensor:
-        folded = whitening.fold_weight(weight, bias, mean, deconv, how.groups, how.grouping, scale)
-        ctx.save_for_backward(x, weight, bias, mean, deconv, scale)
+        found = Statistics(mean, deconv, gains, scale)
+        folded = whitening.fold_weight(weight, bias, found, how.groups, how.grouping)
+        ctx.save_for_backward(x, weight, bias, *found)
         ctx.how = how
         w, b = (each.to(x.dtype) for each in folded)
         return F.conv2d(x, w, b, how.stride, how.padding, how.dilation, how.groups)
@@ -70,14 +72,14 @@ class _Refolded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *saved = ctx.saved_tensors
         how: Geometry = ctx.how
-        wanted = ctx.needs_input_grad[1:6]
+        wanted = ctx.needs_input_grad[1:7]
         with torch.enable_grad():
             inputs: list[Any] = [
                 None if each is None else each.detach().requires_grad_(need)
                 for each, need in zip(saved, wanted, strict=True)
             ]
-            weight, bias, mean, deconv, scale = inputs
-            folded = whitening.fold_weight(weight, bias, mean, deconv, how.groups, how.grouping, scale)
+            weight, bias, *found = inputs
+            folded = whitening.fold_weight(weight, bias, Statistics(*found), how.groups, how.grouping)
         to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
             grad,
             x,
@@ -93,7 +95,7 @@ class _Refolded(torch.autograd.Function):
         )
         sources = [each for each in inputs if each is not None and each.requires_grad]
         if not sources:
-            return (to_x, *[None] * 6)
+            return (to_x, *[None] * 7)
         ends = [(f, to.to(f.dtype)) for f, to in zip(folded, (to_weight, to_bias), strict=True) if f.requires_grad]
-        found = iter(torch.autograd.grad([f for f, _ in ends], sources, [to for _, to in ends]))
-        return (to_x, *(next(found) if each is not None and each.requires_grad else None for each in inputs), None)
+        grads = iter(torch.autograd.grad([f for f, _ in ends], sources, [to for _, to in ends]))
+        return (to_x, *(next(grads) if each is not None and each.requires_grad else None for each in inputs), None)

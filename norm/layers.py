@@ -46,14 +46,15 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             patches (`sampling.thin_out`); 0: take all that the strides leave.
         every: 0: the exact method. n: the shape of D comes from a running covariance, has no gradient, and is renewed
             in every n-th step; mean and scale stay the batch's (`norm.state.Deconvolving`).
+        rank: with `every`, the leading directions that are whitened; all others get one gain (`norm.leading`).
         padding_mode: as in Conv2d.
 
     Shape: (N, C_in, H, W) -> (N, C_out, H_out, W_out) as Conv2d. The dtype of the output is Conv2d's; statistics,
     inverse root and W D are computed in float32 under autocast (float64 for a float64 layer).
 
     Buffers: running_mean (F,) or (groups F,), zeros at first; running_deconv (F, F) or (groups, F, F), the identity at
-    first; with `every`, in its place, running_scale () or (groups,), running_covariance and running_shape, of its size;
-    steps (), int64, with freeze or every. F = block k_h k_w.
+    first; with `every`, in its place, running_scale () or (groups,), and of the shape basis (F, r) or (groups, F, r),
+    values and gains (r + 1,) or (groups, r + 1), r = min(rank, F); steps (), int64, with freeze or every. F = block k_h k_w.
 
     Raises:
         NormError: an option out of range, an input that is not (N, C_in, H, W), or `.half()`.
@@ -81,6 +82,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         dense_small_maps: bool = False,
         max_rows: int = 0,
         every: int = 0,
+        rank: int = 64,
         padding_mode: PaddingMode = "zeros",
     ) -> None:
         check_options(block, n_iter, eps, momentum, sampling_stride)
@@ -98,7 +100,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         self.grouping = grouping
         self.dense_small_maps = dense_small_maps
         self.max_rows = max_rows
-        self._set_up(self.block * self.kernel_size[0] * self.kernel_size[1], n_iter, eps, momentum, every)
+        self._set_up(self.block * self.kernel_size[0] * self.kernel_size[1], n_iter, eps, momentum, every, rank)
 
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The input, padded where symmetric zeros do not say it all, and the padding left to do."""
@@ -131,7 +133,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             return False
         size, kernel = (x.shape[-2], x.shape[-1]), cast(Pair, self.kernel_size)
         positions = sampling.output_size(size, kernel, how.stride, how.padding, how.dilation)
-        return folded_conv.worth_it(self.features, len(x), positions)
+        products = 2 * self.rank if self.every else self.features
+        return folded_conv.worth_it(products, len(x), positions)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.in_channels:
@@ -155,7 +158,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         text += f", sampling_stride={self.sampling_stride}, grouping={self.grouping}"
         text += ", dense_small_maps=True" if self.dense_small_maps else ""
         text += f", max_rows={self.max_rows}" if self.max_rows else ""
-        text += f", every={self.every}" if self.every else ""
+        text += f", every={self.every}, rank={self.rank}" if self.every else ""
         return text + (", freeze=True" if self.freeze else "")
 
 
@@ -179,11 +182,12 @@ class Delinear(Deconvolving, nn.Linear):
         eps: float = 1e-5,
         momentum: float = 0.1,
         every: int = 0,
+        rank: int = 64,
     ) -> None:
         check_options(block, n_iter, eps, momentum)
         super().__init__(in_features, out_features, bias)
         self.block = sampling.resolve_block(in_features, block)
-        self._set_up(self.block, n_iter, eps, momentum, every)
+        self._set_up(self.block, n_iter, eps, momentum, every, rank)
 
     def patches(self, x: Tensor) -> Tensor:
         """The input as (block, rows)."""

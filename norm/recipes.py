@@ -213,6 +213,8 @@ class Deconv(Recipe):
     every: int = 0
     """0: the exact method. n: the shape of D comes from a running covariance, without gradient, renewed in every n-th
     step; mean and scale stay the batch's, with gradients."""
+    rank: int = 64
+    """With `every`: the leading directions that are whitened; all others get one gain."""
     fc_block: int = 0
     """Features whitened together in linear layers, which become Delinear; 0 keeps them. Not for attention blocks that
     read the weights of their linear layers themselves (torch's TransformerEncoderLayer, torchvision's Swin)."""
@@ -265,6 +267,7 @@ class Deconv(Recipe):
             dense_small_maps=self.dense_small_maps,
             max_rows=self.max_rows,
             every=self.every,
+            rank=self.rank,
         )
         return copy_conv(old, new)
 
@@ -287,6 +290,7 @@ class Deconv(Recipe):
             eps=self.eps,
             momentum=self.momentum,
             every=self.every,
+            rank=self.rank,
         )
         new.to(old.weight.device, old.weight.dtype)
         with torch.no_grad():

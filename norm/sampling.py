@@ -30,6 +30,9 @@ class Sampler(Protocol):
     def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
         """Add each value of `patches` to where `gather` would take it from x; the adjoint of `gather`."""
 
+    def rows(self, shape: torch.Size) -> int:
+        """How many patches `gather` takes from an x of this shape."""
+
 
 def resolve_block(channels: int, block: int) -> int:
     """Channels a block holds: `block`, at most `channels`; gcd of both where `block` does not divide `channels`."""
@@ -96,11 +99,24 @@ class Windows:
 
     def gather(self, x: Tensor) -> Tensor:
         x = x[:: self.images] if self.images > 1 else x
-        if self.kernel_size != (1, 1):
+        if self.kernel_size == (1, 1):
+            found = self._pixels(x)
+        elif x.device.type != "cpu" or torch.compiler.is_compiling() or self._interleaved(x.shape[1]):
             found = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.strides)
         else:
-            found = self._pixels(x)
+            return self._copied(x)
         return group_patches(found, self.features, self.groups, self.grouping)
+
+    def _copied(self, x: Tensor) -> Tensor:
+        """As `F.unfold` and `group_patches`, in one pass: im2col on a CPU takes several times as long."""
+        x = x.unflatten(1, (-1, self._channels(x.shape[1])))
+        images, blocks, channels, *size = x.shape
+        counts = self._counts((size[0], size[1]))
+        rows = x.new_zeros(channels, *self.kernel_size, images, blocks, *counts)
+        for top, (windows_down, down) in self._inside(0, size[0], counts[0]):
+            for left, (windows_across, across) in self._inside(1, size[1], counts[1]):
+                rows[:, top, left, :, :, windows_down, windows_across] = x[..., down, across].permute(2, 0, 1, 3, 4)
+        return rows.view(*([self.groups] if self.groups > 1 else []), self.features, -1)
 
     def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
         x = x[:: self.images] if self.images > 1 else x
@@ -108,16 +124,60 @@ class Windows:
         if self.kernel_size == (1, 1):
             self._add_pixels(x, patches)
             return
-        counts = output_size((height, width), self.kernel_size, self.strides, self.padding, self.dilation)
+        counts = self._counts((height, width))
         each = ungroup_patches(patches, n, c * math.prod(self.kernel_size), self.groups, self.grouping)
         each = each.view(n, c, *self.kernel_size, *counts).to(x.dtype)
         for top, rows in self._inside(0, height, counts[0]):
             for left, columns in self._inside(1, width, counts[1]):
                 x[:, :, rows[1], columns[1]].add_(each[:, :, top, left, rows[0], columns[0]])
 
+    def rows(self, shape: torch.Size) -> int:
+        images, size = -(-shape[0] // self.images), (shape[2], shape[3])
+        blocks = shape[1] // self._channels(shape[1])
+        if self.kernel_size == (1, 1):
+            return blocks * -(-images * math.prod(size) // math.prod(self.strides))
+        return images * blocks * self.count(size)
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """The images that are taken, (N, C, H, W), as (N, blocks, C / blocks, H, W); conv groups stay side by side."""
+        return x[:: self.images].unflatten(1, (-1, self._channels(x.shape[1])))
+
+    def count(self, size: Pair) -> int:
+        """Sampled windows of an image of this size."""
+        return math.prod(self._counts(size))
+
+    def marks(self, size: Pair, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """For each place in the kernel, down (k_h, H) and across (k_w, W): 1 where a sampled window has it."""
+        found, counts = [], self._counts(size)
+        for axis in (0, 1):
+            each = torch.zeros(self.kernel_size[axis], size[axis], dtype=dtype, device=device)
+            for place, (_, pixels) in self._inside(axis, size[axis], counts[axis]):
+                each[place, pixels] = 1
+            found.append(each)
+        return found[0], found[1]
+
+    def covered(self, shape: torch.Size) -> float:
+        """Pixels in the sampled windows, with repetition, over those of the map; 0 where `marks` does not apply."""
+        if self._interleaved(shape[1]) or (self.kernel_size == (1, 1) and math.prod(self.strides) > 1):
+            return 0.0
+        size = (shape[2], shape[3])
+        return self.count(size) * math.prod(self.kernel_size) / math.prod(size)
+
+    def _channels(self, channels: int) -> int:
+        """Channels that share no feature: a block's, or those of all conv groups."""
+        return channels if self.groups > 1 else self.features // math.prod(self.kernel_size)
+
+    def _interleaved(self, channels: int) -> bool:
+        return self.grouping == "published" and self.groups == 1 and self._channels(channels) < channels
+
+    def _counts(self, size: Pair) -> Pair:
+        padding = (0, 0) if self.kernel_size == (1, 1) else self.padding
+        return output_size(size, self.kernel_size, self.strides, padding, self.dilation)
+
     def _inside(self, axis: int, side: int, count: int) -> Iterator[tuple[int, tuple[slice, slice]]]:
         """For each place in the kernel: which windows have it inside the map, and which pixels of the map those are."""
-        step, padding, dilation = self.strides[axis], self.padding[axis], self.dilation[axis]
+        step, dilation = self.strides[axis], self.dilation[axis]
+        padding = 0 if self.kernel_size == (1, 1) else self.padding[axis]
         for place in range(self.kernel_size[axis]):
             offset = place * dilation - padding
             first = max(0, -(offset // step))  # the first window whose pixel is not in the padding before the map
@@ -164,6 +224,9 @@ class Rows:
 
     def gather(self, x: Tensor) -> Tensor:
         return x.reshape(-1, self.features).t()
+
+    def rows(self, shape: torch.Size) -> int:
+        return math.prod(shape) // self.features
 
     def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
         x.add_(patches.t().reshape(x.shape).to(x.dtype))

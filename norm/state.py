@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from norm import whitening
+from norm import leading, whitening
 from norm.sampling import Grouping, Sampler
+from norm.whitening import Statistics
+
+
+_FIRST_PASSES = 4
+"""Steps towards the leading directions in the first training step, which starts from none."""
 
 
 class NormError(ValueError):
@@ -46,54 +51,48 @@ class Whitening(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class Statistics(NamedTuple):
-    """What whitens: the patches' mean, and D, or with a scale s the shape sqrt(s) D."""
-
-    mean: Tensor
-    deconv: Tensor
-    scale: Tensor | None
-
-
 class Deconvolving(Whitening):
     """What FastDeconv and Delinear share: the statistics of a training step, and those of evaluation.
 
     With `every` = 0, the method as published, D and its gradient are the batch's, and `running_deconv` averages D. With
-    `every` = n, D = S / sqrt(s): mean and scale s are the batch's, with gradients; the shape S is the inverse root of a
-    running covariance, renewed in every n-th step, without gradient.
+    `every` = n, D = S / sqrt(s): mean and scale s are the batch's, with gradients; the shape S, without gradient, is the
+    inverse root of a running covariance, whose `rank` leading directions are renewed in every n-th step (`leading`).
     """
 
     running_deconv: Tensor
     running_scale: Tensor
-    running_covariance: Tensor
-    running_shape: Tensor
+    basis: Tensor
+    values: Tensor
+    gains: Tensor
     steps: Tensor
     groups: int = 1
     grouping: Grouping = "channel"
     freeze: bool = False
     freeze_iter: int = 100
 
-    def _set_up(self, features: int, n_iter: int, eps: float, momentum: float, every: int) -> None:
+    def _set_up(self, features: int, n_iter: int, eps: float, momentum: float, every: int, rank: int) -> None:
         if every < 0:
             raise NormError(f"every is {every}; it must be 0 (the exact method) or the steps between two inverse roots")
+        if rank < 1:
+            raise NormError(f"rank is {rank}; it must be at least 1")
         self.features, self.n_iter, self.eps, self.momentum, self.every = features, n_iter, eps, momentum, every
-        eye = torch.eye(features)
-        eye = eye if self.groups == 1 else eye.repeat(self.groups, 1, 1)
+        self.rank = min(rank, features)
+        lead = () if self.groups == 1 else (self.groups,)
         self.register_buffer("running_mean", torch.zeros(features * self.groups))
         if every:
-            self.register_buffer("running_scale", torch.ones(() if self.groups == 1 else (self.groups,)))
-            self.register_buffer("running_covariance", eye)
-            self.register_buffer("running_shape", eye.clone())
+            self.register_buffer("running_scale", torch.ones(lead))
+            self.register_buffer("basis", leading.first_basis(features, self.rank).repeat(*lead, 1, 1))
+            self.register_buffer("values", torch.ones(*lead, self.rank + 1))
+            self.register_buffer("gains", torch.ones(*lead, self.rank + 1))
         else:
-            self.register_buffer("running_deconv", eye)
+            self.register_buffer("running_deconv", torch.eye(features).repeat(*lead, 1, 1))
         self._steps = 0
         if every or self.freeze:
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def deconv(self) -> Tensor:
         """D of evaluation, (F, F) or (groups, F, F)."""
-        if not self.every:
-            return self.running_deconv
-        return self.running_shape * self.running_scale.rsqrt()[..., None, None]
+        return self._held_statistics().matrix()
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer that this one is in evaluation."""
@@ -109,20 +108,23 @@ class Deconvolving(Whitening):
                 self.running_deconv.copy_(whitening.inverse_sqrt(covariance, self.n_iter))
                 return
             self.running_scale.copy_(covariance.diagonal(dim1=-2, dim2=-1).mean(-1))
-            self.running_covariance.copy_(covariance / self.running_scale[..., None, None])
-            self.running_shape.copy_(whitening.inverse_sqrt(self.running_covariance, self.n_iter))
+            self._lead(*leading.directions(covariance / self.running_scale[..., None, None], self.rank))
             if not self.freeze:  # the averages go on from here, they do not start anew
                 self._steps = self.every * math.ceil(1 / max(self.momentum, 1e-3))
                 self.steps.fill_(self._steps)
 
     def _fold(self, found: Statistics) -> tuple[Tensor, Tensor]:
         layer: Any = self  # a Conv2d or a Linear
-        return whitening.fold_weight(layer.weight, layer.bias, *found[:2], self.groups, self.grouping, found.scale)
+        return whitening.fold_weight(layer.weight, layer.bias, found, self.groups, self.grouping)
 
     def _held_statistics(self) -> Statistics:
         if self.every:
-            return Statistics(self.running_mean, self.running_shape, self.running_scale)
-        return Statistics(self.running_mean, self.running_deconv, None)
+            return Statistics(self.running_mean, self.basis, self.gains, self.running_scale)
+        return Statistics(self.running_mean, self.running_deconv)
+
+    def _held_copies(self) -> Statistics:
+        """Since the next call may move the averages before the gradient of this one is taken."""
+        return Statistics(*(None if each is None else each.clone() for each in self._held_statistics()))  # type: ignore[arg-type]
 
     def _held(self, steps: Any) -> Any:
         """Whether the statistics of the training step after `steps` others are held; an int or a tensor."""
@@ -138,8 +140,8 @@ class Deconvolving(Whitening):
             return self._running_shape(x, sampler)
         if self.freeze and not torch.compiler.is_compiling():
             held = self._held(self._count())
-            if held:  # copies, since the next call may move the averages before the gradient of this one is taken
-                return x, Statistics(self.running_mean.clone(), self.running_deconv.clone(), None)
+            if held:
+                return x, self._held_copies()
         x, mean, deconv = whitening.statistics(x, sampler, self.eps, self.n_iter)
         if self.freeze and torch.compiler.is_compiling():  # a branch on the count would cut the graph in two
             mask = self._held(self.steps)
@@ -149,22 +151,36 @@ class Deconvolving(Whitening):
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_deconv.lerp_(deconv.to(self.running_deconv.dtype), self.momentum)
-        return x, Statistics(mean, deconv, None)
+        return x, Statistics(mean, deconv)
 
     def _running_shape(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
         steps = self._count()
         if self.freeze and self._held(steps):
-            return x, Statistics(self.running_mean.clone(), self.running_shape.clone(), self.running_scale.clone())
-        renew = steps % self.every == 0
-        x, mean, scale, covariance = whitening.mean_and_scale(x, sampler, self.eps, renew)
+            return x, self._held_copies()
+        x, mean, scale = whitening.mean_and_scale(x, sampler, self.eps)
         with torch.no_grad():  # an average that starts as the mean of what it has seen, and never slower than momentum
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), max(self.momentum, 1 / (steps + 1)))
             self.running_scale.lerp_(scale.to(self.running_mean.dtype), max(self.momentum, 1 / (steps + 1)))
-            if covariance is not None:
+            if steps % self.every == 0:
                 rate = max(1 - (1 - self.momentum) ** self.every, 1 / (steps // self.every + 1))
-                self.running_covariance.lerp_(covariance.to(self.running_mean.dtype), rate)
-                self.running_shape.copy_(whitening.inverse_sqrt(self.running_covariance, self.n_iter))
-        return x, Statistics(mean, self.running_shape.clone(), scale)
+                self._renew(x, sampler, mean, scale, rate)
+        return x, Statistics(mean, self.basis.clone(), self.gains.clone(), scale)
+
+    def _renew(self, x: Tensor, sampler: Sampler, mean: Tensor, scale: Tensor, rate: float) -> None:
+        """Move the leading directions towards those of this batch."""
+        dtype = self.basis.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            patches = sampler.gather(x).to(dtype)  # perhaps a view of x
+            centred = patches - mean.to(dtype).view(*patches.shape[:-1], 1)
+            centred.mul_((scale.to(dtype) * patches.shape[-1]).rsqrt()[..., None, None])
+            passes = 1 if rate < 1 else _FIRST_PASSES
+            held = (self.basis, self.values[..., :-1], self.values[..., -1])
+            self._lead(*leading.renew(*held, centred, self.eps / scale.to(dtype), rate, passes))
+
+    def _lead(self, basis: Tensor, values: Tensor, rest: Tensor) -> None:
+        self.basis.copy_(basis)
+        self.values.copy_(torch.cat([values, rest[..., None]], -1))
+        self.gains.copy_(leading.gains(values, rest, self.features, self.n_iter))
 
     def _count(self) -> int:
         """The training steps before this one, counted on the host as well, so that no step waits for the device."""

@@ -22,12 +22,13 @@ One D serves all C / B blocks of an ungrouped convolution: their patches are sta
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from norm import leading, moments
 from norm.sampling import Grouping, Sampler
 
 _SPECTRAL_SIZE = 128
@@ -72,51 +73,34 @@ class _Moments(torch.autograd.Function):
 
 
 class _MeanAndScale(torch.autograd.Function):
-    """x as it is; mean, scale s = mean((patch - mu)^2) + eps and shape Cov / s of its patches.
+    """x as it is; mean of its patches, and scale s = mean((patch - mu)^2) + eps over rows and features.
 
-    Mean and scale have gradients, the shape has none: no product of two F x F matrices is left. A patch gets
-    (g_mu + 2 g_s (patch - mu) / F) / rows, added as in `_Moments`. Without `shape` the covariance is not computed.
+    A patch's gradient is (g_mu + 2 g_s (patch - mu) / F) / rows, added as in `_Moments`.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, sampler: Sampler, eps: float, shape: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        patches = _wide(sampler.gather(x))
-        mean = patches.mean(-1)
-        centred = patches - mean.unsqueeze(-1)
-        scale = centred.square().mean((-2, -1)) + eps
-        covariance = None
-        if shape:
-            covariance = (centred @ centred.mT).div_(patches.shape[-1])
-            covariance.diagonal(dim1=-2, dim2=-1).add_(eps)
-            covariance.div_(scale[..., None, None])
-            ctx.mark_non_differentiable(covariance)
+    def forward(ctx: Any, x: Tensor, sampler: Sampler, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        mean, variance = moments.mean_and_variance(x, sampler)
         ctx.save_for_backward(x, mean)
         ctx.sampler = sampler
-        return x.view_as(x), mean, scale, covariance
+        return x.view_as(x), mean, variance + eps
 
     @staticmethod
     @once_differentiable
-    def backward(  # type: ignore[override]
-        ctx: Any, to_x: Tensor, to_mean: Tensor, to_scale: Tensor, _: None
-    ) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, to_x: Tensor, to_mean: Tensor, to_scale: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         x, mean = ctx.saved_tensors
-        patches = _wide(ctx.sampler.gather(x))
-        factor = to_scale[..., None, None] * (2 / patches.shape[-2])
-        grad = (patches - mean.unsqueeze(-1)).mul_(factor).add_(to_mean.unsqueeze(-1)).div_(patches.shape[-1])
-        ctx.sampler.scatter_add_(to_x, grad)
-        return to_x, None, None, None
+        rows = ctx.sampler.rows(x.shape)
+        factor = to_scale * (2 / (mean.shape[-1] * rows))
+        moments.add_scaled_(to_x, x, ctx.sampler, factor, to_mean / rows - factor.unsqueeze(-1) * mean)
+        return to_x, None, None
 
 
-def mean_and_scale(
-    x: Tensor, sampler: Sampler, eps: float, shape: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x, for the layer to go on with; mean (F,) or (G F,), scale () or (G,), and the covariance over the scale, which
-    has no gradient, if `shape`. float32 under autocast, float64 stays float64."""
+def mean_and_scale(x: Tensor, sampler: Sampler, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x, for the layer to go on with; mean (F,) or (G F,), scale () or (G,). float32 under autocast, float64 stays
+    float64."""
     with torch.autocast(device_type=x.device.type, enabled=False):
-        x, mean, scale, covariance = _MeanAndScale.apply(x, sampler, eps, shape)  # type: ignore[no-untyped-call]
-        return x, mean.flatten(), scale, covariance
+        x, mean, scale = _MeanAndScale.apply(x, sampler, eps)  # type: ignore[no-untyped-call]
+        return x, mean.flatten(), scale
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -225,28 +209,39 @@ def merge_weight(rows: Tensor, shape: torch.Size, groups: int, grouping: Groupin
     return rows.reshape(shape)
 
 
-def fold_weight(
-    weight: Tensor,
-    bias: Tensor | None,
-    mean: Tensor,
-    deconv: Tensor,
-    groups: int,
-    grouping: Grouping,
-    scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Weight W D and bias b - W D mu of the ordinary convolution or linear layer, in the dtype of the statistics.
+class Statistics(NamedTuple):
+    """What whitens: the patches' mean (F,) or (G F,), and D (F, F) or (G, F, F).
 
-    With `scale` s, () or (G,), D is deconv / sqrt(s).
+    With `gains`, D is `leading.matrix` of them: `deconv` is the basis (F, r) or (G, F, r) of the leading directions.
     """
-    features = deconv.shape[-1]
+
+    mean: Tensor
+    deconv: Tensor
+    gains: Tensor | None = None
+    scale: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        """D itself."""
+        if self.gains is None or self.scale is None:
+            return self.deconv
+        return leading.matrix(self.deconv, self.gains, self.scale)
+
+
+def fold_weight(
+    weight: Tensor, bias: Tensor | None, found: Statistics, groups: int, grouping: Grouping
+) -> tuple[Tensor, Tensor]:
+    """Weight W D and bias b - W D mu of the ordinary convolution or linear layer, in the dtype of the statistics."""
+    mean, deconv, gains, scale = found
+    features = deconv.shape[-2]
     with torch.autocast(device_type=weight.device.type, enabled=False):
-        rows = split_weight(weight.to(deconv.dtype), features, groups, grouping) @ deconv
-        if scale is not None:
-            rows = rows * scale.rsqrt().view(-1, *[1] * (rows.ndim - 1))
-        if groups > 1:
-            offset = (rows @ mean.view(groups, features, 1)).flatten()
+        rows = split_weight(weight.to(deconv.dtype), features, groups, grouping)
+        mean = mean.view(groups, features) if groups > 1 else mean
+        if gains is not None and scale is not None:
+            rows, offset = leading.fold_rows(rows, mean, deconv, gains, scale)
         else:
-            offset = (rows @ mean).view(weight.shape[0], -1).sum(1)
+            rows = rows @ deconv
+            offset = (rows @ mean[..., None])[..., 0]
+        offset = offset.reshape(weight.shape[0], -1).sum(1)
         new_bias = -offset if bias is None else bias.to(deconv.dtype) - offset
         return merge_weight(rows, weight.shape, groups, grouping), new_bias
 

@@ -111,6 +111,6 @@ def test_unfold_inverts_fold(groups, grouping):
     patches = torch.randn(*((4,) if groups == 4 else ()), features, 200, dtype=torch.float64)
     mean, deconv = whitening.patch_statistics(patches, 1e-5, 5)
     inner = whitening.unfold_weight(weight, bias, mean, deconv, groups, grouping)
-    back = whitening.fold_weight(*inner, mean, deconv, groups, grouping)
+    back = whitening.fold_weight(*inner, whitening.Statistics(mean, deconv), groups, grouping)
     torch.testing.assert_close(back[0], weight, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(back[1], bias, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,118 @@
+"""D of the cheap method: the leading directions of a running covariance are whitened, all others are scaled alike.
+
+A covariance over its scale, of F features, is held as V diag(values) V^T + rest (I - V V^T), with r orthonormal columns
+V. Its damped inverse root then has the same form: a gain for each leading direction and one for the rest (`gains`). Five
+Newton-Schulz steps whiten no further than 1.5^5, so that beyond the leading directions the gains differ little.
+
+Shapes, with G conv groups: basis (F, r) or (G, F, r); values (r,) or (G, r); rest () or (G,); gains (r + 1,) or
+(G, r + 1), the last one that of the rest. All functions take any number of leading dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def first_basis(features: int, rank: int) -> Tensor:
+    """Where the search for the leading directions begins: (F, r), any orthonormal columns, always the same ones."""
+    if rank == features:
+        return torch.eye(features)
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(features, rank, generator=generator))[0]
+
+
+def renew(
+    basis: Tensor, values: Tensor, rest: Tensor, patches: Tensor, ridge: Tensor, rate: float, passes: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """basis, values and rest of (1 - rate) times the covariance held and `rate` times that of `patches`.
+
+    One step of orthogonal iteration from the directions held (Golub and Van Loan, Matrix Computations, 8.2.4), or
+    `passes` of them, and the Rayleigh-Ritz values there; no matrix of F x F is made. With r = F it is exact.
+
+    Args:
+        patches: (..., F, rows), centred and over the square root of scale times rows, so that patches patches^T is
+            their covariance over the scale.
+        ridge: () or (G,), added to that covariance's diagonal.
+        rate: between 0 and 1.
+    """
+    features, rank = basis.shape[-2:]
+    held, ridge = basis, ridge[..., None, None]
+    rest_held = rest[..., None, None]
+
+    def project(vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return held.mT @ vectors, patches.mT @ vectors
+
+    if rank < features:
+        for _ in range(passes):
+            inside, rows = project(basis)
+            applied = held @ ((values[..., None] - rest_held) * inside) + rest_held * basis
+            applied = (1 - rate) * applied + rate * (patches @ rows + ridge * basis)
+            basis = torch.linalg.qr(applied)[0]
+    inside, rows = project(basis)
+    small = (1 - rate) * (inside.mT @ ((values[..., None] - rest_held) * inside)) + rate * (rows.mT @ rows)
+    small.diagonal(dim1=-2, dim2=-1).add_(((1 - rate) * rest_held + rate * ridge)[..., 0])
+    values, turn = torch.linalg.eigh(small)
+    trace = features  # of any covariance over its scale
+    rest = ((trace - values.sum(-1)) / max(1, features - rank)).clamp_(min=0)
+    return basis @ turn, values.clamp_(min=0), rest
+
+
+def directions(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """basis, values and rest of a covariance over its scale (..., F, F)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    rest = values[..., :-rank].sum(-1) / max(1, covariance.shape[-1] - rank)
+    return vectors[..., -rank:], values[..., -rank:], rest
+
+
+def gains(values: Tensor, rest: Tensor, features: int, n_iter: int) -> Tensor:
+    """What `whitening.inverse_sqrt` makes of the eigenvalues: of the r leading ones, then of the rest."""
+    every = torch.cat([values, rest[..., None]], -1)
+    norm = (values.square().sum(-1) + (features - values.shape[-1]) * rest.square()).sqrt()[..., None]
+    y, z = every / norm, torch.ones_like(every)
+    for _ in range(n_iter):
+        t = 1.5 - 0.5 * z * y
+        y, z = y * t, t * z
+    return z * norm.rsqrt()
+
+
+def matrix(basis: Tensor, gains: Tensor, scale: Tensor) -> Tensor:
+    """D = (rest's gain I + V diag(gains - rest's gain) V^T) / sqrt(scale), (..., F, F)."""
+    eye = torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device)
+    last = gains[..., -1:, None]
+    return ((basis * (gains[..., None, :-1] - last)) @ basis.mT + last * eye) * scale.rsqrt()[..., None, None]
+
+
+def fold_rows(rows: Tensor, mean: Tensor, basis: Tensor, gains: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """rows D (m, F) or (G, m, F) and rows D mean (m,) or (G, m); gradients to rows, mean and scale, in closed form."""
+    found: tuple[Tensor, Tensor] = _FoldRows.apply(rows, mean, basis, gains, scale)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _times(rows: Tensor, basis: Tensor, gains: Tensor, scale: Tensor) -> Tensor:
+    last = gains[..., -1:, None]
+    inner = (rows @ basis) * (gains[..., None, :-1] / last - 1)
+    sum_ = torch.baddbmm if rows.ndim == 3 else torch.addmm
+    return sum_(rows, inner, basis.mT).mul_(last * scale.rsqrt()[..., None, None])
+
+
+class _FoldRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, mean: Tensor, basis: Tensor, gains: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        folded = _times(rows, basis, gains, scale)
+        ctx.save_for_backward(folded, mean, basis, gains, scale)
+        return folded, (folded @ mean[..., None])[..., 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_folded: Tensor, to_offset: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        folded, mean, basis, gains, scale = ctx.saved_tensors
+        to_folded = to_folded + to_offset[..., None] * mean[..., None, :]
+        to_mean = (to_offset[..., None, :] @ folded)[..., 0, :]
+        inner = (to_folded * folded).sum((-2, -1))
+        return _times(to_folded, basis, gains, scale), to_mean, None, None, -0.5 * inner / scale

@@ -1,0 +1,63 @@
+"""Mean and variance of sampled patches, and their gradient, without making the patches where that is cheaper.
+
+A window's pixel (channel c, kernel place i, j) lies at the map's place (h, w) exactly where marks_i[h] marks_j[w] = 1
+(`Windows.marks`). So a sum over windows is one over the map, weighted by those marks, after the images and the blocks of
+channels are summed up: two passes over the input, where patches would copy most pixels several times.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from norm.sampling import Sampler, Windows
+
+_COVERED = 0.25
+"""Sum over the map where the sampled windows hold at least this share of its pixels, counted with repetition."""
+
+
+def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
+    """Mean (F,) or (G, F) of the patches; variance () or (G,), the mean of (patch - mean)^2 over rows and features.
+
+    In float32, or float64 if x is.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if not isinstance(sampler, Windows) or sampler.covered(x.shape) < _COVERED:
+        patches = sampler.gather(x).to(dtype)
+        mean = patches.mean(-1)
+        return mean, (patches - mean.unsqueeze(-1)).square_().mean((-2, -1))
+    x = sampler.blocks(x)
+    images, blocks, _, height, width = x.shape
+    down, across = sampler.marks((height, width), x.device, dtype)
+    windows = images * blocks * sampler.count((height, width))
+    total = x.sum((0, 1), dtype=dtype)
+    mean = torch.einsum("chw,ih,jw->cij", total, down, across).div_(windows)
+    # around the channel's mean, which leaves little to cancel; a pixel of the padding is as far off as that mean
+    middle = total.mean((-2, -1)) / (images * blocks)
+    squares = (x - middle[:, None, None]).square_().sum((0, 1))
+    times = down.sum(0)[:, None] * across.sum(0)
+    padding = windows * down.shape[0] * across.shape[0] - images * blocks * times.sum()
+    spread = (squares * times).sum((-2, -1)).add_(padding * middle.square()).div_(windows)
+    spread = spread - (mean - middle[:, None, None]).square().sum((-2, -1))
+    if sampler.groups == 1:
+        return mean.flatten(), spread.sum() / sampler.features
+    return mean.view(sampler.groups, -1), spread.view(sampler.groups, -1).sum(-1) / sampler.features
+
+
+def add_scaled_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift: Tensor) -> None:
+    """Add factor patch + shift to `grad`, a gradient of x, in place, for each patch where it comes from.
+
+    factor () or (G,), shift (F,) or (G, F).
+    """
+    if not isinstance(sampler, Windows) or sampler.covered(x.shape) < _COVERED:
+        patches = sampler.gather(x).to(shift.dtype)
+        sampler.scatter_add_(grad, torch.addcmul(shift.unsqueeze(-1), patches, factor[..., None, None]))
+        return
+    x, grad = sampler.blocks(x), sampler.blocks(grad)
+    channels, height, width = x.shape[2:]
+    down, across = sampler.marks((height, width), x.device, shift.dtype)
+    times = down.sum(0)[:, None] * across.sum(0)
+    if sampler.groups > 1:
+        factor = factor.repeat_interleave(channels // sampler.groups)[:, None, None]
+    constant = torch.einsum("cij,ih,jw->chw", shift.view(channels, len(down), len(across)), down, across)
+    grad.addcmul_(x.to(grad.dtype), (times * factor).to(grad.dtype)).add_(constant.to(grad.dtype))
