@@ -1,4 +1,4 @@
-"""A convolution whose folded weight W D is not kept for the backward but folded anew there.
+"""A convolution with the folded weight W D, which is not kept for the backward but folded anew there, if that is cheap.
 
 A whitening layer's weight W D is a tensor of the weight's size for each layer, beside W itself: in a network with few
 pixels and many weights it is most of what the method keeps.
@@ -32,22 +32,22 @@ class Geometry(NamedTuple):
 
 
 def worth_it(products: int, images: int, positions: Pair) -> bool:
-    """Whether folding anew, so many `products` for each weight, is cheap: the convolution does one for each position."""
+    """Whether folding anew, so many `products` for each weight, is cheap: a convolution does one for each position."""
     return products <= _SHARE * images * positions[0] * positions[1]
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, found: Statistics, how: Geometry) -> Tensor:
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, found: Statistics, how: Geometry, anew: bool) -> Tensor:
     """The convolution of x (N, C, H, W) with the weight and bias of `whitening.fold_weight`, in the dtype that
-    F.conv2d has under autocast."""
+    F.conv2d has under autocast; folded `anew` in the backward, or kept for it."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        y: Tensor = _Refolded.apply(x, weight, bias, *found, how)  # type: ignore[no-untyped-call]
+        y: Tensor = _FoldedConv.apply(x, weight, bias, *found, how, anew)  # type: ignore[no-untyped-call]
         return y
 
 
-class _Refolded(torch.autograd.Function):
+class _FoldedConv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -59,43 +59,43 @@ class _Refolded(torch.autograd.Function):
         gains: Tensor | None,
         scale: Tensor | None,
         how: Geometry,
+        anew: bool,
     ) -> Tensor:
         found = Statistics(mean, deconv, gains, scale)
-        folded = whitening.fold_weight(weight, bias, found, how.groups, how.grouping)
-        ctx.save_for_backward(x, weight, bias, *found)
-        ctx.how = how
-        w, b = (each.to(x.dtype) for each in folded)
+        folded, new_bias = whitening.fold_weight(weight, bias, found, how.groups, how.grouping)
+        ctx.save_for_backward(x, weight, None if anew else folded, *found)
+        ctx.how, ctx.dtypes = how, (weight.dtype, None if bias is None else bias.dtype)
+        w, b = (each.to(x.dtype) for each in (folded, new_bias))
         return F.conv2d(x, w, b, how.stride, how.padding, how.dilation, how.groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, *saved = ctx.saved_tensors
-        how: Geometry = ctx.how
-        wanted = ctx.needs_input_grad[1:7]
-        with torch.enable_grad():
-            inputs: list[Any] = [
-                None if each is None else each.detach().requires_grad_(need)
-                for each, need in zip(saved, wanted, strict=True)
-            ]
-            weight, bias, *found = inputs
-            folded = whitening.fold_weight(weight, bias, Statistics(*found), how.groups, how.grouping)
-        to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
+        x, weight, folded, *statistics = ctx.saved_tensors
+        how, found = ctx.how, Statistics(*statistics)
+        if folded is None:
+            folded, _ = whitening.fold_weight(weight, None, found, how.groups, how.grouping)
+        wanted = any(ctx.needs_input_grad[1:])
+        to_x, to_folded, to_bias = torch.ops.aten.convolution_backward(
             grad,
             x,
-            folded[0].detach().to(x.dtype),
-            [folded[1].shape[0]],
+            folded.to(x.dtype),
+            [len(weight)],
             how.stride,
             how.padding,
             how.dilation,
             False,
             [0, 0],
             how.groups,
-            [ctx.needs_input_grad[0], any(wanted), any(wanted)],
+            [ctx.needs_input_grad[0], wanted, wanted],
         )
-        sources = [each for each in inputs if each is not None and each.requires_grad]
-        if not sources:
-            return (to_x, *[None] * 7)
-        ends = [(f, to.to(f.dtype)) for f, to in zip(folded, (to_weight, to_bias), strict=True) if f.requires_grad]
-        grads = iter(torch.autograd.grad([f for f, _ in ends], sources, [to for _, to in ends]))
-        return (to_x, *(next(grads) if each is not None and each.requires_grad else None for each in inputs), None)
+        if not wanted:
+            return (to_x, *[None] * 8)
+        wide, (dtype, bias_dtype) = folded.dtype, ctx.dtypes
+        to_weight, to_found = whitening.fold_gradient(
+            to_folded.to(wide), to_bias.to(wide), weight.to(wide), folded, found, how.groups, how.grouping
+        )
+        to_scale = to_found.scale
+        to_deconv = to_found.deconv if found.gains is None else None
+        bias_grad = None if bias_dtype is None else to_bias.to(bias_dtype)
+        return to_x, to_weight.to(dtype), bias_grad, to_found.mean, to_deconv, None, to_scale, None, None

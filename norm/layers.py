@@ -54,7 +54,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
 
     Buffers: running_mean (F,) or (groups F,), zeros at first; running_deconv (F, F) or (groups, F, F), the identity at
     first; with `every`, in its place, running_scale () or (groups,), and of the shape basis (F, r) or (groups, F, r),
-    values and gains (r + 1,) or (groups, r + 1), r = min(rank, F); steps (), int64, with freeze or every. F = block k_h k_w.
+    values and gains (r + 1,) or (groups, r + 1), r = min(rank, F); steps (), int64, with freeze or every.
+    F = block k_h k_w.
 
     Raises:
         NormError: an option out of range, an input that is not (N, C_in, H, W), or `.half()`.
@@ -129,8 +130,6 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         return self.windows(x.shape, padding).gather(x)
 
     def _refolds(self, x: Tensor, how: Geometry) -> bool:
-        if torch.compiler.is_compiling():  # the compiler decides what is kept
-            return False
         size, kernel = (x.shape[-2], x.shape[-1]), cast(Pair, self.kernel_size)
         positions = sampling.output_size(size, kernel, how.stride, how.padding, how.dilation)
         products = 2 * self.rank if self.every else self.features
@@ -144,8 +143,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             x, found = self._training_statistics(x, self.windows(x.shape, padding))
             stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
             how = Geometry(stride, padding, dilation, self.groups, self.grouping)
-            if self._refolds(x, how):
-                return folded_conv.conv(x, self.weight, self.bias, found, how)
+            if not torch.compiler.is_compiling():  # the compiler decides what is kept
+                return folded_conv.conv(x, self.weight, self.bias, found, how, self._refolds(x, how))
             weight, bias = self._fold(found)
         else:
             weight, bias = self.folded()

@@ -1,7 +1,7 @@
 """D of the cheap method: the leading directions of a running covariance are whitened, all others are scaled alike.
 
-A covariance over its scale, of F features, is held as V diag(values) V^T + rest (I - V V^T), with r orthonormal columns
-V. Its damped inverse root then has the same form: a gain for each leading direction and one for the rest (`gains`). Five
+A covariance over its scale, of F features, is held as V diag(values) V^T + rest (I - V V^T), with r orthonormal
+columns V. Its damped inverse root then has the same form: a gain for each leading direction and one for the rest (`gains`). Five
 Newton-Schulz steps whiten no further than 1.5^5, so that beyond the leading directions the gains differ little.
 
 Shapes, with G conv groups: basis (F, r) or (G, F, r); values (r,) or (G, r); rest () or (G,); gains (r + 1,) or
@@ -10,11 +10,8 @@ Shapes, with G conv groups: basis (F, r) or (G, F, r); values (r,) or (G, r); re
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def first_basis(features: int, rank: int) -> Tensor:
@@ -86,33 +83,11 @@ def matrix(basis: Tensor, gains: Tensor, scale: Tensor) -> Tensor:
     return ((basis * (gains[..., None, :-1] - last)) @ basis.mT + last * eye) * scale.rsqrt()[..., None, None]
 
 
-def fold_rows(rows: Tensor, mean: Tensor, basis: Tensor, gains: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """rows D (m, F) or (G, m, F) and rows D mean (m,) or (G, m); gradients to rows, mean and scale, in closed form."""
-    found: tuple[Tensor, Tensor] = _FoldRows.apply(rows, mean, basis, gains, scale)  # type: ignore[no-untyped-call]
-    return found
-
-
-def _times(rows: Tensor, basis: Tensor, gains: Tensor, scale: Tensor) -> Tensor:
+def times(rows: Tensor, basis: Tensor, gains: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
+    """rows D, (m, F) or (G, m, F), without D: two thin products."""
     last = gains[..., -1:, None]
     inner = (rows @ basis) * (gains[..., None, :-1] / last - 1)
-    sum_ = torch.baddbmm if rows.ndim == 3 else torch.addmm
-    return sum_(rows, inner, basis.mT).mul_(last * scale.rsqrt()[..., None, None])
-
-
-class _FoldRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, mean: Tensor, basis: Tensor, gains: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        folded = _times(rows, basis, gains, scale)
-        ctx.save_for_backward(folded, mean, basis, gains, scale)
-        return folded, (folded @ mean[..., None])[..., 0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, to_folded: Tensor, to_offset: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        folded, mean, basis, gains, scale = ctx.saved_tensors
-        to_folded = to_folded + to_offset[..., None] * mean[..., None, :]
-        to_mean = (to_offset[..., None, :] @ folded)[..., 0, :]
-        inner = (to_folded * folded).sum((-2, -1))
-        return _times(to_folded, basis, gains, scale), to_mean, None, None, -0.5 * inner / scale
+    factor = last * scale.rsqrt()[..., None, None]
+    if in_place:
+        return (rows.baddbmm_ if rows.ndim == 3 else rows.addmm_)(inner, basis.mT).mul_(factor)
+    return (torch.baddbmm if rows.ndim == 3 else torch.addmm)(rows, inner, basis.mT) * factor

@@ -13,7 +13,6 @@ from norm import leading, whitening
 from norm.sampling import Grouping, Sampler
 from norm.whitening import Statistics
 
-
 _FIRST_PASSES = 4
 """Steps towards the leading directions in the first training step, which starts from none."""
 
@@ -55,8 +54,8 @@ class Deconvolving(Whitening):
     """What FastDeconv and Delinear share: the statistics of a training step, and those of evaluation.
 
     With `every` = 0, the method as published, D and its gradient are the batch's, and `running_deconv` averages D. With
-    `every` = n, D = S / sqrt(s): mean and scale s are the batch's, with gradients; the shape S, without gradient, is the
-    inverse root of a running covariance, whose `rank` leading directions are renewed in every n-th step (`leading`).
+    `every` = n, D = S / sqrt(s): mean and scale s are the batch's, with gradients; the shape S, without gradient, is
+    the inverse root of a running covariance, whose `rank` leading directions move in every n-th step (see `leading`).
     """
 
     running_deconv: Tensor

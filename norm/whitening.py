@@ -236,14 +236,46 @@ def fold_weight(
     with torch.autocast(device_type=weight.device.type, enabled=False):
         rows = split_weight(weight.to(deconv.dtype), features, groups, grouping)
         mean = mean.view(groups, features) if groups > 1 else mean
-        if gains is not None and scale is not None:
-            rows, offset = leading.fold_rows(rows, mean, deconv, gains, scale)
-        else:
-            rows = rows @ deconv
-            offset = (rows @ mean[..., None])[..., 0]
-        offset = offset.reshape(weight.shape[0], -1).sum(1)
+        full = gains is None or scale is None
+        rows = rows @ deconv if full else leading.times(rows, deconv, gains, scale)  # type: ignore[arg-type]
+        offset = (rows @ mean[..., None]).reshape(weight.shape[0], -1).sum(1)
         new_bias = -offset if bias is None else bias.to(deconv.dtype) - offset
         return merge_weight(rows, weight.shape, groups, grouping), new_bias
+
+
+def fold_gradient(
+    to_folded: Tensor,
+    to_bias: Tensor,
+    weight: Tensor,
+    folded: Tensor,
+    found: Statistics,
+    groups: int,
+    grouping: Grouping,
+) -> tuple[Tensor, Statistics]:
+    """Gradients of `fold_weight` in closed form: that of the weight, and those of the statistics in their places.
+
+    Args:
+        to_folded, to_bias: gradients of what `fold_weight` returned; `to_folded` is overwritten.
+        weight: what was folded, in the dtype of the statistics.
+        folded: the weight that `fold_weight` returned.
+    """
+    mean, deconv, gains, scale = found
+    features = deconv.shape[-2]
+    rows = split_weight(to_folded, features, groups, grouping)
+    products = split_weight(folded, features, groups, grouping)
+    to_offset = -to_bias.repeat_interleave(rows[..., 0].numel() // len(to_bias)).view(*rows.shape[:-1], 1)
+    to_mean = (products.mT @ to_offset).flatten()
+    if groups > 1:
+        rows.baddbmm_(to_offset, mean.view(groups, 1, features))
+    else:
+        rows.addr_(to_offset[:, 0], mean)
+    if gains is None or scale is None:
+        to_deconv = split_weight(weight, features, groups, grouping).mT @ rows
+        return merge_weight(rows @ deconv.mT, weight.shape, groups, grouping), Statistics(to_mean, to_deconv)
+    flat = (-1,) if groups == 1 else (groups, -1)
+    to_scale = torch.linalg.vecdot(rows.reshape(flat), products.reshape(flat)) * (-0.5 / scale)
+    rows = leading.times(rows, deconv, gains, scale, in_place=True)
+    return merge_weight(rows, weight.shape, groups, grouping), Statistics(to_mean, deconv, None, to_scale)
 
 
 def unfold_weight(
