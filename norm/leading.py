@@ -1,8 +1,8 @@
 """D of the cheap method: the leading directions of a running covariance are whitened, all others are scaled alike.
 
 A covariance over its scale, of F features, is held as V diag(values) V^T + rest (I - V V^T), with r orthonormal
-columns V. Its damped inverse root then has the same form: a gain for each leading direction and one for the rest (`gains`). Five
-Newton-Schulz steps whiten no further than 1.5^5, so that beyond the leading directions the gains differ little.
+columns V. Its damped inverse root then has the same form: a gain for each leading direction and one for the rest
+(`gains`). Five Newton-Schulz steps whiten no further than 1.5^5, so beyond the leading directions gains differ little.
 
 Shapes, with G conv groups: basis (F, r) or (G, F, r); values (r,) or (G, r); rest () or (G,); gains (r + 1,) or
 (G, r + 1), the last one that of the rest. All functions take any number of leading dimensions.

@@ -1,8 +1,8 @@
 """Mean and variance of sampled patches, and their gradient, without making the patches where that is cheaper.
 
 A window's pixel (channel c, kernel place i, j) lies at the map's place (h, w) where marks_i[h] marks_j[w] = 1
-(`Windows.marks`). So a sum over windows is one over the map, weighted by those marks, after the images and the blocks of
-channels are summed up: two passes over the input, where patches would copy most pixels several times.
+(`Windows.marks`). So a sum over windows is one over the map, weighted by those marks, after the images and the blocks
+of channels are summed up: two passes over the input, where patches would copy most pixels several times.
 """
 
 from __future__ import annotations

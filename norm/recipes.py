@@ -302,8 +302,9 @@ class Deconv(Recipe):
 @register("deconv_fast")
 @dataclass(frozen=True, kw_only=True)
 class DeconvFast(Deconv):
-    """Network deconvolution at about batch norm's price: `deconv` with a running shape that has no gradient, renewed in
-    every fourth step. Another method than the paper's; docs/performance.md compares them.
+    """Network deconvolution at about batch norm's price: `deconv` with a running shape that has no gradient, whose
+    leading directions are renewed in every fourth step. Another method than the paper's; docs/performance.md compares
+    them.
 
     It needs more patches than a block has features: with two images of 64x64 pixels, whose last maps are 2x2, gradients
     of deep networks grow without bound, where the exact method's do not.
