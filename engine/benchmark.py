@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import norm
 from engine.errors import UserError
+from engine.memory import allocated
 from engine.optim import build_optimizer
 from engine.prepare import convert_norm
 
@@ -219,23 +220,8 @@ class _Work:
             self.step()
         return int(counter.get_total_flops())
 
-    def peak(self) -> int | None:
-        if self.settings.device.type == "cuda":
-            torch.cuda.synchronize(self.settings.device)
-            torch.cuda.reset_peak_memory_stats(self.settings.device)
-            before = torch.cuda.memory_allocated(self.settings.device)
-            self.step()
-            return torch.cuda.max_memory_allocated(self.settings.device) - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            self.step()
-        assert profile.profiler is not None
-        events = profile.profiler.kineto_results.events()
-        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        total = highest = 0
-        for _, change in changes:
-            total += change
-            highest = max(highest, total)
-        return highest
+    def peak(self) -> int:
+        return allocated(self.step, self.settings.device).peak
 
     def evaluated(self) -> nn.Module:
         return self.model.eval()

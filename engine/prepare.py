@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import distributed
 from engine.config import ExperimentConfig, NormConfig, RuntimeConfig
 from engine.errors import UserError
+from engine.recompute import recompute_blocks
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,13 @@ def convert_norm(model: nn.Module, section: NormConfig, calibrate: Iterable[Tens
 
 
 def prepare(model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor] | None = None) -> Prepared:
-    """Device, norm recipe, memory layout, checks, compile, DistributedDataParallel, in that order.
+    """Device, norm recipe, memory layout, checkpointing, checks, compile, DistributedDataParallel, in that order.
 
     Call it inside `session`. `images` are batches N x C x H x W to calibrate with; `norm.calibrate_batches` of them are
     used. `model` is changed in place.
 
     Raises:
-        UserError: see `convert_norm`; sync_bn among several processes without GPUs.
+        UserError: see `convert_norm` and `recompute_blocks`; sync_bn among several processes without GPUs.
     """
     device = current_device(cfg.runtime)
     wanted = cfg.norm.calibrate_batches
@@ -101,6 +102,8 @@ def prepare(model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor]
     report = [convert_norm(model, cfg.norm, batches)]
     if cfg.runtime.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if cfg.runtime.checkpointing:
+        report.append(recompute_blocks(model))
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         if distributed.world_size() == 1:
             report.append("one process: SyncBatchNorm works as BatchNorm")

@@ -15,9 +15,10 @@ from engine.report import METRICS
 from engine.resume import BEST
 from engine.runs import best_evaluation
 from seg.config import SegConfig
-from seg.data import Cityscapes, Sample, read_pair
+from seg.data import Sample, read_pair
+from seg.datasets import samples as samples_of
 from seg.draw import Example, Run, plot_runs
-from seg.labels import to_train_ids
+from seg.labels import CITYSCAPES, LabelTable, scored_table
 from seg.models import from_checkpoint
 from seg.predict import Predictor
 
@@ -46,7 +47,8 @@ def compare(
         for run, name, row in zip(runs, names, best, strict=True)
     ]
     load = partial(from_checkpoint, overrides=overrides, allow_imports=allow_imports)
-    plot_runs(drawn, picture, _examples(runs, names, examples, load))
+    shown, labels = _examples(runs, names, examples, load)
+    plot_runs(drawn, picture, shown, table=labels)
     width = max(len(name) for name in names)
     lines = [f"{'run':<{width}}  best mIoU  at step"]
     lines += [f"{n:<{width}}  {100 * r['score']:>8.2f}%  {r['step']:>7}" for n, r in zip(names, best, strict=True)]
@@ -55,15 +57,19 @@ def compare(
 
 def _examples(
     runs: Sequence[Path], names: Sequence[str], wanted: int, load: Callable[[Path], tuple[nn.Module, SegConfig, Any]]
-) -> list[Example]:
+) -> tuple[list[Example], LabelTable]:
+    """The examples, and the table of their ids: the first run's, whose classes all must have."""
     if wanted < 1:
-        return []
+        return [], CITYSCAPES
     samples: list[Sample] = []
+    data, labels = None, CITYSCAPES
     predictions: list[dict[str, Any]] = []
     for run, name in zip(runs, names, strict=True):
-        model, cfg, _ = load(run / BEST)
+        model, cfg, meta = load(run / BEST)
+        data = data or cfg.data
+        labels = scored_table(data, meta, run / BEST)
         if not samples:
-            every = Cityscapes(cfg.data.root, cfg.data.val_split).samples
+            every = samples_of(data, data.val_split)
             places = np.linspace(0, len(every) - 1, min(wanted, len(every))).round()
             samples = [every[int(place)] for place in places]
             predictions = [{} for _ in samples]
@@ -71,7 +77,8 @@ def _examples(
         for sample, found in zip(samples, predictions, strict=True):
             found[name] = predictor.predict(read_pair(sample)[0])
     pairs = [read_pair(sample) for sample in samples]
-    return [
-        Example(image, to_train_ids(label, str(sample.label)), found)
+    examples = [
+        Example(image, labels.to_train_ids(label, str(sample.label)), found)
         for sample, (image, label), found in zip(samples, pairs, predictions, strict=True)
     ]
+    return examples, labels

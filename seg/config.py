@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from engine.config import ExperimentConfig, Fraction, Positive, Section
 
@@ -22,12 +22,25 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 class DataConfig(Section):
+    name: Literal["cityscapes", "camvid", "bdd100k", "mapillary", "kitti", "acdc", "voc", "folder"] = "cityscapes"
+    """The data set and its label table: see seg/datasets.py for the layout of each; `folder` is your own images, masks
+    and labels.yaml."""
     root: Path = Path("data/cityscapes")
-    """Folder that holds leftImg8bit/ and gtFine/."""
+    """Folder of the data set: for cityscapes the one that holds leftImg8bit/ and gtFine/."""
+    labels: Path | None = None
+    """The table of labels for `folder` (null: labels.yaml in data.root) and `mapillary` (null: its newest config)."""
     train_split: str = "train"
     """Split that is trained on."""
     val_split: str = "val"
     """Split that is scored during training and by default in tools/evaluate.py."""
+    coarse_share: Fraction = 0.0
+    """Share of an epoch's images that come from cityscapes' coarsely labelled train_extra; the epoch keeps the number
+    of images of train_split."""
+    repeat_rare: Fraction = 0.0
+    """Repeat images with classes that fewer than this share of the images have: those of a class in a share f of them
+    come sqrt(repeat_rare / f) times as often (Gupta et al., LVIS, CVPR 2019). The epoch keeps its length. 0: off."""
+    rare_crop: Fraction = 0.0
+    """Chance that a training crop is laid around a pixel of a class, drawn among the image's by inverse frequency."""
     base_size: Side | None = None
     """Length in pixels to which the shorter side is brought before random scaling; null keeps the image's own size."""
     crop: tuple[Side, Side] = (512, 1024)
@@ -48,15 +61,30 @@ class DataConfig(Section):
     """Shorter side in pixels at which validation images enter the network; null: their own size. Ground truth is never
     resized: the logits go up to its size."""
 
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.labels is not None and self.name not in ("folder", "mapillary"):
+            raise ValueError(f"labels has no effect with name: {self.name}, whose table is fixed; set name: folder")
+        if self.coarse_share and self.name != "cityscapes":
+            raise ValueError(f"coarse_share needs name: cityscapes, which has coarse labels; found {self.name}")
+        return self
+
 
 class ModelConfig(Section):
     name: str = "deeplabv3_resnet50"
     """Name of the network: fcn_resnet50, fcn_resnet101, deeplabv3_resnet50, deeplabv3_resnet101,
-    deeplabv3_mobilenet_v3_large or lraspp_mobilenet_v3_large."""
+    deeplabv3_mobilenet_v3_large or lraspp_mobilenet_v3_large of torchvision, or smp/ARCHITECTURE/ENCODER, such as
+    smp/deeplabv3plus/resnet50, of segmentation-models-pytorch; ENCODER may be 'tu-' and a name of timm's."""
+    options: dict[str, Any] = {}
+    """Further arguments of the architecture of segmentation-models-pytorch, such as decoder_channels, or of timm's
+    encoder, such as drop_path_rate."""
     backbone_weights: str | None = None
-    """Pretrained backbone: null (random), 'torchvision' (downloaded), or a path to a file of weights."""
-    output_stride: Literal[8, 16, 32] = 8
-    """Pixels of the input for a pixel of the backbone's output."""
+    """Pretrained backbone: null (random); 'torchvision', 'timm' or 'imagenet' (downloaded by the library that the
+    network is from); 'package:efficientnet-lite0' (the extra `pretrained`; its inputs are normalised with data.mean and
+    data.std of 0.5); or a path to a file of weights (.pt, .pth, .safetensors)."""
+    output_stride: Literal[8, 16, 32] | None = None
+    """Pixels of the input for a pixel of the backbone's output, where the network leaves a choice; null: the network's
+    own (8 for deeplabv3 and fcn, 16 for smp/deeplabv3plus and smp/pan)."""
     aux: bool = False
     """Add the auxiliary FCN head on the backbone's third stage (training only)."""
 
@@ -65,7 +93,7 @@ class LossConfig(Section):
     name: str = "cross_entropy"
     """Name of the loss: cross_entropy."""
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
-    """A weight for each of the 19 classes, in the order of the train ids; null weighs all pixels alike."""
+    """A weight for each class, in the order of the train ids; null weighs all pixels alike."""
     aux_weight: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the auxiliary head's loss; used when model.aux is true."""
 
@@ -76,6 +104,9 @@ class PredictConfig(Section):
     images of more than 8 megapixels."""
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of a window that overlaps its neighbour."""
+    smoothing: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Videos only: weight of the newest frame in an average of the probabilities over the frames, which makes labels
+    flicker less; null: each frame for itself."""
 
 
 class SegConfig(ExperimentConfig):

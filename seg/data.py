@@ -1,19 +1,15 @@
-"""The Cityscapes folders, their samples, and the batches that training and validation see.
+"""The samples of a data set, augmented for training and whole for scoring, and the batches of both.
 
-Files: `leftImg8bit/<split>/<city>/<name>_leftImg8bit.{png,jpg}` with `gtFine/<split>/<city>/<name>_gtFine_labelIds.png`
-and, if there are any, `..._gtFine_instanceIds.png`. The split `test` has no public labels: what lies there is not read.
-
-All randomness is a function of its arguments: a sample's augmentation of (seed, epoch, index), an epoch's order of
-(seed, epoch), a rank's share of it of (rank, world size). Workers change nothing but the speed.
+Which files make a data set is in `seg.datasets`. All randomness is a function of its arguments: a sample's augmentation
+of (seed, epoch, index), an epoch's order of (seed, epoch), a rank's share of it of (rank, world size). Workers change
+nothing but the speed.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,99 +22,28 @@ from torch.utils.data import Dataset
 
 from engine import images, loading
 from engine.errors import UserError
+from seg import rare
+from seg.cityscapes import GET_DATA as GET_DATA
+from seg.cityscapes import Cityscapes as Cityscapes
+from seg.cityscapes import Sample as Sample
 from seg.config import DataConfig, SegConfig
-from seg.labels import IGNORE, Ids, damaged, png_header, read_bytes, read_instance_ids, read_label_ids, to_train_ids
+from seg.datasets import samples as samples_of
+from seg.labels import (
+    CITYSCAPES,
+    IGNORE,
+    Ids,
+    LabelTable,
+    damaged,
+    png_header,
+    read_bytes,
+    read_instance_ids,
+    read_label_ids,
+    table,
+)
+from seg.rare import class_shares as class_shares
+from seg.rare import class_weights as class_weights
 
 Rgb = npt.NDArray[np.uint8]
-
-GET_DATA = (
-    "Download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com (or "
-    "with cityscapesscripts: `csDownload leftImg8bit_trainvaltest.zip gtFine_trainvaltest.zip`) and unpack both into "
-    "this one folder; or render sample data: `python tools/make_sample.py data/sample`, then data.root=data/sample."
-)
-"""What to do when files of the data set are missing."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The files of one image; `name` is what they have in common, such as aachen_000000_000019."""
-
-    image: Path
-    label: Path | None
-    instance: Path | None
-    name: str
-    city: str
-
-
-class Cityscapes:
-    """The files of one split, in a fixed order.
-
-    Raises:
-        UserError: folders or files are missing; the message says which and how to get them.
-    """
-
-    def __init__(self, root: Path | str, split: str) -> None:
-        self.root, self.split = Path(root), split
-        if not self.root.is_dir():
-            raise UserError(
-                f"{self.root} (data.root): no such folder; expected leftImg8bit/ and gtFine/ in it. {GET_DATA}"
-            )
-        found = self._files("leftImg8bit", r"_leftImg8bit\.(?:png|jpe?g)")
-        if not found:
-            raise UserError(
-                f"{self.root / 'leftImg8bit' / split}: the split is empty; expected <city>/*_leftImg8bit.png or .jpg. "
-                + GET_DATA
-            )
-        labels: dict[tuple[str, str], Path] = {}
-        instances: dict[tuple[str, str], Path] = {}
-        if split != "test":
-            labels = self._files("gtFine", r"_gtFine_labelIds\.png")
-            self._complete(found, labels, "_gtFine_labelIds.png", "images have no label file")
-            self._complete(labels, found, "_leftImg8bit.png", "label files have no image")
-            instances = self._files("gtFine", r"_gtFine_instanceIds\.png")
-            if instances:
-                self._complete(
-                    labels, instances, "_gtFine_instanceIds.png", "label files have no instance ids, others do"
-                )
-        self.samples: list[Sample] = [
-            Sample(path, labels.get(key), instances.get(key), key[1], key[0]) for key, path in sorted(found.items())
-        ]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def _files(self, kind: str, ending: str) -> dict[tuple[str, str], Path]:
-        """(city, name) -> path of the files of one kind in this split; `ending` is a regular expression."""
-        top = self.root / kind
-        if not top.is_dir():
-            archives = sorted(p.name for p in self.root.glob(f"{kind}*.zip"))
-            hint = f"{archives[0]} lies there and is not unpacked. " if archives else ""
-            raise UserError(f"{self.root} (data.root): has no folder {kind}/. {hint}{GET_DATA}")
-        if not (top / self.split).is_dir():
-            others = ", ".join(sorted(p.name for p in top.iterdir() if p.is_dir())) or "none"
-            raise UserError(f"{top}: has no split {self.split!r} (splits there: {others}). {GET_DATA}")
-        files: dict[tuple[str, str], Path] = {}
-        for path in sorted((top / self.split).glob("[!.]*/[!.]*")):
-            match = re.fullmatch(f"(.+){ending}", path.name)
-            if match is None:
-                continue
-            key = path.parent.name, match[1]
-            if key in files:
-                raise UserError(f"{path} and {files[key].name} are two files for one image; remove one of them.")
-            files[key] = path
-        return files
-
-    def _complete(
-        self, have: dict[tuple[str, str], Path], need: dict[tuple[str, str], Path], ending: str, what: str
-    ) -> None:
-        missing = sorted(have.keys() - need.keys())
-        if missing:
-            kind = "leftImg8bit" if "leftImg8bit" in ending else "gtFine"
-            first = self.root / kind / self.split / missing[0][0] / (missing[0][1] + ending)
-            raise UserError(
-                f"{self.root} (data.root): half unpacked, in the split {self.split!r} {len(missing)} of {len(have)} "
-                f"{what}; the first one missing is {first}. {GET_DATA}"
-            )
 
 
 def read_rgb(path: Path) -> Rgb:
@@ -144,7 +69,7 @@ def read_pair(sample: Sample) -> tuple[Rgb, Ids]:
         UserError: a file can't be read, or the two differ in size.
     """
     if sample.label is None:
-        raise UserError(f"{sample.image}: has no label; the split 'test' has no public labels.")
+        raise UserError(f"{sample.image}: has no label; a test split has no public ones.")
     image, label = read_rgb(sample.image), read_label_ids(sample.label)
     if image.shape[:2] != label.shape:
         raise UserError(
@@ -160,7 +85,9 @@ def normalize(image: Rgb, cfg: DataConfig) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div_(255).sub_(mean).div_(std)
 
 
-def augment(image: Rgb, mask: Ids, cfg: DataConfig, seed: Sequence[int]) -> tuple[Rgb, Ids]:
+def augment(
+    image: Rgb, mask: Ids, cfg: DataConfig, seed: Sequence[int], shares: npt.NDArray[np.float64] | None = None
+) -> tuple[Rgb, Ids]:
     """Random scale, crop (padded with the mean colour and 255), flip and colour jitter.
 
     A pure function of its arguments, and the only place that knows albumentations.
@@ -170,6 +97,7 @@ def augment(image: Rgb, mask: Ids, cfg: DataConfig, seed: Sequence[int]) -> tupl
         mask: train ids uint8 (H, W).
         cfg: sizes and strengths.
         seed: integers that fix the random draws.
+        shares: pixel share of each train id in the data set, float64 (C,); used when `cfg.rare_crop` is not 0.
 
     Returns:
         Image and mask of `cfg.crop` pixels, in the same types.
@@ -179,8 +107,8 @@ def augment(image: Rgb, mask: Ids, cfg: DataConfig, seed: Sequence[int]) -> tupl
     import albumentations as A
 
     base = cfg.base_size / min(mask.shape) if cfg.base_size else 1.0
+    scale = A.RandomScale((base * cfg.scale[0] - 1, base * cfg.scale[1] - 1), cv2.INTER_LINEAR, cv2.INTER_NEAREST, p=1)
     steps: list[Any] = [
-        A.RandomScale((base * cfg.scale[0] - 1, base * cfg.scale[1] - 1), cv2.INTER_LINEAR, cv2.INTER_NEAREST, p=1),
         A.RandomCrop(
             *cfg.crop,
             pad_if_needed=True,
@@ -192,27 +120,48 @@ def augment(image: Rgb, mask: Ids, cfg: DataConfig, seed: Sequence[int]) -> tupl
     ]
     if jitter := cfg.color_jitter:
         steps.append(A.ColorJitter(jitter, jitter, jitter, jitter / 10, p=1))
-    pipeline = A.Compose(steps)
     # one stream for all steps: Compose(seed=) would give each step the same draws, so that flips go with large scales
     generator = np.random.default_rng(list(seed))
-    pipeline.set_random_state(generator, random.Random(int(generator.integers(2**63))))
+    twin = random.Random(int(generator.integers(2**63)))
+    if shares is not None and cfg.rare_crop and generator.random() < cfg.rare_crop:
+        image, mask = _apply(A.Compose([scale]), image, mask, generator, twin)
+        rows, columns = rare.window(mask, cfg.crop, shares, generator)
+        image, mask = image[rows, columns], mask[rows, columns]  # of the crop's size: RandomCrop has nothing to choose
+        return _apply(A.Compose(steps), image, mask, generator, twin)
+    return _apply(A.Compose([scale, *steps]), image, mask, generator, twin)
+
+
+def _apply(
+    pipeline: Any, image: Rgb, mask: Ids, generator: np.random.Generator, twin: random.Random
+) -> tuple[Rgb, Ids]:
+    pipeline.set_random_state(generator, twin)
     result = pipeline(image=image, mask=mask)
     return result["image"], result["mask"]
 
 
 class SegDataset(Dataset[dict[str, Any]]):
     """Augmented training samples. The item (epoch, index) is a pure function of (seed, epoch, index):
-    {"image": float32 (3, h, w), "target": train ids int64 (h, w), "name": the image file}."""
+    {"image": float32 (3, h, w), "target": train ids int64 (h, w), "name": the image file}.
 
-    def __init__(self, samples: Sequence[Sample], cfg: DataConfig, seed: int) -> None:
-        self.samples, self.cfg, self.seed = samples, cfg, seed
+    With n samples, the indices i, i + n, i + 2 n, ... are the same files, each time augmented in another way.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        cfg: DataConfig,
+        seed: int,
+        labels: LabelTable = CITYSCAPES,
+        shares: npt.NDArray[np.float64] | None = None,
+    ) -> None:
+        self.samples, self.cfg, self.seed, self.labels, self.shares = samples, cfg, seed, labels, shares
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        sample = self.samples[index]
+        sample = self.samples[index % len(self.samples)]
         image, label = read_pair(sample)
-        target = to_train_ids(label, str(sample.label))
-        image, target = augment(image, target, self.cfg, (1, self.seed, epoch, index))
+        target = self.labels.to_train_ids(label, str(sample.label))
+        image, target = augment(image, target, self.cfg, (1, self.seed, epoch, index), self.shares)
         return {
             "image": normalize(image, self.cfg),
             "target": torch.from_numpy(target).long(),
@@ -239,16 +188,39 @@ class EvalDataset(Dataset[dict[str, Any]]):
 class TrainBatches:
     """One rank's micro-batches of each epoch: {"image" (N, 3, h, w), "target" (N, h, w), "name" list[str]}.
 
-    Step s of an epoch is the s-th `batch_size` (global) of the shuffled images, whatever the number of ranks and
-    micro-batches; the rest that fills no batch is left out and another one in each epoch.
+    An epoch has as many images as `samples`; `seg.rare.Pool` says which, in their usual case each once. Step s is the
+    s-th `batch_size` (global) of them, shuffled, whatever the number of ranks and micro-batches; the rest that fills no
+    batch is left out and another one in each epoch.
+
+    Args:
+        samples: the training split.
+        cfg: the experiment.
+        world: number of ranks.
+        rank: this one.
+        coarse: further samples, of which an epoch takes the share `data.coarse_share`.
+        cache: folder in which the counted classes are kept, see `seg.rare.class_counts`.
     """
 
-    def __init__(self, samples: Sequence[Sample], cfg: SegConfig, world: int, rank: int) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        cfg: SegConfig,
+        world: int,
+        rank: int,
+        coarse: Sequence[Sample] = (),
+        cache: Path | None = None,
+    ) -> None:
         where = f"the split {cfg.data.train_split!r} in {cfg.data.root}"
         self._order = loading.Order(len(samples), cfg, world, rank, where)
         self.accumulation = self._order.accumulation
         self._plan = loading.Plan()
-        dataset = loading.Reporting(SegDataset(samples, cfg.data, cfg.runtime.seed))
+        labels, counts = table(cfg.data), None
+        if cfg.data.repeat_rare or cfg.data.rare_crop:
+            counts = rare.class_counts(samples, labels, cache)
+        factors = rare.repeat_factors(counts, cfg.data.repeat_rare) if counts is not None else None
+        self._pool = rare.Pool(len(samples), cfg.runtime.seed, factors, len(coarse), cfg.data.coarse_share)
+        shares = rare.shares_of(counts) if counts is not None and cfg.data.rare_crop else None
+        dataset = loading.Reporting(SegDataset([*samples, *coarse], cfg.data, cfg.runtime.seed, labels, shares))
         self._loader = loading.loader(
             dataset, cfg, batch_sampler=self._plan, collate_fn=loading.stack, persistent_workers=True
         )
@@ -257,8 +229,9 @@ class TrainBatches:
         return len(self._order)
 
     def order(self, epoch: int) -> list[list[int]]:
-        """Sample indices of each micro-batch of this rank in `epoch`."""
-        return self._order.epoch(epoch).tolist()
+        """Sample indices (see SegDataset) of each micro-batch of this rank in `epoch`."""
+        order: list[list[int]] = self._pool.epoch(epoch)[self._order.epoch(epoch)].tolist()
+        return order
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of `epoch` from micro-batch `start` on; those before are not decoded.
@@ -289,11 +262,16 @@ class EvalBatches:
             yield loading.checked(items)
 
 
-def train_batches(cfg: SegConfig, world: int = 1, rank: int = 0) -> TrainBatches:
-    """Batches of the training split for `engine.loop.fit`. Raises UserError as `Cityscapes`."""
-    return TrainBatches(Cityscapes(cfg.data.root, cfg.data.train_split).samples, cfg, world, rank)
+def train_batches(cfg: SegConfig, world: int = 1, rank: int = 0, cache: Path | None = None) -> TrainBatches:
+    """Batches of the training split for `engine.loop.fit`; `cache` as in TrainBatches.
+
+    Raises:
+        UserError: missing or bad files, see `seg.datasets`; with repeat_rare or rare_crop every label file is read.
+    """
+    coarse = Cityscapes(cfg.data.root, "train_extra", "gtCoarse").samples if cfg.data.coarse_share else []
+    return TrainBatches(samples_of(cfg.data, cfg.data.train_split), cfg, world, rank, coarse, cache)
 
 
 def eval_batches(cfg: SegConfig, split: str | None = None, world: int = 1, rank: int = 0) -> EvalBatches:
-    """Batches of a split (default `data.val_split`) for scoring. Raises UserError as `Cityscapes`."""
-    return EvalBatches(Cityscapes(cfg.data.root, split or cfg.data.val_split).samples, cfg, world, rank)
+    """Batches of a split (default `data.val_split`) for scoring. Raises UserError for missing files."""
+    return EvalBatches(samples_of(cfg.data, split or cfg.data.val_split), cfg, world, rank)

@@ -1,7 +1,8 @@
 """Pictures: palettes, overlays with a legend, panels, plots of scores, and the one picture of several runs.
 
 Arrays in and out are uint8: images and colours (H, W, 3) in RGB, ids (H, W). Ids are train ids unless another palette
-is given; 255 is void and drawn black. Plots are written to a path, whole or not at all.
+is given, Cityscapes' unless another table is; 255 is void and drawn black. Plots are written to a path, whole or not
+at all.
 """
 
 from __future__ import annotations
@@ -60,7 +61,13 @@ def colorize(ids: NDArray[Any], palette: NDArray[np.uint8] | None = None) -> Arr
     return cast(Array, table[ids])
 
 
-def overlay(image: Array, ids: NDArray[Any], alpha: float = 0.5, legend: bool = True) -> Array:
+def overlay(
+    image: Array,
+    ids: NDArray[Any],
+    alpha: float = 0.5,
+    legend: bool = True,
+    table: labels.LabelTable = labels.CITYSCAPES,
+) -> Array:
     """The image tinted with the colours of its train ids; void pixels stay as they are.
 
     Has the image's size; with `legend`, a strip below it names the classes present, the largest first (and a very small
@@ -68,27 +75,32 @@ def overlay(image: Array, ids: NDArray[Any], alpha: float = 0.5, legend: bool = 
     """
     if image.shape[:2] != ids.shape:
         raise ValueError(f"image {image.shape[:2]} and ids {ids.shape} differ in size")
-    mixed = cv2.addWeighted(image, 1 - alpha, colorize(ids), alpha, 0).astype(np.uint8, copy=False)
+    mixed = cv2.addWeighted(image, 1 - alpha, colorize(ids, table.colors), alpha, 0).astype(np.uint8, copy=False)
     void = ids == labels.IGNORE
     mixed[void] = image[void]
-    return (
-        _stack([mixed, _legend(ids, mixed.shape[1], size=max(12, min(64, mixed.shape[1] // 60)))]) if legend else mixed
-    )
+    if not legend:
+        return mixed
+    return _stack([mixed, _legend(ids, mixed.shape[1], max(12, min(64, mixed.shape[1] // 60)), table)])
 
 
 def panel(
-    image: Array, label: NDArray[Any] | None, prediction: NDArray[Any], max_width: int = 640, legend: bool = True
+    image: Array,
+    label: NDArray[Any] | None,
+    prediction: NDArray[Any],
+    max_width: int = 640,
+    legend: bool = True,
+    table: labels.LabelTable = labels.CITYSCAPES,
 ) -> Array:
     """Image, true label (if there is one) and prediction beside each other, titled, each at most `max_width` wide."""
     parts: list[tuple[str, Array]] = [("image", image)]
     if label is not None:
-        parts.append(("label", colorize(label)))
-    parts.append(("prediction", colorize(prediction)))
+        parts.append(("label", colorize(label, table.colors)))
+    parts.append(("prediction", colorize(prediction, table.colors)))
     tiles = [_titled(_fit(pixels, max_width, smooth=title == "image"), title) for title, pixels in parts]
     gap = np.full((tiles[0].shape[0], 4, 3), 255, np.uint8)
     row = np.concatenate([x for tile in tiles for x in (tile, gap)][:-1], axis=1)
     shown = prediction if label is None else np.concatenate([label.ravel(), prediction.ravel()])[None]
-    return _stack([row, _legend(shown, row.shape[1], _title_size(tiles[0]))]) if legend else row
+    return _stack([row, _legend(shown, row.shape[1], _title_size(tiles[0]), table)]) if legend else row
 
 
 def plot_confusion(matrix: Any, names: Sequence[str], path: Path | str, title: str = "") -> None:
@@ -108,7 +120,13 @@ def plot_class_iou(
         bars(drawn.add_subplot(), runs, classes, title or "Class IoU, %")
 
 
-def plot_runs(runs: Sequence[Run], path: Path | str, examples: Sequence[Example] = (), title: str = "") -> None:
+def plot_runs(
+    runs: Sequence[Run],
+    path: Path | str,
+    examples: Sequence[Example] = (),
+    title: str = "",
+    table: labels.LabelTable = labels.CITYSCAPES,
+) -> None:
     """One picture of several runs: loss and mIoU over steps, class IoUs, and predictions side by side with labels."""
     classes = list(dict.fromkeys(name for run in runs for name in run.class_iou or {}))
     columns = 2 + len(runs)
@@ -124,16 +142,16 @@ def plot_runs(runs: Sequence[Run], path: Path | str, examples: Sequence[Example]
         if classes:
             bars(axes["bars"], {run.name: run.class_iou or {} for run in runs}, classes, "Class IoU, %")
         if examples:
-            _examples(parts[1], examples, [run.name for run in runs])
+            _examples(parts[1], examples, [run.name for run in runs], table.colors)
         if title:
             drawn.suptitle(title)
 
 
-def _examples(figure: Any, examples: Sequence[Example], names: Sequence[str]) -> None:
+def _examples(figure: Any, examples: Sequence[Example], names: Sequence[str], palette: NDArray[np.uint8]) -> None:
     grid = figure.subplots(len(examples), 2 + len(names), squeeze=False)
     for row, example in zip(grid, examples, strict=True):
-        shown = [example.image, None if example.label is None else colorize(example.label)]
-        shown += [colorize(example.predictions[n]) if n in example.predictions else None for n in names]
+        ids = [example.label, *(example.predictions.get(name) for name in names)]
+        shown = [example.image, *(None if x is None else colorize(x, palette) for x in ids)]
         for axes, pixels in zip(row, shown, strict=True):
             axes.axis("off")
             if pixels is not None:
@@ -142,17 +160,13 @@ def _examples(figure: Any, examples: Sequence[Example], names: Sequence[str]) ->
         axes.set_title(text, fontsize=9)
 
 
-def _legend(ids: NDArray[Any], width: int, size: int) -> Array:
+def _legend(ids: NDArray[Any], width: int, size: int, table: labels.LabelTable) -> Array:
     """Colour and name of the classes present, the largest first, flowing in rows over at least `width` pixels."""
     font = ImageFont.load_default(size)
     box, gap, line = size, size // 2, round(size * 1.6)
     entries = []
     for i in _present(ids, by_size=True):
-        name, color = (
-            ("void", (0, 0, 0))
-            if i == labels.IGNORE
-            else (labels.TRAIN_CLASSES[i], tuple(labels.TRAIN_COLORS[i].tolist()))
-        )
+        name, color = ("void", (0, 0, 0)) if i == labels.IGNORE else (table.classes[i], tuple(table.colors[i].tolist()))
         entries.append((name, color, box + gap // 2 + math.ceil(font.getlength(name)) + gap * 2))
     width = max([width, *(gap + length for *_, length in entries)])
     places, x, y = [], gap, gap // 2

@@ -15,13 +15,13 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
-from engine.images import write_png
+from engine.images import check_writable, write_png
 from seg import draw
+from seg.averaging import Views, predictor_of
 from seg.config import SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
-from seg.labels import TRAIN_CLASSES, TRAIN_LABEL_IDS, read_instance_ids, read_label_ids, to_label_ids, to_train_ids
+from seg.labels import TRAIN_LABEL_IDS, read_instance_ids, read_label_ids, scored_table, table
 from seg.metrics import ConfusionMatrix, Scores, mean
-from seg.predict import Predictor
 
 _TRUTH = "_gtFine_labelIds.png"
 
@@ -34,6 +34,7 @@ def evaluate_model(
     batches: EvalBatches | None = None,
     max_batches: int | None = None,
     pictures: int | None = None,
+    views: Views | None = None,
 ) -> tuple[Scores, dict[str, Rgb]]:
     """Score a model on a split, every image on exactly one rank; all ranks get the same scores.
 
@@ -48,6 +49,7 @@ def evaluate_model(
         batches: those of `eval_batches` to use again, instead of making them from `split`.
         max_batches: stop after as many on each rank (a trial run); None takes all.
         pictures: how many panels to draw, default `report.images`.
+        views: what predictions are averaged over; default one view.
 
     Returns:
         The scores, and panels image | label | prediction by sample name, uint8 RGB (H, W, 3); on rank 0 only.
@@ -59,23 +61,24 @@ def evaluate_model(
     batches = batches or eval_batches(cfg, split, world, rank)
     wanted = _spread(batches.samples, cfg.report.images if pictures is None else pictures) if rank == 0 else set()
     device = next(model.parameters()).device
-    confusion, panels = ConfusionMatrix(device), dict[str, Rgb]()
+    labels = table(cfg.data)
+    confusion, panels = ConfusionMatrix(device, labels), dict[str, Rgb]()
     training = model.training
     model.eval()
     try:
-        predictor = Predictor.from_config(model, cfg, device)
+        predictor = predictor_of(model, cfg, device, views)
         for items in islice(batches, max_batches):
             for item, ids in zip(items, predictor.predict_batch([item["image"] for item in items]), strict=True):
                 sample, label = item["sample"], item["label"]
                 if label is None:
                     raise UserError(
                         f"{sample.image}: has no label to score against, the split 'test' has no public ones. Score "
-                        "another split, or write predictions with tools/predict.py and hand them in at the Cityscapes "
-                        "test server."
+                        "another split, or pack predictions for the Cityscapes test server with tools/submit.py."
                     )
-                confusion.update(to_label_ids(ids), label, item["instance"], name=str(sample.label))
+                confusion.update(labels.to_label_ids(ids), label, item["instance"], name=str(sample.label))
                 if sample in wanted:
-                    panels[sample.name] = draw.panel(item["image"], to_train_ids(label, sample.label), ids)
+                    truth = labels.to_train_ids(label, sample.label)
+                    panels[sample.name] = draw.panel(item["image"], truth, ids, table=labels)
     finally:
         model.train(training)
     return confusion.reduce().scores(), panels
@@ -87,6 +90,7 @@ def evaluate_checkpoint(
     split: str | None = None,
     pictures: int | None = None,
     allow_imports: bool = False,
+    views: Views | None = None,
 ) -> tuple[Scores, dict[str, Rgb], str] | None:
     """Score a checkpoint's model on the device, and among the processes, that its config and torchrun say.
 
@@ -97,10 +101,11 @@ def evaluate_checkpoint(
     from engine.prepare import session
     from seg.models import from_checkpoint
 
-    model, cfg, _ = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    scored_table(cfg.data, meta, path)
     with session(cfg.runtime) as device:
         split = split or cfg.data.val_split
-        scores, panels = evaluate_model(model.to(device), cfg, split=split, pictures=pictures)
+        scores, panels = evaluate_model(model.to(device), cfg, split=split, pictures=pictures, views=views)
         return (scores, panels, split) if distributed.is_main() else None
 
 
@@ -112,12 +117,18 @@ def evaluate_and_report(
     json_file: Path | None = None,
     out: Path | None = None,
     allow_imports: bool = False,
+    views: Views | None = None,
 ) -> None:
     """`evaluate_checkpoint`, printed and written: pictures to `out` (default `scores_SPLIT` beside the checkpoint), all
-    scores to `json_file` (default `scores.json` in it)."""
-    result = evaluate_checkpoint(path, overrides, split, allow_imports=allow_imports)
+    scores to `json_file` (default `scores.json` in it). Raises UserError before the work if they can't be written."""
+    for folder in (out or path.parent, json_file.parent if json_file else path.parent):
+        if folder != path.parent or folder.is_dir():  # a checkpoint that is missing has an error of its own
+            check_writable(folder)
+    result = evaluate_checkpoint(path, overrides, split, allow_imports=allow_imports, views=views)
     if result is not None:  # None on all but the first of several processes
         scores, pictures, split = result
+        if views is not None:
+            print(f"predictions averaged over: {views}")
         out = out or path.with_name(f"scores_{split}")
         report(scores, pictures, json_file or out / "scores.json", out)
 
@@ -220,10 +231,10 @@ def write_json(scores: Scores, path: Path | str) -> None:
 def write_pictures(scores: Scores, pictures: Mapping[str, Rgb], out: Path | str) -> None:
     """Write `confusion.png`, `class_iou.png` and the panels to a folder. Raises UserError when that can't be done.
 
-    The matrix is drawn for the 19 evaluated classes; what was predicted as void is left out.
+    The matrix is drawn for the evaluated classes; what was predicted as void is left out.
     """
-    out, ids = Path(out), list(TRAIN_LABEL_IDS)
-    draw.plot_confusion(scores.matrix[np.ix_(ids, ids)], TRAIN_CLASSES, out / "confusion.png")
+    out = Path(out)
+    draw.plot_confusion(scores.class_matrix(), scores.labels.classes, out / "confusion.png")
     draw.plot_class_iou(scores.class_iou, out / "class_iou.png")
     for name, picture in pictures.items():
         write_png(out / f"{name}.png", picture)

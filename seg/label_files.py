@@ -41,15 +41,16 @@ def label_files(
     out: Path | str,
     save: Sequence[str] = ("labels",),
     *,
+    table: labels.LabelTable = labels.CITYSCAPES,
     max_pixels: int = MAX_PIXELS,
     say: Callable[[str], None] = print,
 ) -> Summary:
     """Labels every image that `inputs` (files, folders, globs) name and writes the pictures below `out`.
 
-    `predict` takes an RGB image (H, W, 3) uint8 and returns train ids (H, W). `save` names what is kept: `labels`
-    (8-bit label ids, the test server's format), `color` (RGB), `overlay` (with a legend below), each in a folder of
-    that name under `out`. Raises UserError if nothing can be done at all: no image, an unknown kind, `out` can't be
-    written.
+    `predict` takes an RGB image (H, W, 3) uint8 and returns train ids (H, W) of `table`. `save` names what is kept:
+    `labels` (8-bit label ids; with Cityscapes' table the test server's format), `color` (RGB), `overlay` (with a legend
+    below), each in a folder of that name under `out`. Raises UserError if nothing can be done at all: no image, an
+    unknown kind, `out` can't be written.
     """
     unknown = [kind for kind in save if kind not in KINDS]
     if unknown or not save:
@@ -66,7 +67,7 @@ def label_files(
             ids = _named(predict, image, item.path)
             for kind in dict.fromkeys(save):
                 target = out / kind / f"{item.name}{KINDS[kind]}"
-                write_png(target, _picture(kind, image, ids), inside=out)
+                write_png(target, _picture(kind, image, ids, table), inside=out)
             summary.done += 1
             say(f"[{number}/{len(found)}] {show(item.path)}: {image.shape[1]} x {image.shape[0]} -> {show(item.name)}")
         except UserError as error:
@@ -75,10 +76,10 @@ def label_files(
     return summary
 
 
-def _picture(kind: str, image: Array, ids: NDArray[Any]) -> Array:
+def _picture(kind: str, image: Array, ids: NDArray[Any], table: labels.LabelTable) -> Array:
     if kind == "labels":
-        return labels.to_label_ids(ids)
-    return draw.colorize(ids) if kind == "color" else draw.overlay(image, ids)
+        return table.to_label_ids(ids)
+    return draw.colorize(ids, table.colors) if kind == "color" else draw.overlay(image, ids, table=table)
 
 
 def _named(predict: Callable[[Array], NDArray[Any]], image: Array, path: Path) -> NDArray[Any]:

@@ -1,8 +1,9 @@
-"""The Cityscapes label tables, and the label PNGs that hold them.
+"""The label table of an experiment, and the PNGs that hold labels.
 
-Three kinds of ids meet in this package: *label ids* (0-33, in the `_labelIds.png` files, in predictions and in the
-scorer), *train ids* (0-18 and 255 = ignored, what a network sees) and *instance ids* (`_instanceIds.png`, 16 bit:
-label id * 1000 + number for a single object, the plain label id elsewhere). The tables are those of cityscapesscripts.
+Three kinds of ids meet in this package: *label ids* (what a data set's masks hold, in predictions and in the scorer;
+Cityscapes' are 0-33), *train ids* (0 .. C - 1 and 255 = ignored, what a network sees) and *instance ids* (Cityscapes'
+`_instanceIds.png`, 16 bit: label id * 1000 + number for a single object, the plain label id elsewhere). The constants
+and functions in capitals or without a table are Cityscapes'; `table` gives the experiment's.
 """
 
 from __future__ import annotations
@@ -11,86 +12,122 @@ import io
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from cityscapesscripts.helpers.labels import labels as _TABLE
 from PIL import Image
 
 from engine.errors import UserError
+from seg.label_tables import CITYSCAPES, TABLES, Ids, LabelTable
+from seg.label_tables import IGNORE as IGNORE
+from seg.label_tables import Label as Label
 
-Ids = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    from seg.config import DataConfig
 
-IGNORE = 255
-"""Train id of pixels that count neither in the loss nor in the scores."""
-NUM_LABELS = 34
+NUM_LABELS = len(CITYSCAPES.labels)
 """Label ids are 0 .. NUM_LABELS - 1 (the license plate, -1, is in no image)."""
 MAX_PIXELS = 100_000_000
 """Label files with more pixels are refused before they are decoded."""
 
-_LABELS = sorted((label for label in _TABLE if label.id >= 0), key=lambda label: label.id)
-_TRAINED = sorted((label for label in _LABELS if label.trainId != IGNORE), key=lambda label: label.trainId)
-
-LABEL_NAMES: tuple[str, ...] = tuple(label.name for label in _LABELS)
+LABEL_NAMES: tuple[str, ...] = tuple(label.name for label in CITYSCAPES.labels)
 """Name of each label id."""
-LABEL_COLORS: Ids = np.array([label.color for label in _LABELS], np.uint8)
+LABEL_COLORS: Ids = np.array([label.color for label in CITYSCAPES.labels], np.uint8)
 """RGB colour of each label id, uint8 (34, 3)."""
-TRAIN_CLASSES: tuple[str, ...] = tuple(label.name for label in _TRAINED)
+TRAIN_CLASSES: tuple[str, ...] = CITYSCAPES.classes
 """Name of each of the 19 train ids."""
-TRAIN_COLORS: Ids = np.array([label.color for label in _TRAINED], np.uint8)
+TRAIN_COLORS: Ids = CITYSCAPES.colors
 """RGB colour of each train id, uint8 (19, 3)."""
-TRAIN_LABEL_IDS: tuple[int, ...] = tuple(label.id for label in _TRAINED)
+TRAIN_LABEL_IDS: tuple[int, ...] = CITYSCAPES.label_ids
 """Label id of each train id; these are the label ids that are evaluated."""
-CATEGORIES: dict[str, tuple[int, ...]] = {}
+CATEGORIES: dict[str, tuple[int, ...]] = CITYSCAPES.categories
 """Category name -> all its label ids, in the official order (void first)."""
-for _label in _LABELS:
-    CATEGORIES[_label.category] = (*CATEGORIES.get(_label.category, ()), _label.id)
-INSTANCE_LABEL_IDS: tuple[int, ...] = tuple(label.id for label in _LABELS if label.hasInstances)
+INSTANCE_LABEL_IDS: tuple[int, ...] = tuple(label.id for label in CITYSCAPES.labels if label.has_instances)
 """Label ids of which single objects are told apart."""
 
-_UNKNOWN = 254
-_TO_TRAIN = np.full(256, _UNKNOWN, np.uint8)
-_TO_TRAIN[: len(_LABELS)] = [label.trainId for label in _LABELS]
-_TO_LABEL = np.full(256, _UNKNOWN, np.uint8)
-_TO_LABEL[: len(TRAIN_LABEL_IDS)] = TRAIN_LABEL_IDS
-_TO_LABEL[IGNORE] = 0
+
+def table(cfg: DataConfig) -> LabelTable:
+    """The label table of an experiment's data set; for `mapillary` and `folder` it is read from the file.
+
+    Raises:
+        UserError: the file is missing or wrong (see `seg.label_yaml`).
+    """
+    if cfg.name in TABLES:
+        return TABLES[cfg.name]
+    from seg import label_yaml
+
+    if cfg.name == "mapillary":
+        return label_yaml.read_mapillary(label_yaml.mapillary_config(cfg.root, cfg.labels))
+    return label_yaml.read_table(cfg.labels or cfg.root / "labels.yaml")
+
+
+def table_of(meta: Mapping[str, Any]) -> LabelTable:
+    """The table that a network was trained with, from the meta data of its checkpoint; Cityscapes' if there is none."""
+    return LabelTable.from_plain(meta["labels"]) if "labels" in meta else CITYSCAPES
+
+
+def scored_table(cfg: DataConfig, meta: Mapping[str, Any], source: Path | str) -> LabelTable:
+    """The experiment's table, which scores the checkpoint `source` with this meta data.
+
+    Raises:
+        UserError: the network predicts other classes, or as `table`.
+    """
+    ours, its = table(cfg), table_of(meta)
+    if ours.classes != its.classes:
+        first = next((pair for pair in zip(its.classes, ours.classes, strict=False) if pair[0] != pair[1]), ("", ""))
+        differ = f"; the first that differs is {first[0]!r}, here {first[1]!r}" if first[0] else ""
+        raise UserError(
+            f"{source}: predicts the {its.num_classes} classes of {its.name}, but data.name={cfg.name} at {cfg.root} "
+            f"scores {ours.num_classes}{differ}; choose a data set with the same classes."
+        )
+    return ours
 
 
 def to_train_ids(label_ids: Ids, path: Path | str) -> Ids:
-    """Train ids (uint8, 255 where ignored) of a uint8 array of label ids.
-
-    Raises:
-        UserError: an id that the official table doesn't know; `path` is named in the message.
-    """
-    train_ids = _TO_TRAIN[label_ids]
-    if (train_ids == _UNKNOWN).any():
-        values, counts = np.unique(label_ids[train_ids == _UNKNOWN], return_counts=True)
-        raise unknown_ids(path, dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    return train_ids
+    """`LabelTable.to_train_ids` of Cityscapes."""
+    return CITYSCAPES.to_train_ids(label_ids, path)
 
 
 def to_label_ids(train_ids: Ids) -> Ids:
-    """Label ids (uint8) of a uint8 array of train ids; 255 becomes 0, 'unlabeled'.
-
-    Raises:
-        ValueError: a value that is neither one of the 19 train ids nor 255.
-    """
-    label_ids = _TO_LABEL[train_ids]
-    if (label_ids == _UNKNOWN).any():
-        raise ValueError(f"not train ids: {np.unique(train_ids[label_ids == _UNKNOWN]).tolist()}")
-    return label_ids
+    """`LabelTable.to_label_ids` of Cityscapes: 255 becomes 0, 'unlabeled'."""
+    return CITYSCAPES.to_label_ids(train_ids)
 
 
 def unknown_ids(path: Path | str, counts: Mapping[int, int]) -> UserError:
-    """The error for label ids outside the table; `counts` gives the pixels of each such id."""
-    shown = ", ".join(f"{i} ({n} pixels)" for i, n in list(counts.items())[:5]) + (", ..." if len(counts) > 5 else "")
-    hint = " 255 is the ignored *train* id: this looks like a train-id PNG." if IGNORE in counts else ""
-    return UserError(
-        f"{path}: unknown label ids {shown}; Cityscapes label ids are 0 to {NUM_LABELS - 1}, without gaps.{hint} "
-        "Write label ids (as in the _labelIds.png files, seg.labels.to_label_ids)."
-    )
+    """`LabelTable.unknown_ids` of Cityscapes."""
+    return CITYSCAPES.unknown_ids(path, counts)
+
+
+def colors_to_ids(colors: npt.NDArray[np.uint8], table: LabelTable, path: Path | str) -> Ids:
+    """Label ids, uint8 (H, W), of a mask that shows labels in the table's colours, RGB uint8 (H, W, 3).
+
+    Raises:
+        UserError: a colour that the table doesn't have, or that two of its labels share; `path` is named.
+    """
+    codes: dict[int, list[Label]] = {}
+    for label in table.labels:
+        code = (label.color[0] << 16) + (label.color[1] << 8) + label.color[2]
+        codes.setdefault(code, []).append(label)
+    packed = (colors.astype(np.uint32) << np.array([16, 8, 0], np.uint32)).sum(2)
+    present, inverse, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    ids = np.zeros(len(present), np.uint8)
+    for place, (code, count) in enumerate(zip(present.tolist(), counts.tolist(), strict=True)):
+        found = codes.get(code, [])
+        shown = f"({code >> 16}, {code >> 8 & 255}, {code & 255})"
+        if not found:
+            raise UserError(
+                f"{path}: {count} pixels have the colour {shown}, which no label of {table.name} has. Enter it in the "
+                "label table; colours between two others come from a mask that was resized smoothly or saved as JPEG."
+            )
+        if len(found) > 1:
+            raise UserError(
+                f"{path}: the colour {shown} is that of both {found[0].name!r} and {found[1].name!r} in the labels of "
+                f"{table.name}; give each label a colour of its own."
+            )
+        ids[place] = found[0].id
+    return ids[inverse].reshape(colors.shape[:2])
 
 
 def read_label_ids(path: Path) -> Ids:
@@ -159,7 +196,9 @@ def _read_png(path: Path) -> npt.NDArray[Any]:
     if color not in (0, 3):
         kind = {2: "RGB colours", 4: "grey and alpha", 6: "RGBA colours"}.get(color, "an unknown colour type")
         raise UserError(
-            f"{path}: holds {kind}; expected one channel of label ids. Colour pictures (_color.png) can't be used here."
+            f"{path}: holds {kind}; expected one channel of label ids. Colour pictures (_color.png) can't be used "
+            "here. Convert masks that show labels as colours: `python tools/convert_masks.py MASKS OUT --labels "
+            "labels.yaml`."
         )
     if color == 0 and depth >= 8:
         ids = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

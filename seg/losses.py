@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.loop import Batch, Loss
 from seg.config import SegConfig
-from seg.labels import IGNORE, TRAIN_CLASSES
+from seg.labels import IGNORE, table
 
 Criterion = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Logits (N, C, H, W) and train ids (N, H, W) -> sum over valid pixels, sum of their weights; 0-d, float32."""
@@ -60,18 +60,19 @@ def _forward(model: nn.Module, images: Tensor) -> Mapping[str, Tensor]:
 
 def _cross_entropy(cfg: SegConfig) -> Criterion:
     weights = cfg.loss.class_weights
-    if weights is not None and (len(weights) != len(TRAIN_CLASSES) or not any(weights)):
+    classes = () if weights is None else table(cfg.data).classes
+    if weights is not None and (len(weights) != len(classes) or not any(weights)):
         raise UserError(
             f"loss.class_weights: found {len(weights)} weights{'' if any(weights) else ', all zero'}; expected "
-            f"{len(TRAIN_CLASSES)}, not all zero, in the order {', '.join(TRAIN_CLASSES)}"
+            f"{len(classes)}, not all zero, in the order {', '.join(classes)}"
         )
 
     def criterion(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         # Summed in float32: half precision overflows at the sum of a few thousand pixels.
-        table: Any = None if weights is None else torch.tensor(weights, device=logits.device)
-        total = F.cross_entropy(logits.float(), target, table, ignore_index=IGNORE, reduction="sum")
+        factors: Any = None if weights is None else torch.tensor(weights, device=logits.device)
+        total = F.cross_entropy(logits.float(), target, factors, ignore_index=IGNORE, reduction="sum")
         valid = target != IGNORE
-        return total, valid.sum().float() if table is None else table[target[valid]].sum()
+        return total, valid.sum().float() if factors is None else factors[target[valid]].sum()
 
     return criterion
 

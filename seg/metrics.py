@@ -1,4 +1,4 @@
-"""The confusion matrix over label ids and the official Cityscapes scores.
+"""The confusion matrix over label ids and the official Cityscapes scores, and the same for any other label table.
 
 The definitions are those of cityscapesscripts' evaluation (evalPixelLevelSemanticLabeling), to which the numbers are
 equal: pixels whose true label is not evaluated are left out; a void *prediction* on an evaluated pixel is a false
@@ -6,6 +6,8 @@ negative; a score with an empty denominator is nan and no part of an average.
 
     IoU  = TP / (TP + FP + FN)          over pixels, for classes and for categories
     iIoU = iTP / (iTP + FP + iFN)       a true pixel counts (average size of its class) / (size of its instance)
+
+Other tables have category scores if their labels have categories, and no iIoU: the average sizes are Cityscapes'.
 """
 
 from __future__ import annotations
@@ -22,15 +24,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from seg.labels import (
-    CATEGORIES,
-    INSTANCE_LABEL_IDS,
-    LABEL_NAMES,
-    NUM_LABELS,
-    TRAIN_CLASSES,
-    TRAIN_LABEL_IDS,
-    unknown_ids,
-)
+from seg.labels import CATEGORIES, CITYSCAPES, INSTANCE_LABEL_IDS, LABEL_NAMES, NUM_LABELS, TRAIN_LABEL_IDS, LabelTable
 
 Matrix = npt.NDArray[np.int64]
 Pixels = npt.NDArray[Any] | Tensor
@@ -60,15 +54,16 @@ class Scores:
     """Scores in [0, 1]; nan where there is nothing to score, in the iIoUs also where no instance ids were given."""
 
     matrix: Matrix
-    """Pixels by true (row) and predicted (column) label id, int64 (34, 34)."""
+    """Pixels by true (row) and predicted (column) label, in the order of the table, int64 (L, L): Cityscapes' 34 label
+    ids."""
     class_iou: dict[str, float]
-    """IoU of each of the 19 classes."""
+    """IoU of each class: Cityscapes' 19."""
     class_iiou: dict[str, float]
-    """Instance-weighted IoU of each of the 8 classes with instances."""
+    """Instance-weighted IoU of each class with instances: Cityscapes' 8, else empty."""
     category_iou: dict[str, float]
-    """IoU of each of the 7 categories."""
+    """IoU of each category that has classes: Cityscapes' 7; empty for a table without categories."""
     category_iiou: dict[str, float]
-    """Instance-weighted IoU of the categories 'human' and 'vehicle'."""
+    """Instance-weighted IoU of Cityscapes' categories 'human' and 'vehicle', else empty."""
     class_accuracy: dict[str, float]
     """Share of a class's true pixels that is predicted as it."""
     pixel_accuracy: float
@@ -77,6 +72,8 @@ class Scores:
     """Mean of the class IoUs, weighted by the classes' true pixels."""
     images: int
     """Images scored."""
+    labels: LabelTable = CITYSCAPES
+    """The table of the labels."""
 
     @property
     def mean_iou(self) -> float:
@@ -100,8 +97,9 @@ class Scores:
         return mean(self.class_accuracy.values())
 
     def means(self) -> dict[str, float]:
-        """The overall scores by name, for logs."""
-        return {
+        """The overall scores by name, for logs; those that the table has."""
+        without = [*["iIoU", "category iIoU"] * (not self.class_iiou), *["category IoU"] * (not self.category_iou)]
+        every = {
             "mIoU": self.mean_iou,
             "iIoU": self.mean_iiou,
             "category IoU": self.mean_category_iou,
@@ -110,42 +108,56 @@ class Scores:
             "mean accuracy": self.mean_accuracy,
             "frequency-weighted IoU": self.frequency_weighted_iou,
         }
+        return {name: value for name, value in every.items() if name not in without}
+
+    def class_matrix(self) -> Matrix:
+        """Pixels by true (row) and predicted (column) class, int64 (C, C); predictions of no class are left out."""
+        member = np.zeros((self.labels.num_classes, len(self.labels.labels)), np.int64)
+        for train_id, group in enumerate(self.labels.groups):
+            member[train_id, list(group)] = 1
+        return member @ self.matrix @ member.T
 
     def table(self) -> str:
         """All scores in percent as text."""
-        lines = [f"{'class':<16}{'IoU':>7}{'iIoU':>7}{'acc':>7}"]
-        for name, iou in self.class_iou.items():
-            values = iou, self.class_iiou.get(name, math.nan), self.class_accuracy[name]
-            lines.append(f"{name:<16}" + "".join(map(_percent, values)))
-        lines.append(f"{'mean':<16}" + "".join(map(_percent, (self.mean_iou, self.mean_iiou, self.mean_accuracy))))
-        lines += ["", f"{'category':<16}{'IoU':>7}{'iIoU':>7}"]
-        for name, iou in self.category_iou.items():
-            lines.append(f"{name:<16}" + _percent(iou) + _percent(self.category_iiou.get(name, math.nan)))
-        lines.append(f"{'mean':<16}" + _percent(self.mean_category_iou) + _percent(self.mean_category_iiou))
+        width = max(16, 1 + max(map(len, [*self.class_iou, *self.category_iou]), default=0))
+        iious = [{"iIoU": self.class_iiou}, {"iIoU": self.category_iiou}] if self.class_iiou else [{}, {}]
+        lines = _table("class", width, {"IoU": self.class_iou, **iious[0], "acc": self.class_accuracy})
+        if self.category_iou:
+            lines += ["", *_table("category", width, {"IoU": self.category_iou, **iious[1]})]
         lines += [
             "",
             f"pixel accuracy {_percent(self.pixel_accuracy).strip()}, frequency-weighted IoU "
             f"{_percent(self.frequency_weighted_iou).strip()}, {self.images} images, {self.matrix.sum()} pixels",
+            *self._absent(),
         ]
         return "\n".join(lines)
+
+    def _absent(self) -> list[str]:
+        """Lines about classes that are in no label file."""
+        absent = [name for name, accuracy in self.class_accuracy.items() if math.isnan(accuracy)]
+        left_out = [name for name in absent if math.isnan(self.class_iou[name])]
+        wrong = [name for name in absent if name not in left_out]
+        said = {"so '-' and no part of the mean IoU": left_out, "but predicted, so 0 in the mean IoU": wrong}
+        return [f"in no label file, {what}: {', '.join(names)}" for what, names in said.items() if names]
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers for a JSON file: the official result file's keys and values (null where it has NaN), and the
         accuracies."""
         total = max(1, int(self.matrix.sum()))
+        names = [label.name for label in self.labels.labels]
         return {
             "confMatrix": self.matrix.tolist(),
-            "labels": {name: i for i, name in enumerate(LABEL_NAMES)},
-            "priors": dict(zip(LABEL_NAMES, (self.matrix.sum(1) / total).tolist(), strict=True)),
-            "classScores": _nullable(self.class_iou, LABEL_NAMES),
-            "classInstScores": _nullable(self.class_iiou, LABEL_NAMES),
-            "categoryScores": _nullable(self.category_iou, CATEGORIES),
-            "categoryInstScores": _nullable(self.category_iiou, CATEGORIES),
+            "labels": {label.name: label.id for label in self.labels.labels},
+            "priors": dict(zip(names, (self.matrix.sum(1) / total).tolist(), strict=True)),
+            "classScores": _nullable(self.class_iou, names),
+            "classInstScores": _nullable(self.class_iiou, names),
+            "categoryScores": _nullable(self.category_iou, self.labels.categories),
+            "categoryInstScores": _nullable(self.category_iiou, self.labels.categories),
             "averageScoreClasses": _null(self.mean_iou),
             "averageScoreInstClasses": _null(self.mean_iiou),
             "averageScoreCategories": _null(self.mean_category_iou),
             "averageScoreInstCategories": _null(self.mean_category_iiou),
-            "classAccuracies": _nullable(self.class_accuracy, TRAIN_CLASSES),
+            "classAccuracies": _nullable(self.class_accuracy, self.labels.classes),
             "averageAccuracy": _null(self.mean_accuracy),
             "pixelAccuracy": _null(self.pixel_accuracy),
             "frequencyWeightedIoU": _null(self.frequency_weighted_iou),
@@ -157,14 +169,18 @@ class ConfusionMatrix:
     """Counts pixels by true and predicted label id, and weighted instance pixels, on one device.
 
     Attributes:
-        matrix: int64 (34, 34), true label id by row; its sum is the number of pixels seen.
+        labels: the table of the label ids.
+        matrix: int64 (L, L), true label by row, in the table's order (Cityscapes': 34 label ids); its sum is the number
+            of pixels seen.
         instances: float64 (34, 4) by label id: weighted pixels of instances that are true positives and false negatives
             of the class, then of its category.
         counts: int64 (2,), images seen, and those of them that came with instance ids.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.matrix = torch.zeros(NUM_LABELS, NUM_LABELS, dtype=torch.int64, device=device)
+    def __init__(self, device: torch.device | str = "cpu", labels: LabelTable = CITYSCAPES) -> None:
+        self.labels = labels
+        self._ids = torch.tensor([label.id for label in labels.labels], device=device)
+        self.matrix = torch.zeros(len(labels.labels), len(labels.labels), dtype=torch.int64, device=device)
         self.instances = torch.zeros(NUM_LABELS, 4, dtype=torch.float64, device=device)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -178,7 +194,8 @@ class ConfusionMatrix:
             name: what errors call the image.
 
         Raises:
-            UserError: other sizes, or ids that Cityscapes doesn't have; nothing is added then.
+            UserError: other sizes, ids that the table doesn't have, or instance ids with a table that has none; nothing
+                is added then.
         """
         device = self.matrix.device
         pred, true = _label_pixels(prediction, device), _label_pixels(truth, device)
@@ -188,12 +205,14 @@ class ConfusionMatrix:
                 "predictions are made at the label's size."
             )
         counts = _count(true, pred)
-        known = counts[:NUM_LABELS, :NUM_LABELS]
+        known = counts[self._ids][:, self._ids]
         if int(known.sum()) != pred.numel():
             for side, what in ((counts.sum(1), "ground truth"), (counts.sum(0), "prediction")):
-                wrong = {i: int(side[i]) for i in range(NUM_LABELS, 256) if side[i]}
+                wrong = {i: int(n) for i, n in enumerate(side.tolist()) if n and self.labels.places[i] < 0}
                 if wrong:
-                    raise unknown_ids(f"{name} ({what})", wrong)
+                    raise self.labels.unknown_ids(f"{name} ({what})", wrong)
+        if instances is not None and not self.labels.has_instances:
+            raise UserError(f"{name}: came with instance ids, but {self.labels.name} has no instance scores.")
         weighted = None if instances is None else _instances(pred, _instance_pixels(instances, device), name)
         self.matrix += known
         self.counts[0] += 1
@@ -205,7 +224,7 @@ class ConfusionMatrix:
         """The sum over all ranks, a new object; this one goes on counting its own images."""
         from engine import distributed
 
-        total = ConfusionMatrix(self.matrix.device)
+        total = ConfusionMatrix(self.matrix.device, self.labels)
         total.matrix = distributed.all_reduce_sum(self.matrix)
         total.instances = distributed.all_reduce_sum(self.instances)
         total.counts = distributed.all_reduce_sum(self.counts)
@@ -231,33 +250,36 @@ class ConfusionMatrix:
                 f"{with_instances} of {images} images came with instance ids; the iIoU needs those of all images. "
                 "Add the missing _gtFine_instanceIds.png files, or remove all of them."
             )
-        true = matrix.sum(1)
-        class_iou = {LABEL_NAMES[i]: _iou(matrix, [i]) for i in _EVALUATED}
-        frequency = true[_EVALUATED] / max(1, int(true[_EVALUATED].sum()))
+        groups = dict(zip(self.labels.classes, map(list, self.labels.groups), strict=True))
+        evaluated = sorted(i for group in groups.values() for i in group)
+        hits = {name: matrix[np.ix_(group, group)].sum() for name, group in groups.items()}
+        true = {name: matrix[group].sum() for name, group in groups.items()}
+        pixels = sum(true.values())
+        class_iou = {name: _iou(matrix, group, evaluated) for name, group in groups.items()}
+        frequency = np.array(list(true.values())) / max(1, pixels)
         return Scores(
             matrix=matrix,
             class_iou=class_iou,
             class_iiou={
                 LABEL_NAMES[i]: _instance_iou(matrix, [i], weighted[i, :2]) if with_instances else math.nan
-                for i in _INSTANCE_CLASSES
+                for i in (_INSTANCE_CLASSES if self.labels.has_instances else ())
             },
             category_iou={
-                name: _iou(matrix, [i for i in ids if i in _EVALUATED])
-                for name, ids in CATEGORIES.items()
-                if name != "void"
+                name: _iou(matrix, [i for i in ids if i in evaluated], evaluated)
+                for name, ids in self.labels.categories.items()
+                if any(i in evaluated for i in ids)
             },
             category_iiou={
                 name: _instance_iou(matrix, list(CATEGORIES[name]), weighted[list(CATEGORIES[name]), 2:].sum(0))
                 if with_instances
                 else math.nan
-                for name in _INSTANCE_CATEGORIES
+                for name in (_INSTANCE_CATEGORIES if self.labels.has_instances else ())
             },
-            class_accuracy={LABEL_NAMES[i]: _ratio(matrix[i, i], true[i]) for i in _EVALUATED},
-            pixel_accuracy=_ratio(matrix[_EVALUATED, _EVALUATED].sum(), true[_EVALUATED].sum()),
-            frequency_weighted_iou=float(np.nansum(frequency * list(class_iou.values())))
-            if frequency.any()
-            else math.nan,
+            class_accuracy={name: _ratio(hits[name], true[name]) for name in groups},
+            pixel_accuracy=_ratio(sum(hits.values()), pixels),
+            frequency_weighted_iou=float(np.nansum(frequency * list(class_iou.values()))) if pixels else math.nan,
             images=images,
+            labels=self.labels,
         )
 
 
@@ -267,20 +289,20 @@ def mean(values: Iterable[float]) -> float:
     return sum(valid) / len(valid) if valid else math.nan
 
 
-def _iou(matrix: Matrix, ids: list[int]) -> float:
-    """IoU of the union of evaluated label ids."""
+def _iou(matrix: Matrix, ids: list[int], evaluated: list[int]) -> float:
+    """IoU of the union of some of the evaluated labels."""
     positive = matrix[np.ix_(ids, ids)].sum()
-    return _ratio(positive, matrix[ids].sum() + _false_positives(matrix, ids))
+    return _ratio(positive, matrix[ids].sum() + _false_positives(matrix, ids, evaluated))
 
 
 def _instance_iou(matrix: Matrix, ids: list[int], weighted: npt.NDArray[np.float64]) -> float:
     """iIoU from weighted (true positives, false negatives); false positives are plain pixels."""
-    return _ratio(weighted[0], weighted[0] + _false_positives(matrix, ids) + weighted[1])
+    return _ratio(weighted[0], weighted[0] + _false_positives(matrix, ids, _EVALUATED) + weighted[1])
 
 
-def _false_positives(matrix: Matrix, ids: list[int]) -> int:
-    """Pixels of other evaluated classes that are predicted as one of `ids`."""
-    others = [i for i in _EVALUATED if i not in ids]
+def _false_positives(matrix: Matrix, ids: list[int], evaluated: list[int]) -> int:
+    """Pixels of other evaluated labels that are predicted as one of `ids`."""
+    others = [i for i in evaluated if i not in ids]
     return int(matrix[np.ix_(others, ids)].sum())
 
 
@@ -358,6 +380,15 @@ def _size(pixels: Tensor) -> str:
 
 def _percent(value: float) -> str:
     return f"{'-':>7}" if math.isnan(value) else f"{100 * value:7.2f}"
+
+
+def _table(head: str, width: int, columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for each name of the first column, and one of the means."""
+    lines = [f"{head:<{width}}" + "".join(f"{column:>7}" for column in columns)]
+    for name in next(iter(columns.values())):
+        values = [column.get(name, math.nan) for column in columns.values()]
+        lines.append(f"{name:<{width}}" + "".join(map(_percent, values)))
+    return [*lines, f"{'mean':<{width}}" + "".join(_percent(mean(column.values())) for column in columns.values())]
 
 
 def _null(value: float) -> float | None:

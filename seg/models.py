@@ -1,15 +1,16 @@
 """Networks by name, with plain convolutions and batch norm; `norm.convert` changes the norm afterwards.
 
 A network maps images (N, 3, H, W) to {"out": logits (N, classes, H, W)}, in training with "aux" beside it if it has the
-auxiliary head. To add one, write a function of (ModelConfig, classes) and enter it in `_BUILDERS`.
+auxiliary head. To add one, write a function of (ModelConfig, classes) and enter it in `_BUILDERS`. Names
+that begin with `smp/` are those of `seg.smp_models`.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from engine import checkpoint
 from engine.config import from_dict
 from engine.errors import UserError
 from engine.prepare import convert_norm
+from seg import smp_models, weights
 from seg.config import ModelConfig, SegConfig
-from seg.labels import TRAIN_CLASSES
+from seg.labels import TRAIN_CLASSES, table_of
 
 Builder = Callable[[ModelConfig, int], nn.Module]
 _RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}
@@ -35,16 +37,24 @@ def build(cfg: ModelConfig, classes: int = len(TRAIN_CLASSES), *, pretrained: bo
     """The network that `cfg` names.
 
     Args:
-        cfg: name, backbone weights, output stride, auxiliary head.
+        cfg: name, options, backbone weights, output stride, auxiliary head.
         classes: number of classes that are predicted.
         pretrained: load `cfg.backbone_weights`; False when a checkpoint will fill all weights anyway.
 
     Raises:
-        UserError: an unknown name, an output stride or head that the network cannot have, or backbone weights that are
-            missing, of another network, or cannot be downloaded.
+        UserError: an unknown name, an output stride, head or options that the network cannot have, or backbone weights
+            that are missing, of another network, or cannot be downloaded.
     """
+    if cfg.name.startswith(smp_models.PREFIX):
+        return smp_models.build(cfg, classes, pretrained=pretrained)
     if cfg.name not in _BUILDERS:
-        raise UserError(f"model.name: unknown network {cfg.name!r}; known: {', '.join(available())}")
+        near = difflib.get_close_matches(cfg.name, _BUILDERS, n=1)
+        raise UserError(
+            f"model.name: unknown network {cfg.name!r}{f'; did you mean {near[0]}?' if near else ''}; known: "
+            f"{', '.join(available())}, and smp/ARCHITECTURE/ENCODER of segmentation-models-pytorch"
+        )
+    if cfg.options:
+        raise UserError(f"model.options: {cfg.name} takes none; they are for the networks smp/ARCHITECTURE/ENCODER")
     model = _BUILDERS[cfg.name](cfg, classes)
     if pretrained and cfg.backbone_weights is not None:
         _load_backbone(model, cfg)
@@ -53,7 +63,7 @@ def build(cfg: ModelConfig, classes: int = len(TRAIN_CLASSES), *, pretrained: bo
 
 def is_backbone(parameter: str) -> bool:
     """Whether a parameter's name belongs to the backbone (for its own learning rate)."""
-    return parameter.startswith("backbone.")
+    return parameter.startswith(("backbone.", "network.encoder."))
 
 
 def blank_images() -> list[Tensor]:
@@ -80,16 +90,16 @@ def from_checkpoint(
     if content["task"] != "seg":
         raise UserError(f"{path}: a checkpoint of the task {content['task']!r}, expected one of 'seg'")
     cfg = from_dict(content["config"], overrides, SegConfig, str(path), allow_imports).config
-    classes = list(content["meta"].get("classes", TRAIN_CLASSES))
-    if classes != list(TRAIN_CLASSES):
+    labels = table_of(content["meta"])
+    classes = list(content["meta"].get("classes", labels.classes))
+    if classes != list(labels.classes):
         raise UserError(
             f"{path}: predicts {len(classes)} classes ({', '.join(classes[:3])}, ...), this version scores the "
-            f"{len(TRAIN_CLASSES)} of Cityscapes"
+            f"{labels.num_classes} of {labels.name}"
         )
-    model = build(cfg.model, pretrained=False)
+    model = build(cfg.model, labels.num_classes, pretrained=False)
     convert_norm(model, cfg.norm, blank_images() if cfg.norm.calibrate_batches else None)
-    weights = content["model"] if content["ema"] is None else content["ema"]
-    checkpoint.load_weights(model, weights, path)
+    checkpoint.load_weights(model, content["model"] if content["ema"] is None else content["ema"], path)
     if cfg.model.aux:
         model.aux_classifier = None  # type: ignore[assignment]
     return model.eval(), cfg, dict(content["meta"])
@@ -103,7 +113,7 @@ def _resnet(depth: str, head: str) -> Builder:
         from torchvision.models.segmentation.deeplabv3 import DeepLabHead
         from torchvision.models.segmentation.fcn import FCNHead
 
-        stride = cfg.output_stride
+        stride = cfg.output_stride or 8
         dilate = [False, stride <= 16, stride == 8]
         resnet = get_model(depth, weights=None, replace_stride_with_dilation=dilate)
         layers = {"layer4": "out", "layer3": "aux"} if cfg.aux else {"layer4": "out"}
@@ -120,7 +130,7 @@ def _mobilenet(name: str, aux_head: bool) -> Builder:
     def make(cfg: ModelConfig, classes: int) -> nn.Module:
         from torchvision.models import get_model
 
-        if cfg.output_stride != 16:
+        if cfg.output_stride not in (None, 16):
             raise UserError(f"model.output_stride: {cfg.output_stride}, but {name} has 16; set model.output_stride=16")
         if cfg.aux and not aux_head:
             raise UserError(f"model.aux: {name} has no auxiliary head; set model.aux=false")
@@ -140,37 +150,13 @@ _BUILDERS: dict[str, Builder] = {
 def _load_backbone(model: nn.Module, cfg: ModelConfig) -> None:
     """Fill `model.backbone` from torchvision's weights or a file, leaving out the classifier that came with them."""
     source = str(cfg.backbone_weights)
-    backbone = model.get_submodule("backbone")
-    if source == "torchvision":
-        state: Any = _download(cfg.name.split("_", 1)[1])
-    else:
-        state = checkpoint.read(Path(source))
-        for key in ("state_dict", "model"):
-            if isinstance(state, dict) and isinstance(state.get(key), dict):
-                state = state[key]
-    tensors = (
-        {key: value for key, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
-    )
-    checkpoint.load_weights(backbone, _backbone_names(tensors), source)
-
-
-def _backbone_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names as in the backbone alone: without wrappers' prefixes and without the classifier."""
-    for prefix in ("module.", "backbone.", "features."):
-        if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    heads = ("fc.", "classifier.", "aux_classifier.")
-    return {key: value for key, value in state.items() if not key.startswith(heads)}
-
-
-def _download(backbone: str) -> dict[str, Tensor]:
-    from torchvision.models import get_model_weights
-
-    weights = get_model_weights(backbone)["IMAGENET1K_V1"]  # type: ignore[index]
-    try:
-        return dict(weights.get_state_dict(progress=False, check_hash=True))
-    except (URLError, OSError, RuntimeError) as error:
+    if source in ("torchvision", "imagenet"):
+        state = weights.from_torchvision(cfg.name.split("_", 1)[1])
+    elif source == "timm" or source.startswith("package:"):
         raise UserError(
-            f"model.backbone_weights: cannot download {weights.url}: {error}; fetch the file elsewhere and set "
-            "model.backbone_weights=PATH"
-        ) from None
+            f"model.backbone_weights: {source!r} is for encoders of timm's, such as smp/deeplabv3plus/"
+            f"tu-tf_efficientnet_lite0; for {cfg.name} set 'torchvision', the path of a file, or null"
+        )
+    else:
+        state = weights.from_file(source)
+    weights.load_exactly(model.get_submodule("backbone"), state, source)

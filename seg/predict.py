@@ -89,7 +89,7 @@ class Predictor:
             cfg.data.mean,
             cfg.data.std,
             device,
-            multiple=cfg.model.output_stride,
+            multiple=cfg.model.output_stride or 32,
             base_size=cfg.data.eval_base_size,
             window=cfg.predict.window,
             overlap=cfg.predict.overlap,
@@ -118,12 +118,18 @@ class Predictor:
 
     def probabilities(self, image: Array) -> Tensor:
         """Softmax over the classes, float32 (C, H, W) on `device`: 4 C bytes a pixel, whatever the window."""
-        pixels = self._input(image)
-        whole: dict[int, Tensor] = {}
-        for part, logits in self._windows([pixels]):
-            _place(whole, part, logits, pixels)
-        height, width = image.shape[:2]
-        return torch.cat([logits.softmax(0) for _, logits in _enlarged(whole[0], (height, width))], dim=1)
+        return self.probabilities_batch([image])[0]
+
+    def probabilities_batch(self, images: Sequence[Array]) -> list[Tensor]:
+        """`probabilities` of each image; neighbours of one size share a batch."""
+        inputs = [self._input(image) for image in images]
+        wholes: dict[int, Tensor] = {}
+        for part, logits in self._windows(inputs):
+            _place(wholes, part, logits, inputs[part.image])
+        return [
+            torch.cat([logits.softmax(0) for _, logits in _enlarged(wholes.pop(i), image.shape[:2])], dim=1)
+            for i, image in enumerate(images)
+        ]
 
     def _input(self, image: Array) -> Array:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:

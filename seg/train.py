@@ -17,7 +17,7 @@ from seg import losses, models
 from seg.config import SegConfig
 from seg.data import eval_batches, train_batches
 from seg.evaluate import evaluate_model
-from seg.labels import TRAIN_CLASSES
+from seg.labels import scored_table, table
 
 
 def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = None) -> Result:
@@ -29,11 +29,14 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
     cfg = loaded.config
     with session(cfg.runtime):
         loss = losses.build(cfg)
-        training = train_batches(cfg, world_size(), rank())
+        labels = table(cfg.data)
+        training = train_batches(cfg, world_size(), rank(), cache=Path(work_dir))
         validation = eval_batches(cfg, world=world_size(), rank=rank())
         state = open_work_dir(work_dir, loaded, resume)
+        if state:
+            scored_table(cfg.data, state["meta"], state["path"])  # the file of labels may have changed meanwhile
         with Log(work_dir, cfg.report, resume_step=state["step"] if state else 0) as log:
-            model = models.build(cfg.model, pretrained=state is None)
+            model = models.build(cfg.model, labels.num_classes, pretrained=state is None)
             images = models.blank_images() if state else (batch["image"] for batch in training.epoch(0))
             prepared = prepare(model, cfg, images=images)
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
@@ -54,5 +57,5 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
                 log=log,
                 work_dir=work_dir,
                 resume=state,
-                meta={"classes": list(TRAIN_CLASSES)},
+                meta={"classes": list(labels.classes), "labels": labels.to_plain()},
             )

@@ -1,7 +1,9 @@
 """Score a checkpoint on a split: a segmentation network with the official Cityscapes metric, a classifier by top-1 and
-top-5. Or score a folder of label PNGs with the Cityscapes metric.
+top-5. Or score a folder of label PNGs with the Cityscapes metric. Or write a segmentation network's reliability card.
 
 python tools/evaluate.py runs/x/best.pt --split val --out runs/x/val data.root=/data/cityscapes
+python tools/evaluate.py runs/x/best.pt --scales 0.75 1.0 1.25 --flip --sliding-window
+python tools/evaluate.py runs/x/best.pt --card [--corruptions]
 python tools/evaluate.py --predictions DIR --ground-truth DIR --json scores.json
 """
 
@@ -10,10 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import program
+from engine.errors import UserError, program
 
 
 @program
@@ -34,11 +37,30 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, help="folder for pictures (default with a checkpoint: scores_SPLIT beside it)"
     )
+    views = parser.add_argument_group("segmentation networks")
+    views.add_argument("--scales", nargs="+", type=float, metavar="S", help="average over these scales (1.0)")
+    views.add_argument("--flip", action="store_true", help="average over each scale and its mirror image")
+    views.add_argument(
+        "--sliding-window",
+        action="store_true",
+        help="average over overlapping windows: predict.window, or of the size of a training crop",
+    )
+    views.add_argument("--card", action="store_true", help="write the reliability card: card.html, card.json in --out")
+    views.add_argument("--corruptions", action="store_true", help="with --card: robustness (65 more passes)")
+    views.add_argument(
+        "--corruption-images", type=int, metavar="N", help="with --corruptions: of N images only, evenly spread"
+    )
     args = parser.parse_intermixed_args()
+    seg_only = args.scales or args.flip or args.sliding_window or args.card
+    if (args.corruptions and not args.card) or (args.corruption_images is not None and not args.corruptions):
+        parser.error("--corruptions goes with --card, --corruption-images with --corruptions")
     if [args.checkpoint is None, args.predictions is None, args.ground_truth is None] not in ([0, 1, 1], [1, 0, 0]):
         parser.error("give either a checkpoint, or both --predictions and --ground-truth")
-    if args.predictions and (args.split or args.device or args.overrides or args.allow_imports):
-        parser.error("--split, --device, --allow-imports and key=value go with a checkpoint, not with --predictions")
+    if args.predictions and (args.split or args.device or args.overrides or args.allow_imports or seg_only):
+        parser.error(
+            "--split, --device, --allow-imports, --scales, --flip, --sliding-window, --card and key=value go with a "
+            "checkpoint, not with --predictions"
+        )
     if args.predictions:
         from seg.evaluate import evaluate_folder, report
 
@@ -46,15 +68,48 @@ def main() -> int:
         return 0
     from engine.checkpoint import task
 
-    overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])
+    args.overrides += [f"runtime.device={args.device}"] if args.device else []
     if task(args.checkpoint) == "classify":
-        from classify.evaluate import evaluate_and_report
+        if seg_only:
+            raise UserError(
+                f"{args.checkpoint}: a classifier; --scales, --flip, --sliding-window and --card are for segmentation "
+                "networks"
+            )
+        from classify.evaluate import evaluate_and_report as classify_report
+
+        classify_report(args.checkpoint, args.overrides, args.split, **_files(args))
     else:
-        from seg.evaluate import evaluate_and_report
-    evaluate_and_report(
-        args.checkpoint, overrides, args.split, json_file=args.json, out=args.out, allow_imports=args.allow_imports
-    )
+        _segmentation(args)
     return 0
+
+
+def _segmentation(args: argparse.Namespace) -> None:
+    from seg.averaging import Views
+
+    views = Views(tuple(args.scales or (1.0,)), args.flip, args.sliding_window)
+    if not args.card:
+        from seg.evaluate import evaluate_and_report
+
+        chosen = views if views != Views() else None
+        evaluate_and_report(args.checkpoint, args.overrides, args.split, views=chosen, **_files(args))
+        return
+    from seg.card import write_card
+
+    print(
+        write_card(
+            args.checkpoint,
+            args.overrides,
+            args.split,
+            views=views,
+            corruptions=args.corruptions,
+            corruption_images=args.corruption_images,
+            **_files(args),
+        )
+    )
+
+
+def _files(args: argparse.Namespace) -> dict[str, Any]:
+    return {"json_file": args.json, "out": args.out, "allow_imports": args.allow_imports}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Label or classify a user's images with a trained network.
 
 python tools/predict.py runs/x/best.pt photos/ 'more/**/*.jpg' --out labelled --save labels color overlay
+python tools/predict.py runs/x/best.pt drive.mp4 --out drive_seg.mp4 [--save color] [--smooth 0.4]
 python tools/predict.py runs/classifier/best.pt photos/ --topk 5 [--out predicted]
 
 A segmentation network writes labelled/labels/..._labelIds.png (8-bit label ids, as the test server and
 `tools/evaluate.py --predictions labelled/labels` take them), labelled/color/..._color.png and
-labelled/overlay/..._overlay.png. A classifier prints the likeliest classes and, with --out, writes predictions.csv and
+labelled/overlay/..._overlay.png. Of a video it writes a video, by default the overlay, data.eval_batch_size frames
+going through the network together; label ids need an .mkv or .avi, which keep them exactly. A folder of frames is
+labelled as images. A classifier prints the likeliest classes and, with --out, writes predictions.csv and
 predictions.json. Exit status: 0 all done, 1 some inputs failed (listed at the end), 2 nothing could be done.
 """
 
@@ -32,10 +35,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        metavar="DIR",
-        help="folder to write to, nothing goes elsewhere; a classifier can do without",
+        metavar="PATH",
+        help="folder to write to, nothing goes elsewhere, or the file of a video; a classifier can do without",
     )
-    parser.add_argument("--save", nargs="+", metavar="KIND", help="segmentation: labels, color, overlay (labels)")
+    parser.add_argument(
+        "--save", nargs="+", metavar="KIND", help="segmentation: labels, color, overlay (labels; video: overlay)"
+    )
+    parser.add_argument(
+        "--smooth", type=float, metavar="ALPHA", help="video: weight of the newest frame in an average over the frames"
+    )
     parser.add_argument("--topk", type=int, metavar="K", help="classification: how many classes to tell (1)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="in place of the config's runtime.device")
     parser.add_argument(
@@ -52,21 +60,43 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.inputs = [word for word in words if word not in args.overrides]
     if args.device:
         args.overrides.append(f"runtime.device={args.device}")
+    if args.smooth is not None:
+        args.overrides.append(f"predict.smoothing={args.smooth}")
     return args
 
 
 def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
     from engine.prepare import session
+    from engine.video import SUFFIXES
     from seg.label_files import label_files
+    from seg.labels import table_of
     from seg.models import from_checkpoint
     from seg.predict import Predictor
+    from seg.video import label_video
 
     if args.out is None or args.topk is not None:
         raise UserError(f"{args.checkpoint}: a segmentation network; give --out DIR for its pictures, and no --topk")
-    model, cfg, _ = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
+    videos = [path for path in args.inputs if Path(path).suffix.lower() in SUFFIXES and not os.path.isdir(path)]
+    if videos and len(args.inputs) > 1:
+        raise UserError(f"{videos[0]}: a video goes alone; found {len(args.inputs)} inputs, start the program for each")
+    if args.smooth is not None and not videos:
+        raise UserError("--smooth: is for a video; images are labelled each for itself")
+    model, cfg, meta = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
     with session(cfg.runtime) as device:
-        predict = Predictor.from_config(model, cfg, device).predict
-        return label_files(predict, args.inputs, args.out, args.save or ["labels"], max_pixels=max_pixels)
+        predictor = Predictor.from_config(model, cfg, device)
+        if videos:
+            return label_video(
+                predictor.predict_batch,
+                videos[0],
+                args.out,
+                args.save or ["overlay"],
+                table=table_of(meta),
+                batch_size=cfg.data.eval_batch_size,
+                smoothing=cfg.predict.smoothing,
+                probabilities=predictor.probabilities_batch,
+            )
+        kinds = args.save or ["labels"]
+        return label_files(predictor.predict, args.inputs, args.out, kinds, table=table_of(meta), max_pixels=max_pixels)
 
 
 def _classify(args: argparse.Namespace, max_pixels: int) -> Any:
@@ -74,8 +104,9 @@ def _classify(args: argparse.Namespace, max_pixels: int) -> Any:
     from classify.predict import Predictor, classify_files
     from engine.prepare import session
 
-    if args.save:
-        raise UserError(f"{args.checkpoint}: a classifier; --save is for segmentation networks")
+    if args.save or args.smooth is not None:
+        option = "--save" if args.save else "--smooth"
+        raise UserError(f"{args.checkpoint}: a classifier; {option} is for segmentation networks")
     model, cfg, info = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
     with session(cfg.runtime) as device:
         predict = Predictor.from_config(model, cfg, info, device).predict
@@ -88,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from engine.checkpoint import task
 
+    for name, quiet in (("OPENCV_FFMPEG_LOGLEVEL", "-8"), ("OPENCV_LOG_LEVEL", "SILENT")):
+        os.environ.setdefault(name, quiet)  # what is wrong with a video is told by one error of ours
     label = _classify if task(args.checkpoint) == "classify" else _segment
     summary = label(args, int(args.max_megapixels * 1e6))
     print(summary)

@@ -4,15 +4,19 @@ python tools/train.py configs/seg/deeplabv3_resnet50_deconv.yaml data.root=/data
 python tools/train.py configs/classify/vgg11_cifar10.yaml norm.name=deconv norm.fc_block=512
 python tools/train.py CONFIG --resume auto --work-dir runs/x optim.lr=0.05 norm.name=bn
 python tools/train.py CONFIG --show
+python tools/train.py CONFIG --plan 11GiB
 torchrun --nproc-per-node 8 tools/train.py CONFIG ...
 
-Exit status: 0 trained, 1 stopped by a signal (go on with --resume auto), 2 a mistake in the input.
+--plan trains nothing: it measures two small steps and tells which micro_batch and runtime.checkpointing fit into that
+memory (of the GPU, or of the process on a CPU) with the same batch_size.
+Exit status: 0 trained, 1 stopped by a signal (go on with --resume auto) or no plan fits, 2 a mistake in the input.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,15 @@ def schema(task: str) -> type[Any]:
     raise UserError(f"task: found {task!r}, expected 'seg' or 'classify'")
 
 
+def _plan(loaded: Any, size: str) -> int:
+    from engine.plan import parse_size
+
+    budget = parse_size(size)
+    found = importlib.import_module(f"{loaded.config.task}.plan").plan(loaded, budget)
+    print(found)
+    return 1 if found.choice() is None else 0
+
+
 @program
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -45,13 +58,17 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, help="folder for checkpoints and logs (default: runs/NAME OF CONFIG)")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the work directory's last.pt, or from a file")
     parser.add_argument("--show", action="store_true", help="print the resolved config and where each key comes from")
+    parser.add_argument("--plan", metavar="SIZE", help="print what fits into this memory, such as 11GiB, and stop")
     args = parser.parse_intermixed_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which --plan measures with, talks a lot
     from engine.config import load, show
 
     loaded: Any = load(args.config, args.overrides, schema)
     if args.show:
         print(show(loaded), end="")
         return 0
+    if args.plan is not None:
+        return _plan(loaded, args.plan)
     trainer = importlib.import_module(f"{loaded.config.task}.train")
     result = trainer.run(loaded, args.work_dir or Path("runs", args.config.stem), args.resume)
     return 1 if result.stopped else 0

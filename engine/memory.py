@@ -1,0 +1,56 @@
+"""How much memory a piece of work allocates: exact on a GPU, by torch's own events on a CPU."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Allocated(NamedTuple):
+    """Bytes beyond what was allocated before."""
+
+    peak: int
+    """The most at any time."""
+    left: int
+    """What is still there afterwards; less than 0 if more was given back than taken."""
+
+
+def allocated(call: Callable[[], Any], device: torch.device) -> Allocated:
+    """What tensors take while `call` runs, with the buffers that torch's operations allocate by its allocator.
+
+    On a CPU libraries' own buffers, such as oneDNN's, are not seen, and what is given back only counts if it was taken
+    under this function too.
+    """
+    gc.collect()  # what nobody holds any more must not be given back meanwhile
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        peak, left = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
+        return Allocated(peak - before, left - before)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = profile.profiler.kineto_results.events()
+    total = highest = 0
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        total += change
+        highest = max(highest, total)
+    return Allocated(highest, total)
+
+
+def process_peak() -> int:
+    """The most memory, in bytes, that this process has had in use (resident) so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def show_bytes(count: float) -> str:
+    """In GiB, or MiB below a tenth of one."""
+    return f"{count / 2**30:.2f} GiB" if abs(count) >= 0.1 * 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,368 @@
+"""A memory plan: which micro-batch of an experiment fits into a given memory, found by a short probe.
+
+Training steps are measured (`engine.memory`), with one image first, then with more, while they fit and time is left.
+What a larger micro-batch takes lies on the straight line through the last two, for each phase of a step by itself: a
+phase whose peak grows slowly (the update) hides another one that grows faster (the forward) only in small batches.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import distributed
+from engine.config import ExperimentConfig
+from engine.errors import UserError
+from engine.loop import Batch, LossFunction
+from engine.memory import allocated, process_peak, show_bytes
+from engine.optim import build_ema, build_optimizer
+from engine.prepare import prepare, session
+
+_UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An experiment as its trainer sees it, without its data."""
+
+    cfg: ExperimentConfig
+    build: Callable[[], nn.Module]
+    """The network, with plain convolutions and batch norm."""
+    loss: LossFunction
+    batch: Callable[[int], Batch]
+    """A batch of so many images of the training's size, on the CPU."""
+    groups: Callable[[nn.Module], list[dict[str, Any]]]
+    """The optimiser's parameter groups."""
+    images: list[Tensor]
+    """To convert the network with, where the config wants images for that."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes that stay from step to step, and those of the gradients, which live within a step."""
+
+    parameters: int
+    buffers: int
+    optimizer: int
+    average: int
+    gradients: int
+
+    @property
+    def lasting(self) -> int:
+        return self.parameters + self.buffers + self.optimizer + self.average
+
+
+Phases = dict[str, int]
+"""Bytes at the peak of each phase of a step that accumulates two micro-batches, beyond the parts that last. Those that
+begin with AGAIN are the second micro-batch's."""
+_AGAIN = "again: "
+
+
+@dataclass
+class Curve:
+    """What a step takes beyond the parts that last, as a function of the micro-batch."""
+
+    measured: dict[int, Phases] = field(default_factory=dict)
+
+    def step(self, micro_batch: int, accumulation: int) -> int:
+        """Bytes at the peak of a step, as measured or else on the lines through the two nearest measurements."""
+        if micro_batch in self.measured:
+            found = self.measured[micro_batch]
+        else:
+            low, high = self._nearest(micro_batch)
+            first, second = self.measured[low], self.measured[high]
+            share = (micro_batch - low) / (high - low)
+            found = {key: round(first[key] + share * max(0, second[key] - first[key])) for key in first}
+        return max(value for key, value in found.items() if accumulation > 1 or not key.startswith(_AGAIN))
+
+    def image(self) -> float:
+        """Bytes that one more image takes."""
+        if len(self.measured) == 1:
+            ((size, _),) = self.measured.items()
+            return self.step(size, 1) / size
+        low, high = self._nearest(max(self.measured) + 1)
+        return max(
+            (self.measured[high][key] - self.measured[low][key]) / (high - low) for key in ("forward", "backward")
+        )
+
+    def _nearest(self, micro_batch: int) -> tuple[int, int]:
+        sizes = sorted(self.measured)
+        place = next((i for i, size in enumerate(sizes) if size > micro_batch), len(sizes) - 1)
+        place = max(1, place)
+        return sizes[place - 1], sizes[place]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to compute the global batch, and the memory that it is predicted to take."""
+
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+    memory: int
+
+
+@dataclass
+class Plan:
+    """What was measured and what follows from it."""
+
+    title: str
+    budget: int
+    batch_size: int
+    ranks: int
+    process: int
+    """Bytes that the program itself takes beside torch's tensors."""
+    curves: dict[bool, Curve]
+    """By whether activations are computed again."""
+    parts: Parts = Parts(0, 0, 0, 0, 0)
+    seconds: float = 0.0
+    remarks: list[str] = field(default_factory=list)
+
+    def options(self) -> list[Option]:
+        """Every micro-batch that divides this process's share of the batch, the largest first."""
+        share = self.batch_size // self.ranks
+        sizes = [size for size in range(share, 0, -1) if share % size == 0]
+        return [
+            Option(size, share // size, checkpointing, self.memory(size, share // size, checkpointing))
+            for checkpointing in self.curves
+            for size in sizes
+        ]
+
+    def memory(self, micro_batch: int, accumulation: int, checkpointing: bool) -> int:
+        """Bytes at the peak of a training step."""
+        return self.process + self.parts.lasting + self.curves[checkpointing].step(micro_batch, accumulation)
+
+    def choice(self) -> Option | None:
+        """The largest micro-batch that fits, without computing activations again if there is one so."""
+        return next((option for option in self.options() if option.memory <= self.budget), None)
+
+    def __str__(self) -> str:
+        return "\n".join([self.title, *self._parts(), "", *self._table(), "", *self._advice()])
+
+    def _parts(self) -> list[str]:
+        parts = self.parts
+        named = {
+            "the program itself": self.process,
+            "parameters": parts.parameters,
+            "buffers": parts.buffers,
+            "optimizer": parts.optimizer,
+            "moving average": parts.average,
+            "gradients (in a step)": parts.gradients,
+        }
+        for checkpointing, curve in self.curves.items():
+            what = "an image, with checkpointing" if checkpointing else "an image (in a step)"
+            named[what] = round(curve.image())
+        return [f"  {name:<30} {show_bytes(value):>12}" for name, value in named.items() if value]
+
+    def _table(self) -> list[str]:
+        rows: dict[int, dict[bool, Option]] = {}
+        for option in self.options():
+            rows.setdefault(option.micro_batch, {})[option.checkpointing] = option
+        titles = {False: "memory", True: "with checkpointing"}
+        lines = ["micro_batch  accumulation" + "".join(f"  {titles[key]:>20}" for key in self.curves)]
+        for size, found in rows.items():
+            cells = [self._cell(option) for option in found.values()]
+            lines.append(
+                f"{size:>11}  {next(iter(found.values())).accumulation:>12}"
+                + "".join(f"  {cell:>20}" for cell in cells)
+            )
+        return lines
+
+    def _cell(self, option: Option) -> str:
+        sign = "" if option.micro_batch in self.curves[option.checkpointing].measured else "~"
+        return f"{sign}{show_bytes(option.memory)}{' fits' if option.memory <= self.budget else ''}"
+
+    def _advice(self) -> list[str]:
+        chosen, budget = self.choice(), show_bytes(self.budget)
+        notes = [
+            *self.remarks,
+            f"measured in {self.seconds:.0f} s; ~: not measured, on the line through those that are",
+        ]
+        if chosen is None:
+            least = min(self.options(), key=lambda option: option.memory)
+            how = f"micro_batch={least.micro_batch} runtime.checkpointing={str(least.checkpointing).lower()}"
+            return [*notes, f"nothing fits into {budget}: the least is {show_bytes(least.memory)}, with {how}"]
+        more = next((o for o in self.options() if o.memory <= self.budget and o.micro_batch > chosen.micro_batch), None)
+        if more is not None:
+            notes.append(
+                f"runtime.checkpointing=true would allow micro_batch={more.micro_batch}, for about a third more time"
+            )
+        ranks = f"{self.ranks} processes x " if self.ranks > 1 else ""
+        notes.append(
+            f"for {budget}, with the same batch of {self.batch_size} = {ranks}{chosen.accumulation} accumulated x "
+            f"{chosen.micro_batch}, set:"
+        )
+        return [*notes, f"  micro_batch={chosen.micro_batch} runtime.checkpointing={str(chosen.checkpointing).lower()}"]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 11GiB, 11.5 GB or 900MiB; GiB counts by 1024, GB by 1000.
+
+    Raises:
+        UserError: it is none, or not above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
+    size = 0
+    if found is not None and not (found[3] and not found[2]):
+        size = round(float(found[1]) * (1024 if found[3] else 1000) ** (_UNITS[found[2].upper()] if found[2] else 0))
+    if size < 1:
+        raise UserError(f"--plan: found {text!r}, expected a size of memory with its unit, such as 11GiB or 900MiB")
+    return size
+
+
+def make_plan(work: Workload, budget: int, seconds: float = 60.0) -> Plan:
+    """Probe an experiment and plan its micro-batch for `budget` bytes of memory a process.
+
+    A curve takes about `seconds`, or as long as the two smallest micro-batches do.
+
+    With checkpointing it is probed as well when the whole batch does not fit without; a config that already asks for it
+    is only probed so.
+
+    Raises:
+        UserError: as a training with this config; the batch cannot be divided among the processes.
+    """
+    start, cfg = time.monotonic(), work.cfg
+    with session(cfg.runtime) as device:
+        ranks = distributed.world_size()
+        share = cfg.model_copy(update={"micro_batch": None}).split(ranks).micro_batch
+        process = process_peak() if device.type == "cpu" else 0
+        asked = cfg.runtime.checkpointing
+        plan = Plan(_title(work, device), budget, cfg.batch_size, ranks, process, {asked: Curve()})
+        _measure(work, plan, asked, share, seconds)
+        if not asked and plan.memory(share, 1, asked) > budget and not cfg.runtime.compile:
+            plan.curves[True] = Curve()
+            try:
+                _measure(work, plan, True, share, seconds)
+            except UserError as error:
+                del plan.curves[True]
+                plan.remarks.append(str(error).partition("; ")[0])
+        if device.type == "cuda":
+            plan.process = _beside_tensors(device)
+    plan.seconds = time.monotonic() - start
+    return plan
+
+
+def _title(work: Workload, device: torch.device) -> str:
+    shape = " x ".join(str(side) for side in work.batch(1)["image"].shape[1:])
+    amp = "" if work.cfg.runtime.amp == "none" else f", {work.cfg.runtime.amp}"
+    return f"memory of a training step, images of {shape}, norm {work.cfg.norm.name}{amp}, on {device.type}:"
+
+
+def _beside_tensors(device: torch.device) -> int:
+    """Bytes of a GPU that are in use, by this process's context or by others, and are not torch's tensors; and what
+    torch's allocator holds beyond them at its peak."""
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.max_memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+    return total - free - torch.cuda.memory_reserved(device) + max(0, held)
+
+
+def _measure(work: Workload, plan: Plan, checkpointing: bool, share: int, seconds: float) -> None:
+    """Fill a curve: one image, two, and more while they fit and so long as it is expected to end in time."""
+    start, curve, last = time.monotonic(), plan.curves[checkpointing], 0.0
+    for size in (size for size in range(1, share + 1) if share % size == 0):
+        if len(curve.measured) >= 2:
+            late = time.monotonic() - start + last * size / max(curve.measured) > seconds
+            if late or plan.memory(size, 1, checkpointing) > plan.budget:
+                return
+        before = time.monotonic()
+        try:
+            trial = _Trial(work, checkpointing)
+            curve.measured[size] = trial.measure(size)
+            plan.parts = trial.parts()
+            del trial  # before the next one is built
+        except torch.OutOfMemoryError:
+            if not curve.measured:
+                raise UserError(
+                    f"--plan: not even a micro-batch of {size} fits into the memory that is there"
+                ) from None
+            return
+        last = time.monotonic() - before
+
+
+class _Trial:
+    """A network with its optimiser, and single pieces of a step; see `engine.loop`, which this follows."""
+
+    def __init__(self, work: Workload, checkpointing: bool) -> None:
+        runtime = work.cfg.runtime.model_copy(update={"checkpointing": checkpointing})
+        cfg = work.cfg.model_copy(update={"runtime": runtime})
+        self.work, self.cfg = work, cfg
+        self.prepared = prepare(work.build(), cfg, images=work.images)
+        model = self.prepared.raw
+        self.optimizer = build_optimizer(work.groups(model), cfg.optim)
+        self.average = build_ema(model, cfg.optim)
+        device = self.prepared.device.type
+        self.scaler = torch.amp.grad_scaler.GradScaler(device, enabled=cfg.runtime.amp == "fp16")
+        self.parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
+        model.train()
+
+    def measure(self, micro_batch: int) -> Phases:
+        """A step that accumulates two micro-batches."""
+        device = self.prepared.device
+        if device.type == "cuda":  # the search for the fastest kernels takes memory, once
+            self.backward(self.forward(micro_batch))
+            self.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        found: Phases = {}
+        held = 0
+        for again in ("", _AGAIN):
+            losses: list[Tensor] = []
+
+            def run_forward(losses: list[Tensor] = losses) -> None:
+                losses.append(self.forward(micro_batch))
+
+            def run_backward(losses: list[Tensor] = losses) -> None:
+                self.backward(losses.pop())
+
+            forward, backward = allocated(run_forward, device), allocated(run_backward, device)
+            found[f"{again}forward"] = held + forward.peak
+            found[f"{again}backward"] = held + forward.left + backward.peak
+            held += forward.left + backward.left
+            if not again:
+                once = held
+        self.update()  # the first one makes what the optimiser keeps
+        peak = allocated(self.update, device).peak
+        return {**found, "update": once + peak, f"{_AGAIN}update": held + peak}
+
+    def parts(self) -> Parts:
+        model = self.prepared.raw
+        kept = (one for state in self.optimizer.state.values() for one in state.values() if isinstance(one, Tensor))
+        average = [] if self.average is None else [*self.average.parameters(), *self.average.buffers()]
+        return Parts(
+            _bytes(model.parameters()), _bytes(model.buffers()), _bytes(kept), _bytes(average), _bytes(self.parameters)
+        )
+
+    def forward(self, micro_batch: int) -> Tensor:
+        cfg, device = self.cfg, self.prepared.device
+        batch = self.work.batch(micro_batch)
+        batch = {key: one.to(device) if isinstance(one, Tensor) else one for key, one in batch.items()}
+        if cfg.runtime.channels_last and batch["image"].ndim == 4:
+            batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
+        dtype = torch.float16 if cfg.runtime.amp == "fp16" else torch.bfloat16
+        with torch.autocast(device.type, dtype, enabled=cfg.runtime.amp != "none"):
+            found = self.work.loss(self.prepared.raw, batch)
+        return found.total / batch["target"].numel()
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def update(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+        if self.cfg.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.cfg.optim.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.prepared.raw)
+
+
+def _bytes(tensors: Any) -> int:
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())

@@ -1,0 +1,174 @@
+"""Video files, read and written frame by frame with OpenCV (FFmpeg).
+
+A written file has no sound, and a constant rate of frames; it has its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from uuid import uuid4
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import UserError
+from engine.images import check_writable, show
+
+Array = NDArray[np.uint8]
+
+SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"})
+"""Endings, in lower case, of the files that are taken for videos."""
+CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
+"""Endings of the files that can be written, and the codec of each."""
+LOSSLESS = {".mkv": "FFV1", ".avi": "FFV1"}
+"""The same for grey frames that must come back exactly, such as label ids."""
+_USUAL_RATE = 25.0
+_HIGHEST_RATE = 1000.0
+
+
+class Reader:
+    """The frames of a video, RGB uint8 (H, W, 3), upright; to be iterated over once, in a `with` block.
+
+    Attributes:
+        rate: frames a second.
+        size: width and height.
+        announced: frames that the file says it has, None where it does not.
+        read: frames so far.
+        seconds: spent on them.
+        remarks: what was assumed.
+        problems: what is wrong with the file; complete after the last frame.
+
+    Raises:
+        UserError: no such file, not a video that OpenCV can decode, no frame in it; while iterating, a frame of another
+            size.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.read, self.seconds = 0, 0.0
+        self.remarks, self.problems = list[str](), list[str]()
+        if not self.path.is_file():
+            raise UserError(f"{show(self.path)}: no such file.")
+        if self.path.stat().st_size == 0:
+            raise UserError(f"{show(self.path)}: the file is empty (0 bytes).")
+        self._capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
+        if not self._capture.isOpened():
+            raise UserError(
+                f"{show(self.path)}: cannot be opened as a video: not a video file, cut off (an .mp4 keeps its index "
+                "at the end), or of a codec that OpenCV's FFmpeg does not know; repair or convert it, such as with "
+                "ffmpeg -i IN -c:v libx264 OUT.mp4"
+            )
+        self._first = self._next()
+        if self._first is None:
+            self._capture.release()
+            raise UserError(
+                f"{show(self.path)}: has no frame that can be decoded (no video stream, none before the file is cut "
+                "off, or an unknown codec); repair or convert it"
+            )
+        self.size = self._first.shape[1], self._first.shape[0]
+        self.rate = float(self._capture.get(cv2.CAP_PROP_FPS))
+        if not 0 < self.rate <= _HIGHEST_RATE:
+            self.remarks.append(f"the file tells no frame rate (found {self.rate:g}); {_USUAL_RATE:g} is assumed")
+            self.rate = _USUAL_RATE
+        count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.announced = int(count) if 0 < count < 2**40 else None
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._capture.release()
+
+    def __iter__(self) -> Iterator[Array]:
+        frame, self._first = self._first, None
+        while frame is not None:
+            if frame.shape[:2] != (self.size[1], self.size[0]):
+                raise UserError(
+                    f"{show(self.path)}: frame {self.read + 1} has {frame.shape[1]} x {frame.shape[0]} pixels, those "
+                    f"before {self.size[0]} x {self.size[1]}; cut the video there"
+                )
+            self.read += 1
+            yield frame
+            frame = self._next()
+        if self.announced is not None and self.read < self.announced:
+            self.problems.append(
+                f"{self.read} frames could be read of the {self.announced} announced; the file is cut off or damaged"
+            )
+
+    def _next(self) -> Array | None:
+        start = time.perf_counter()
+        there, frame = self._capture.read()
+        rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False) if there else None
+        self.seconds += time.perf_counter() - start
+        return rgb
+
+
+@contextmanager
+def writing(
+    path: Path | str, rate: float, size: tuple[int, int], lossless: bool = False
+) -> Iterator[Callable[[Array], None]]:
+    """A function that appends a frame to a video: RGB uint8 (H, W, 3), or with `lossless` grey uint8 (H, W), exactly.
+
+    Until the block ends well the file has a temporary name in the same folder; else it is removed. `size` is width and
+    height, both even (the codecs store colour for 2 x 2 pixels).
+
+    Raises:
+        UserError: an ending of no video, or of no lossless one; a path that cannot be written; an incomplete file.
+    """
+    path = Path(path)
+    codec = check_name(path, lossless)
+    check_writable(path.parent)
+    part = path.with_name(f".{uuid4().hex[:12]}.part{path.suffix.lower()}")
+    color = [cv2.VIDEOWRITER_PROP_IS_COLOR, int(not lossless)]
+    writer = cv2.VideoWriter(str(part), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), rate, size, color)
+    count = 0
+
+    def write(frame: Array) -> None:
+        nonlocal count
+        writer.write(frame if lossless else cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        count += 1
+
+    try:
+        if not writer.isOpened():
+            raise UserError(
+                f"{show(path)}: OpenCV cannot write this video (codec {codec}, {size[0]} x {size[1]}, {rate:g} "
+                "frames/s); choose another ending"
+            )
+        yield write
+        writer.release()
+        _check_complete(part, path, count)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{show(path)}: cannot be written ({error.strerror or error})") from error
+    finally:
+        writer.release()
+        part.unlink(missing_ok=True)
+
+
+def check_name(path: Path, lossless: bool = False) -> str:
+    """The codec for a file of this name. Raises UserError if its ending is not one that can be written."""
+    codecs = LOSSLESS if lossless else CODECS
+    found = path.suffix.lower()
+    if found not in codecs:
+        why = "label ids need a lossless file, " if lossless and found in CODECS else ""
+        ending = f"the ending {found}" if found else "no ending"
+        raise UserError(f"--out {show(path)}: {why}found {ending}, expected a video's: {', '.join(codecs)}")
+    return codecs[found]
+
+
+def _check_complete(part: Path, path: Path, count: int) -> None:
+    """The writer tells of no error, such as a full disk: its last frame must be there."""
+    capture = cv2.VideoCapture(str(part), cv2.CAP_FFMPEG)
+    there = capture.isOpened() and int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) >= count
+    there = there and capture.set(cv2.CAP_PROP_POS_FRAMES, count - 1) and capture.read()[0]
+    capture.release()
+    if not there:
+        raise UserError(f"{show(path)}: not all of its {count} frames could be written; check the free space and quota")

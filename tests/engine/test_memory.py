@@ -1,0 +1,51 @@
+"""What is counted of a computation whose memory is known."""
+
+import torch
+
+from engine.memory import allocated, process_peak, show_bytes
+
+CPU = torch.device("cpu")
+FLOATS = 250_000  # 1 MB
+
+
+def test_the_peak_and_what_is_left():
+    held: list[torch.Tensor] = []
+
+    def work() -> None:
+        first = torch.zeros(2 * FLOATS)
+        second = torch.zeros(FLOATS)
+        del first
+        held.append(second)
+        torch.zeros(FLOATS)
+
+    found = allocated(work, CPU)
+    assert 3e6 <= found.peak < 3.01e6 and 1e6 <= found.left < 1.01e6
+
+
+def test_what_is_given_back_counts_below_zero():
+    held: list[torch.Tensor] = []
+    allocated(lambda: held.append(torch.zeros(FLOATS)), CPU)
+    found = allocated(lambda: held.clear(), CPU)
+    assert found.peak == 0 and -1.01e6 < found.left <= -1e6
+
+
+def test_values_kept_for_the_backward_are_seen():
+    x = torch.zeros(FLOATS, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    forward = allocated(lambda: kept.append((x.exp() * x.sin()).sum()), CPU)
+    assert 2e6 <= forward.left < 3.1e6  # exp keeps its result, the product both factors
+    backward = allocated(lambda: kept.pop().backward(), CPU)
+    assert forward.left + backward.left < 1.1e6  # the gradient alone
+
+
+def test_the_process_has_taken_some_memory():
+    assert process_peak() > 50e6
+
+
+def test_sizes_in_words():
+    assert [show_bytes(x) for x in (11 * 2**30, 2**29, 900 * 2**10, 0)] == [
+        "11.00 GiB",
+        "0.50 GiB",
+        "0.9 MiB",
+        "0.0 MiB",
+    ]

@@ -1,0 +1,199 @@
+"""Memory plans: parsed sizes, curves, choices, and predictions held against measurements."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import plan as module
+from engine.config import ExperimentConfig
+from engine.errors import UserError
+from engine.loop import Batch
+from engine.optim import parameter_groups
+from engine.plan import Curve, Parts, Plan, Workload, make_plan, parse_size
+from engine.prepare import session
+from tests.engine import toy
+
+MIB = 2**20
+
+
+class Net(nn.Module):
+    def __init__(self, blocks: bool = True) -> None:
+        super().__init__()
+        layers = [
+            nn.Sequential(nn.Conv2d(c, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+            for c in (3, 16, 16, 16)
+        ]
+        self.body = nn.Sequential(*layers) if blocks else nn.Sequential(*(one for part in layers for one in part))
+        self.head = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+def workload(cfg: ExperimentConfig | None = None, build: Callable[[], nn.Module] = Net, side: int = 64) -> Workload:
+    def batch(count: int) -> Batch:
+        images = torch.randn(count, 3, side, side)
+        return {"image": images, "target": torch.zeros(count, side, side, dtype=torch.long), "name": ["x"] * count}
+
+    return Workload(
+        cfg or toy.config(batch=8),
+        build,
+        toy.loss,
+        batch,
+        lambda model: parameter_groups(model, (cfg or toy.config()).optim),
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("11GiB", 11 * 2**30),
+        ("11 gib", 11 * 2**30),
+        ("1.5GB", 1_500_000_000),
+        ("900MiB", 900 * 2**20),
+        ("64kB", 64_000),
+        ("2TiB", 2**41),
+        ("512B", 512),
+    ],
+)
+def test_sizes_with_units(text: str, size: int):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["lots", "", "11", "11 G", "-3GiB", "0GiB", "GiB", "1,5GiB", "3iB", "nanGiB", "1e3MiB"]
+)
+def test_other_words_are_one_error(text: str):
+    with pytest.raises(UserError) as error:
+        parse_size(text)
+    assert str(error.value) == (
+        f"--plan: found {text!r}, expected a size of memory with its unit, such as 11GiB or 900MiB"
+    )
+
+
+def phases(forward: int, update: int) -> dict[str, int]:
+    return {"forward": forward, "update": update, "again: forward": forward + 10, "again: update": update}
+
+
+def test_each_phase_has_a_line_of_its_own():
+    """The update hides the forward in small batches and not in large ones."""
+    curve = Curve({1: phases(20, 100), 2: phases(40, 100)})
+    assert [curve.step(size, 1) for size in (1, 2, 4, 8)] == [100, 100, 100, 160]
+    assert [curve.step(size, 2) for size in (1, 2, 5, 8)] == [100, 100, 110, 170]
+
+
+def test_the_nearest_measurements_make_the_line():
+    curve = Curve({1: phases(100, 0), 2: phases(110, 0), 4: phases(150, 0)})
+    assert [curve.step(size, 1) for size in (2, 3, 4, 6)] == [110, 130, 150, 190]
+
+
+def test_a_phase_that_shrinks_is_taken_as_constant():
+    assert Curve({1: phases(50, 0), 2: phases(40, 0)}).step(9, 1) == 50
+
+
+def plan(budget: int, checkpointing: bool = True) -> Plan:
+    curves = {False: Curve({1: {**phases(100, 0), "backward": 0}, 2: {**phases(200, 0), "backward": 0}})}
+    if checkpointing:
+        curves[True] = Curve({1: {**phases(50, 0), "backward": 0}, 2: {**phases(70, 0), "backward": 0}})
+    return Plan("title", budget, 8, 1, 1000, curves, Parts(500, 0, 0, 0, 500))
+
+
+@pytest.mark.parametrize(
+    "budget, micro_batch, accumulation, checkpointing",
+    [(2300, 8, 1, False), (1999, 4, 2, False), (1710, 2, 4, False), (1590, 2, 4, True)],
+)
+def test_the_largest_micro_batch_without_checkpointing_first(
+    budget: int, micro_batch: int, accumulation: int, checkpointing: bool
+):
+    found = plan(budget).choice()
+    assert found is not None
+    assert (found.micro_batch, found.accumulation, found.checkpointing) == (micro_batch, accumulation, checkpointing)
+    assert found.memory <= budget
+
+
+def test_the_keys_to_set_are_printed():
+    text = str(plan(1999))
+    assert text.endswith("same batch of 8 = 2 accumulated x 4, set:\n  micro_batch=4 runtime.checkpointing=false")
+    assert "runtime.checkpointing=true would allow micro_batch=8" in text
+
+
+def test_if_nothing_fits_the_least_is_told():
+    found = plan(1000)
+    assert found.choice() is None
+    assert "nothing fits into" in str(found) and "micro_batch=1 runtime.checkpointing=true" in str(found)
+    assert "the least is 0.0 MiB, with micro_batch=1 runtime.checkpointing=false" in str(
+        plan(1000, checkpointing=False)
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("optim", [{"name": "sgd"}, {"name": "adamw", "ema_decay": 0.9, "clip_norm": 1.0}])
+def test_predictions_are_near_what_is_measured(checkpointing: bool, optim: dict[str, Any]):
+    """From micro-batches of 1 and 2, for 6 and 8, within 3%."""
+    cfg = toy.config(batch=8, **{f"optim__{key}": value for key, value in optim.items()})
+    work = workload(cfg)
+    with session(cfg.runtime):
+        found = Plan("", 2**60, 8, 1, 0, {checkpointing: Curve()})
+        module._measure(work, found, checkpointing, 2, seconds=60)
+        assert sorted(found.curves[checkpointing].measured) == [1, 2]
+        for size in (6, 8):
+            truth = Curve({size: module._Trial(work, checkpointing).measure(size)})
+            for accumulation in (1, 2):
+                real = found.parts.lasting + truth.step(size, accumulation)
+                assert found.memory(size, accumulation, checkpointing) == pytest.approx(real, rel=0.03)
+
+
+def test_a_step_is_what_the_loop_takes():
+    """The optimiser's state, the average and the values kept for the backward are all there."""
+    cfg = toy.config(batch=2, optim__name="adamw", optim__ema_decay=0.9)
+    found = make_plan(workload(cfg), 2**40)
+    weights = sum(one.numel() for one in Net().parameters()) * 4
+    assert found.parts.parameters == found.parts.gradients == weights
+    assert 2 * weights <= found.parts.optimizer < 2 * weights + 1000  # two moments, and the counts of steps
+    assert weights <= found.parts.average < weights + 2000
+    maps = 2 * 64 * 64 * 4 * (4 * 3 * 16)  # three maps of 16 channels in each of four blocks
+    assert maps < found.curves[False].step(2, 1) < 2 * maps
+
+
+def test_checkpointing_is_only_probed_when_it_is_needed():
+    assert list(make_plan(workload(), 2**40).curves) == [False]
+    small = make_plan(workload(), 2**20)
+    assert list(small.curves) == [False, True] and small.choice() is None
+    for size in (1, 2):
+        assert small.memory(size, 1, True) < small.memory(size, 1, False)
+
+
+def test_a_config_with_checkpointing_is_probed_with_it():
+    cfg = toy.config(batch=4)
+    cfg = cfg.model_copy(update={"runtime": cfg.runtime.model_copy(update={"checkpointing": True})})
+    found = make_plan(workload(cfg), 2**40)
+    assert list(found.curves) == [True] and "runtime.checkpointing=true" in str(found)
+
+
+def test_a_network_without_blocks_is_planned_without_checkpointing():
+    found = make_plan(workload(build=lambda: Net(blocks=False)), 2**20)
+    assert list(found.curves) == [False]
+    assert "this network has no sequence of blocks" in str(found)
+
+
+def test_larger_micro_batches_are_measured_while_they_fit_and_time_is_left():
+    plenty = make_plan(workload(side=16), 2**40)
+    assert sorted(plenty.curves[False].measured) == [1, 2, 4, 8] and "  ~" not in str(plenty)
+    short = make_plan(workload(side=16), 2**40, seconds=0)
+    assert sorted(short.curves[False].measured) == [1, 2] and "  ~" in str(short)
+
+
+def test_a_single_image_is_measured_alone():
+    found = make_plan(workload(toy.config(batch=1), side=16), 2**40)
+    assert sorted(found.curves[False].measured) == [1]
+    assert "micro_batch=1" in str(found)
+
+
+def test_half_precision_is_probed_too():
+    found = make_plan(workload(toy.config(batch=2, runtime__amp="bf16"), side=16), 2**40)
+    assert "bf16" in found.title and found.choice() is not None

@@ -1,0 +1,57 @@
+"""What several tests of reports use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from engine import checkpoint
+from seg.config import SegConfig
+
+
+@pytest.fixture(scope="session")
+def report_config(sample_root: Path) -> Callable[..., SegConfig]:
+    """Makes the config of a small network on the sample data; arguments change the data section."""
+
+    def make(**data: Any) -> SegConfig:
+        return SegConfig.model_validate(
+            {
+                "length": "1 epochs",
+                "batch_size": 1,
+                "data": {"root": sample_root, "crop": (64, 64), **data},
+                "model": {"name": "lraspp_mobilenet_v3_large", "output_stride": 16},
+                "runtime": {"workers": 0, "device": "cpu", "threads": 1},
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory, report_config: Callable[..., SegConfig]) -> Path:
+    """best.pt of a network that was not trained but knows its statistics, so that its predictions differ from place to
+    place; to be read only."""
+    from seg.data import Cityscapes, normalize, read_rgb
+    from seg.labels import TRAIN_CLASSES
+    from seg.models import build
+
+    cfg = report_config()
+    torch.manual_seed(0)
+    model = build(cfg.model, pretrained=False).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # plain means over what is shown
+    samples = Cityscapes(cfg.data.root, "train").samples
+    with torch.no_grad():
+        model(torch.stack([normalize(read_rgb(sample.image), cfg.data) for sample in samples]))
+    state: dict[str, Any] = dict.fromkeys(checkpoint.KEYS)
+    state |= {"format": checkpoint.FORMAT, "task": "seg", "config": cfg.model_dump(mode="json"), "step": 7}
+    state |= {"meta": {"classes": list(TRAIN_CLASSES)}, "model": model.state_dict()}
+    path = tmp_path_factory.mktemp("run") / "best.pt"
+    checkpoint.save(path, state)
+    return path

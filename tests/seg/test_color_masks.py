@@ -1,0 +1,71 @@
+"""Masks in colours become masks of ids, or an error that names the colour."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import seg
+from engine.errors import UserError
+from seg.color_masks import convert_masks
+from seg.label_tables import CAMVID, CITYSCAPES, VOC, Label, LabelTable
+from seg.labels import colors_to_ids, read_label_ids
+
+TOOL = Path(seg.__file__).parents[1] / "tools/convert_masks.py"
+
+
+def colored(table: LabelTable, ids: np.ndarray) -> np.ndarray:
+    colors = np.zeros((256, 3), np.uint8)
+    colors[[label.id for label in table.labels]] = [label.color for label in table.labels]
+    return colors[ids]
+
+
+@pytest.mark.parametrize("table", [CAMVID, VOC], ids=["camvid", "voc"])
+def test_colours_become_ids(tmp_path: Path, table: LabelTable) -> None:
+    ids = np.random.default_rng(0).choice([label.id for label in table.labels], (9, 13)).astype(np.uint8)
+    assert np.array_equal(colors_to_ids(colored(table, ids), table, "x"), ids)
+    (tmp_path / "in/deep").mkdir(parents=True)
+    Image.fromarray(colored(table, ids)).save(tmp_path / "in/deep/a.png")
+    Image.fromarray(colored(table, ids)).save(tmp_path / "in/b.bmp")
+    assert convert_masks(tmp_path / "in", tmp_path / "out", table) == 2
+    for name in ("deep/a.png", "b.png"):
+        assert np.array_equal(read_label_ids(tmp_path / "out" / name), ids)
+
+
+def test_colours_that_are_no_label_or_two() -> None:
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    pixels[0, 0] = (1, 2, 3)
+    with pytest.raises(UserError, match=r"m\.png: 1 pixels have the colour \(1, 2, 3\), which no label of CamVid has"):
+        colors_to_ids(pixels, CAMVID, "m.png")
+    with pytest.raises(UserError, match=r"the colour \(0, 0, 0\) is that of both 'unlabeled' and 'ego vehicle'"):
+        colors_to_ids(np.zeros((2, 2, 3), np.uint8), CITYSCAPES, "m.png")
+    twins = LabelTable("t", (Label(0, "a", (0, 0, 0), 0), Label(1, "b", (0, 0, 0), 1)))
+    with pytest.raises(UserError, match="both 'a' and 'b' in the labels of t; give each label a colour of its own"):
+        colors_to_ids(np.zeros((2, 2, 3), np.uint8), twins, "m.png")
+
+
+def test_folders_that_do_not_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="none: no such folder"):
+        convert_masks(tmp_path / "none", tmp_path / "out", VOC)
+    with pytest.raises(UserError, match="is the folder of the masks, which would be overwritten"):
+        convert_masks(tmp_path, tmp_path, VOC)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image in it"):
+        convert_masks(tmp_path / "empty", tmp_path / "out", VOC)
+
+
+def test_the_program(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "in/a.png")
+    (tmp_path / "labels.yaml").write_text("- {id: 5, name: road, color: [9, 9, 9], train_id: 0}\n")
+    command = [sys.executable, str(TOOL), str(tmp_path / "in"), str(tmp_path / "out")]
+    done = subprocess.run([*command, "--labels", str(tmp_path / "labels.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"1 masks converted, in {tmp_path / 'out'}\n"
+    assert (read_label_ids(tmp_path / "out/a.png") == 5).all()
+    done = subprocess.run([*command, "--table", "voc"], capture_output=True, text=True)
+    assert done.returncode == 2 and "a.png: 16 pixels have the colour (9, 9, 9)" in done.stderr

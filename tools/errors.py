@@ -1,0 +1,60 @@
+"""Write a page of a segmentation network's errors: worst images, largest confusions as crops, suspected label errors.
+
+python tools/errors.py runs/x/best.pt --out errors.html
+python tools/errors.py runs/x/best.pt --out errors.html --split train --worst 20 --by pixels --suspects 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.errors import UserError, program
+
+
+@program
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a segmentation run")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to its config")
+    parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="page to write")
+    parser.add_argument("--split", help="split with labels (default: the config's data.val_split)")
+    parser.add_argument("--worst", type=int, default=8, metavar="N", help="images shown (%(default)s)")
+    parser.add_argument("--by", default="miou", help="worst by miou or by wrong pixels: miou, pixels (%(default)s)")
+    parser.add_argument("--suspects", type=int, default=12, metavar="N", help="label errors shown (%(default)s)")
+    parser.add_argument("--scales", nargs="+", type=float, default=[1.0], metavar="S", help="average over these scales")
+    parser.add_argument("--flip", action="store_true", help="average over each scale and its mirror image")
+    parser.add_argument("--sliding-window", action="store_true", help="average over overlapping windows")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="same as runtime.device=...")
+    parser.add_argument(
+        "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
+    )
+    args = parser.parse_intermixed_args()
+    from engine.checkpoint import task
+
+    if (found := task(args.checkpoint)) != "seg":
+        raise UserError(f"{args.checkpoint}: a checkpoint of the task {found!r}, expected a segmentation network")
+    from seg.averaging import Views
+    from seg.errors_page import write_errors
+
+    overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])
+    text = write_errors(
+        args.checkpoint,
+        args.out,
+        overrides,
+        args.split,
+        worst=args.worst,
+        by=args.by,
+        suspects=args.suspects,
+        views=Views(tuple(args.scales), args.flip, args.sliding_window),
+        allow_imports=args.allow_imports,
+    )
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
