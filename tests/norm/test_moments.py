@@ -1,0 +1,81 @@
+"""Sums over the map against the patches themselves, for windows of every kind."""
+
+import pytest
+import torch
+
+from norm import moments
+from norm.sampling import Pair, Rows, Sampler, Windows
+
+D64 = torch.float64
+
+
+def windows(kernel: Pair, strides: Pair, padding: Pair, dilation: Pair = (1, 1), blocks: int = 1, **more) -> Windows:
+    channels = 6 if more.get("groups", 1) == 1 else 6 // more["groups"]
+    return Windows(kernel, strides, padding, dilation, channels // blocks * kernel[0] * kernel[1], **more)
+
+
+CASES: dict[str, Sampler] = {
+    "overlapping": windows((3, 3), (1, 1), (1, 1)),
+    "tiles": windows((3, 3), (3, 3), (1, 1), blocks=2),
+    "gaps": windows((3, 3), (5, 4), (1, 1)),
+    "dilated": windows((3, 3), (2, 2), (2, 2), (2, 2)),
+    "uneven": windows((2, 5), (3, 2), (0, 2), (2, 1)),
+    "more padding than kernel": windows((3, 3), (2, 2), (4, 4)),
+    "groups": windows((3, 3), (2, 2), (1, 1), groups=3),
+    "every second image": windows((3, 3), (2, 2), (1, 1), images=2),
+    "pixels": windows((1, 1), (1, 1), (0, 0)),
+    "padded pixels": windows((1, 1), (1, 1), (1, 1)),
+    "some pixels": windows((1, 1), (2, 2), (0, 0)),
+    "interleaved": windows((3, 3), (2, 2), (1, 1), blocks=2, grouping="published"),
+}
+
+
+def images() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(3, 6, 11, 14, dtype=D64).cumsum(-1) + 5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", CASES)
+def test_mean_and_variance_are_those_of_the_patches(case: str, layout: torch.memory_format):
+    sampler, x = CASES[case], images().to(memory_format=layout)
+    patches = sampler.gather(x)
+    mean, variance = moments.mean_and_variance(x, sampler)
+    torch.testing.assert_close(mean, patches.mean(-1))
+    torch.testing.assert_close(variance, (patches - patches.mean(-1, keepdim=True)).square().mean((-2, -1)))
+    assert sampler.rows(x.shape) == patches.shape[-1]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_added_goes_where_the_patches_come_from(case: str, layout: torch.memory_format):
+    sampler, x = CASES[case], images().to(memory_format=layout).requires_grad_()
+    patches = sampler.gather(x)
+    shape = patches.shape[:-1]
+    factor, shift = torch.randn(shape[:-1], dtype=D64), torch.randn(shape, dtype=D64)
+    want = torch.autograd.grad(patches, x, factor[..., None, None] * patches.detach() + shift[..., None])[0]
+    found = torch.ones_like(x)
+    moments.add_scaled_(found, x.detach(), sampler, factor, shift)
+    torch.testing.assert_close(found, want + 1)
+
+
+def test_rows_of_a_linear_layer():
+    x = torch.randn(5, 7, 12, dtype=D64)
+    mean, variance = moments.mean_and_variance(x, Rows(4))
+    torch.testing.assert_close(mean, x.view(-1, 4).mean(0))
+    torch.testing.assert_close(variance, x.view(-1, 4).var(0, correction=0).mean())
+
+
+def test_a_large_mean_cancels_little_in_float32():
+    x = images() + 1000
+    sampler = windows((3, 3), (1, 1), (0, 0))
+    found, want = moments.mean_and_variance(x.float(), sampler)[1], moments.mean_and_variance(x, sampler)[1]
+    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_copied_windows_are_those_of_unfold(case: str, monkeypatch: pytest.MonkeyPatch):
+    sampler, x = CASES[case], images()
+    found = sampler.gather(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(found, sampler.gather(x))
