@@ -18,6 +18,7 @@ from engine import distributed
 from engine.config import ExperimentConfig, NormConfig, RuntimeConfig
 from engine.errors import UserError
 from engine.recompute import recompute_blocks
+from engine.single_values import allow_single_values
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def seed_all(seed: int) -> None:
 def convert_norm(model: nn.Module, section: NormConfig, calibrate: Iterable[Tensor] | None = None) -> str:
     """Apply the normalization of a config to `model`, in place; returns the printable report.
 
-    `calibrate` holds batches of images, N x C x H x W, with which a trained batch-norm network keeps its function.
+    `calibrate` holds batches of images, N x C x H x W, with which a trained batch-norm network keeps its function. The
+    norms then take single values too, see `engine.single_values`.
 
     Raises:
         UserError: the recipe does not know what to do with a layer, or an override matches nothing.
@@ -83,6 +85,7 @@ def convert_norm(model: nn.Module, section: NormConfig, calibrate: Iterable[Tens
         )
     except norm.NormError as error:
         raise UserError(f"norm: {error}") from None
+    allow_single_values(model)
     return str(report)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from engine.config import ExperimentConfig, Fraction, Positive, Section
+from engine.config import Count, ExperimentConfig, Fraction, NotNegative, Positive, Section
 
 Side = Annotated[int, Field(ge=16)]
 
@@ -91,11 +91,32 @@ class ModelConfig(Section):
 
 class LossConfig(Section):
     name: str = "cross_entropy"
-    """Name of the loss: cross_entropy."""
-    class_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
-    """A weight for each class, in the order of the train ids; null weighs all pixels alike."""
-    aux_weight: Annotated[float, Field(ge=0)] = 0.5
-    """Weight of the auxiliary head's loss; used when model.aux is true."""
+    """Name of the loss: cross_entropy, ohem, focal, boundary, dice or lovasz; seg/loss_terms.py has the formulas."""
+    terms: dict[str, Positive] = {}
+    """Several losses, added: name -> factor, such as {cross_entropy: 1, dice: 0.5}; empty: `name` alone."""
+    class_weights: tuple[NotNegative, ...] | Literal["auto"] | None = None
+    """A weight for each class, in the order of the train ids, for the losses that are sums over pixels (not dice and
+    lovasz); 'auto': median frequency in the training split (Eigen and Fergus, ICCV 2015); null weighs all alike."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that goes to all classes alike, in cross_entropy and boundary."""
+    ohem_threshold: Fraction = 0.7
+    """ohem trains on pixels whose label has at most this probability ..."""
+    ohem_share: Fraction = 0.0625
+    """... and at least on this share of a micro-batch's labelled pixels, the hardest ones."""
+    focal_gamma: Annotated[float, Field(ge=1)] = 2.0
+    """Exponent of focal: how little easy pixels count."""
+    boundary_weight: Positive = 4.0
+    """How much more a pixel at the border of two classes counts in boundary than one far from it."""
+    boundary_width: Count = 8
+    """Pixels from a border within which that falls to nothing."""
+    aux_weight: NotNegative = 0.5
+    """Factor on the auxiliary head's loss; needs model.aux."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> LossConfig:
+        if self.terms and self.name != "cross_entropy":
+            raise ValueError(f"name: {self.name} has no effect beside terms; name it there, with its factor")
+        return self
 
 
 class PredictConfig(Section):

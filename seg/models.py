@@ -61,6 +61,13 @@ def build(cfg: ModelConfig, classes: int = len(TRAIN_CLASSES), *, pretrained: bo
     return model
 
 
+def multiple(cfg: ModelConfig) -> int:
+    """What the sides of images should be multiples of; 1 for the networks of `seg.smp_models`, which pad inside."""
+    if cfg.name.startswith(smp_models.PREFIX):
+        return 1
+    return cfg.output_stride or (16 if "mobilenet" in cfg.name else 8)
+
+
 def is_backbone(parameter: str) -> bool:
     """Whether a parameter's name belongs to the backbone (for its own learning rate)."""
     return parameter.startswith(("backbone.", "network.encoder."))
@@ -113,7 +120,7 @@ def _resnet(depth: str, head: str) -> Builder:
         from torchvision.models.segmentation.deeplabv3 import DeepLabHead
         from torchvision.models.segmentation.fcn import FCNHead
 
-        stride = cfg.output_stride or 8
+        stride = multiple(cfg)
         dilate = [False, stride <= 16, stride == 8]
         resnet = get_model(depth, weights=None, replace_stride_with_dilation=dilate)
         layers = {"layer4": "out", "layer3": "aux"} if cfg.aux else {"layer4": "out"}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.errors import UserError
+from seg import models
 from seg.config import SegConfig
 
 Array = NDArray[np.uint8]
@@ -89,7 +90,7 @@ class Predictor:
             cfg.data.mean,
             cfg.data.std,
             device,
-            multiple=cfg.model.output_stride or 32,
+            multiple=models.multiple(cfg.model),
             base_size=cfg.data.eval_base_size,
             window=cfg.predict.window,
             overlap=cfg.predict.overlap,

@@ -47,18 +47,20 @@ _LIBRARY_ERRORS = (
 class AnySize(nn.Module):
     """A network of segmentation-models-pytorch for images of any size, in the form of our other networks.
 
-    Images (N, 3, H, W) are padded at the right and the bottom up to a multiple of `multiple`, by reflection, or by
-    repeating the border where an image is too small for that; the logits are cropped: {"out": (N, classes, H, W)}.
+    Images (N, 3, H, W) are padded at the right and the bottom up to a multiple of `multiple` and to `smallest` pixels,
+    by reflection, or by repeating the border where an image is too small for that. The logits are cropped:
+    {"out": (N, classes, H, W)}.
     """
 
-    def __init__(self, network: nn.Module, multiple: int) -> None:
+    def __init__(self, network: nn.Module, multiple: int, smallest: int = 1) -> None:
         super().__init__()
         self.network = network
         self.multiple = multiple
+        self.smallest = smallest
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         height, width = images.shape[-2:]
-        below, right = -height % self.multiple, -width % self.multiple
+        below, right = (max(-side % self.multiple, self.smallest - side) for side in (height, width))
         if below or right:
             mode = "reflect" if below < height and right < width else "replicate"
             images = F.pad(images, (0, right, 0, below), mode=mode)
@@ -92,9 +94,9 @@ def build(cfg: ModelConfig, classes: int, *, pretrained: bool) -> AnySize:
         raise UserError(f"model.aux: {cfg.name} has no auxiliary head; set model.aux=false")
     arguments = _arguments(cfg, architecture, encoder)
     network = _construct(cfg, architecture, encoder, arguments | {"classes": classes})
-    model = AnySize(network, int(network.encoder.output_stride))  # type: ignore[union-attr, arg-type]
+    model = AnySize(network, *_multiple_and_smallest(architecture, int(network.encoder.output_stride)))  # type: ignore
     if pretrained and cfg.backbone_weights is not None:
-        _load(network.get_submodule("encoder"), encoder, cfg.backbone_weights, arguments.get("encoder_depth", 5))
+        _load(network.get_submodule("encoder"), encoder, cfg.backbone_weights)
     return model
 
 
@@ -147,7 +149,6 @@ def _arguments(cfg: ModelConfig, architecture: str, encoder: str) -> dict[str, A
         arguments["upsampling"] = 2 ** int(arguments.get("encoder_depth", 3))
     if architecture == "dpt":
         arguments.setdefault("dynamic_img_size", True)
-    _check_image_size(encoder, arguments)
     if cfg.output_stride is not None:
         if architecture not in _STRIDES:
             raise UserError(
@@ -163,6 +164,15 @@ def _arguments(cfg: ModelConfig, architecture: str, encoder: str) -> dict[str, A
     return arguments
 
 
+def _multiple_and_smallest(architecture: str, stride: int) -> tuple[int, int]:
+    """What sides of images are padded up to, for an encoder of this output stride."""
+    if architecture == "pan":
+        return stride, 8 * stride  # it halves the encoder's map three times more
+    if architecture in _STRIDES:
+        return stride, 32
+    return 32, 32  # with fewer stages too: some encoders compute their coarsest map in any case
+
+
 def _check_image_size(encoder: str, arguments: Mapping[str, Any]) -> None:
     """Encoders that take one size only unless told otherwise: better an error now than one in the first step."""
     if not encoder.startswith("tu-"):
@@ -170,8 +180,7 @@ def _check_image_size(encoder: str, arguments: Mapping[str, Any]) -> None:
     import timm
 
     known = timm.get_pretrained_cfg(encoder.removeprefix("tu-"), allow_unregistered=True)
-    sizes = ("dynamic_img_size", "strict_img_size", "img_size")
-    if known is not None and known.fixed_input_size and not any(name in arguments for name in sizes):
+    if known is not None and known.fixed_input_size and not {"dynamic_img_size", "strict_img_size"} & set(arguments):
         side = known.input_size[-1]
         raise UserError(
             f"model.name: {encoder} takes images of {side}x{side} only; let it take others by "
@@ -186,7 +195,7 @@ def _construct(cfg: ModelConfig, architecture: str, encoder: str, arguments: dic
     try:
         network: nn.Module = smp.create_model(architecture, encoder, encoder_weights=None, **arguments)
     except _LIBRARY_ERRORS as error:
-        reason = str(error) or type(error).__name__
+        reason = str(error) or "it refuses the argument"
         stride = arguments.get("encoder_output_stride", _default_stride(architecture))
         if stride != 32 and not _has_stride(encoder, stride, arguments) and _has_stride(encoder, 32, arguments):
             raise UserError(
@@ -194,8 +203,12 @@ def _construct(cfg: ModelConfig, architecture: str, encoder: str, arguments: dic
                 f"another encoder, or an architecture that needs none, such as smp/unet/{encoder} or smp/fpn/{encoder}"
             ) from None
         where = "model.options" if cfg.options else "model.name"
-        raise UserError(f"{where}: {cfg.name} cannot be built{_with(cfg.options)}: {reason}") from None
+        hint = "; smp/dpt takes timm's vision transformers, such as tu-vit_small_patch16_224"
+        raise UserError(
+            f"{where}: {cfg.name} cannot be built{_with(cfg.options)}: {reason}{hint if architecture == 'dpt' else ''}"
+        ) from None
     _check_stride(cfg, architecture, encoder, network)
+    _check_image_size(encoder, arguments)
     return network
 
 
@@ -220,6 +233,8 @@ def _has_stride(encoder: str, stride: int, arguments: Mapping[str, Any]) -> bool
 
 def _check_stride(cfg: ModelConfig, architecture: str, encoder: str, network: nn.Module) -> None:
     """timm's networks say which strides they have; some take the argument and keep their own."""
+    if architecture == "dpt" and any(stride not in (4, 8, 16, 32) for stride in network.encoder.output_strides):  # type: ignore
+        raise UserError(f"model.name: smp/dpt needs patches of 8, 16 or 32 pixels, and {encoder} has others")
     if architecture not in _STRIDES or not encoder.startswith("tu-"):
         return
     found = network.encoder.model.feature_info.reduction()[-1]  # type: ignore[union-attr, operator]
@@ -228,14 +243,14 @@ def _check_stride(cfg: ModelConfig, architecture: str, encoder: str, network: nn
         raise UserError(f"model.output_stride: {encoder} keeps {found}, {cfg.name} needs {wanted}")
 
 
-def _load(encoder: nn.Module, name: str, source: str, depth: int) -> None:
+def _load(encoder: nn.Module, name: str, source: str) -> None:
     """Fill the encoder from `model.backbone_weights`."""
     if source == "torchvision":
         state = weights.from_torchvision(name.removeprefix("tu-"))
     elif source.startswith("package:"):
         state = weights.from_package(source.removeprefix("package:"))
     elif source in weights.library_names(name):
-        state = weights.from_encoder_library(name, source, depth)
+        state = weights.from_library(name, source)
     elif source in ("imagenet", "timm"):
         raise UserError(
             f"model.backbone_weights: {name} has no weights {source!r}; known: "

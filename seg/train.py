@@ -28,7 +28,7 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
     """
     cfg = loaded.config
     with session(cfg.runtime):
-        loss = losses.build(cfg)
+        loss = losses.build(cfg, cache=Path(work_dir))
         labels = table(cfg.data)
         training = train_batches(cfg, world_size(), rank(), cache=Path(work_dir))
         validation = eval_batches(cfg, world=world_size(), rank=rank())

@@ -64,21 +64,26 @@ def library_names(encoder: str) -> list[str]:
     return ["imagenet", "timm"] if encoder.startswith("tu-") else list(encoders[encoder]["pretrained_settings"])
 
 
-def from_encoder_library(encoder: str, name: str, depth: int) -> dict[str, Tensor]:
-    """Weights that segmentation-models-pytorch (or timm, for `tu-` encoders) downloads, by the encoder's own names.
+def from_library(encoder: str, name: str) -> dict[str, Tensor]:
+    """Weights that segmentation-models-pytorch, or timm for `tu-` encoders, downloads, by that library's names.
 
     Args:
         encoder: the name of an encoder.
         name: one of `library_names(encoder)`.
-        depth: the number of the encoder's stages.
 
     Raises:
-        UserError: the download fails.
+        UserError: timm has no weights of the network, or the download fails.
     """
+    import timm
     from segmentation_models_pytorch.encoders import get_encoder
 
+    network = encoder.removeprefix("tu-")
+    if encoder.startswith("tu-") and not timm.is_model_pretrained(network):
+        raise UserError(f"model.backbone_weights: timm has no weights of {network}; set a path, or null")
     try:
-        found = get_encoder(encoder, depth=depth, weights=True if encoder.startswith("tu-") else name)
+        found = (
+            timm.create_model(network, pretrained=True) if encoder != network else get_encoder(network, weights=name)
+        )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"model.backbone_weights: cannot download the weights of {encoder}: {str(error).splitlines()[0]} Fetch the "

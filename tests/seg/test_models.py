@@ -54,10 +54,30 @@ def test_auxiliary_head():
 
 
 def test_names_and_strides_that_do_not_exist():
-    with pytest.raises(UserError, match="model.name: unknown network 'unet'; known: deeplabv3_mobilenet_v3_large, "):
+    with pytest.raises(
+        UserError, match="unknown network 'unet'; known: deeplabv3_mobilenet_v3_large.* and smp/ARCHITECT"
+    ):
         models.build(ModelConfig(name="unet"))
+    with pytest.raises(UserError, match="unknown network 'fcn_resnet5'; did you mean fcn_resnet50.; known"):
+        models.build(ModelConfig(name="fcn_resnet5"))
     with pytest.raises(UserError, match="output_stride: 8, but lraspp_.* has 16; set model.output_stride=16"):
-        models.build(ModelConfig(name="lraspp_mobilenet_v3_large"))
+        models.build(ModelConfig(name="lraspp_mobilenet_v3_large", output_stride=8))
+    with pytest.raises(UserError, match="model.options: fcn_resnet50 takes none; they are for the networks smp/ARCH"):
+        models.build(ModelConfig(name="fcn_resnet50", options={"decoder_channels": 64}))
+
+
+@pytest.mark.parametrize("name, stride", [("deeplabv3_resnet50", 8), ("lraspp_mobilenet_v3_large", 16)])
+def test_a_network_has_its_own_stride_where_none_is_asked(name, stride):
+    backbone = models.build(ModelConfig(name=name)).eval().backbone
+    with torch.no_grad():
+        features = list(backbone(torch.randn(1, 3, 64, 64)).values())
+    assert min(one.shape[-1] for one in features) == 64 // stride
+    assert models.multiple(ModelConfig(name=name)) == stride
+
+
+def test_what_sides_should_be_multiples_of():
+    assert models.multiple(ModelConfig(output_stride=32)) == 32
+    assert models.multiple(ModelConfig(name="smp/unet/resnet18")) == 1
 
 
 def test_backbone_weights_from_a_file(tmp_path):
@@ -110,3 +130,10 @@ def test_download_that_fails_says_what_to_do(monkeypatch):
 
 def test_parameters_of_the_backbone():
     assert models.is_backbone("backbone.layer1.0.conv1.weight") and not models.is_backbone("classifier.4.bias")
+    assert models.is_backbone("network.encoder.conv1.weight") and not models.is_backbone("network.decoder.conv1.weight")
+
+
+def test_sources_of_weights_that_are_for_other_networks():
+    for source in ("timm", "package:efficientnet-lite0"):
+        with pytest.raises(UserError, match=f"'{source}' is for encoders of timm's, .*; for fcn_resnet50 set 'torchv"):
+            models.build(ModelConfig(name="fcn_resnet50", backbone_weights=source))

@@ -1,0 +1,63 @@
+"""Norms where there is one value to normalise, such as batch norm behind an image pooling with one image a process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine import distributed
+
+
+def allow_single_values(model: nn.Module) -> None:
+    """Let the norms of `model` take inputs with one value a channel (or a group), for which torch raises a ValueError.
+
+    Batch norm in training: one value has no variance, so the input is normalised by the running statistics, as in
+    evaluation, and leaves them as they are; gradients flow to it, the weight and the bias. A norm that never sees more
+    than one value keeps mean 0 and variance 1: it scales and shifts. SyncBatchNorm among several processes is left
+    alone, it has the values of all of them.
+
+    Group norm, and instance norm as a group norm: the value less itself is 0, the output is the bias; so it is for two
+    images, where torch raises nothing.
+
+    Call it after the layers are final: it adds hooks, and leaves classes, names and all other inputs alone. A second
+    call changes nothing.
+    """
+    for one in model.modules():
+        if isinstance(one, _BatchNorm) and one.running_mean is not None:
+            _add(one, _before_batch_norm, _after_batch_norm)
+        elif type(one) is nn.GroupNorm:
+            _add(one, _before_group_norm, _after_group_norm)
+
+
+def _add(layer: nn.Module, before: Any, after: Any) -> None:
+    if before not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after, always_call=True)
+
+
+def _before_batch_norm(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    values = inputs[0]
+    shared = isinstance(layer, nn.SyncBatchNorm) and distributed.world_size() > 1
+    if layer.training and not shared and values.numel() == values.shape[1]:
+        layer.training = False  # of this layer alone and for this call: what it holds keeps its mode
+        layer._single_value = True  # type: ignore[assignment]
+
+
+def _after_batch_norm(layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+    if layer.__dict__.pop("_single_value", False):
+        layer.training = True
+
+
+def _before_group_norm(layer: nn.GroupNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    values = inputs[0]
+    if values.numel() != layer.num_groups:
+        return None
+    layer._single_value = True  # type: ignore[assignment]
+    return (torch.cat([values, values]),)
+
+
+def _after_group_norm(layer: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Any) -> Any:
+    return output[:1] if layer.__dict__.pop("_single_value", False) else None

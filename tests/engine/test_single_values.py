@@ -1,0 +1,100 @@
+"""Norms over one value: behind an image pooling, with one image."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import norm
+from engine.config import NormConfig
+from engine.prepare import convert_norm
+from engine.single_values import allow_single_values
+
+
+def pooled(layer: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), layer)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_batch_norm_takes_its_running_statistics(kind: type[nn.Module]):
+    torch.manual_seed(0)
+    layer = kind(4)
+    with torch.no_grad():
+        layer.running_mean.copy_(torch.randn(4))
+        layer.running_var.copy_(torch.rand(4) + 0.5)
+        layer.weight.copy_(torch.randn(4))
+    model, x = pooled(layer), torch.randn(1, 4, 3, 3)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(x)
+    before = copy.deepcopy(layer.state_dict())
+    allow_single_values(model)
+    found = model(x)
+    assert layer.training and "_single_value" not in vars(layer)
+    assert all(torch.equal(one, layer.state_dict()[key]) for key, one in before.items())
+    found.sum().backward()
+    assert layer.weight.grad.isfinite().all() and (layer.bias.grad == 1).all()
+    torch.testing.assert_close(found, copy.deepcopy(model).eval()(x))
+
+
+def test_more_values_are_treated_as_ever():
+    torch.manual_seed(0)
+    plain, model = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    allow_single_values(model)
+    for shape in ((2, 4, 1, 1), (1, 4, 1, 2)):
+        x = torch.randn(shape)
+        assert torch.equal(model(x), plain(x))
+    assert torch.equal(model.running_var, plain.running_var)
+    assert plain.state_dict().keys() == model.state_dict().keys()
+
+
+def test_group_norm_gives_what_it_gives_for_two_images():
+    model = nn.GroupNorm(4, 4)
+    with torch.no_grad():
+        model.bias.copy_(torch.arange(4.0))
+    allow_single_values(model)
+    x = torch.randn(1, 4, 1, 1, requires_grad=True)
+    for mode in (True, False):
+        found = model.train(mode)(x)
+        assert found.shape == (1, 4, 1, 1)
+        torch.testing.assert_close(found, nn.functional.group_norm(x.repeat(2, 1, 1, 1), 4, bias=model.bias)[:1])
+
+
+def test_an_error_inside_leaves_the_mode():
+    layer = nn.BatchNorm2d(4)
+    allow_single_values(layer)
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(1, 3, 1, 1))
+    assert layer.training and "_single_value" not in vars(layer)
+
+
+def test_a_second_call_adds_nothing():
+    layer = nn.BatchNorm2d(4)
+    for _ in range(2):
+        allow_single_values(layer)
+    assert len(layer._forward_hooks) == len(layer._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("recipe", [name for name in norm.available() if name != "frozen_bn"])
+def test_every_recipe_trains_and_evaluates_with_one_image(recipe: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 32, 1))
+    model.extend([nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 5, 1)])
+    convert_norm(model, NormConfig(name=recipe))
+    x = torch.randn(1, 3, 8, 8)
+    model(x).square().sum().backward()
+    assert all(one.training for one in model.modules())
+    assert all(one.grad is None or one.grad.isfinite().all() for one in model.parameters())
+    with torch.no_grad():
+        found = model.eval()(x)
+        torch.testing.assert_close(norm.fold(model)(x), found, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled():
+    torch.manual_seed(0)
+    model = pooled(nn.BatchNorm2d(4))
+    allow_single_values(model)
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    for images in (1, 2, 1):
+        x = torch.randn(images, 4, 3, 3)
+        torch.testing.assert_close(compiled(x), model(x))
