@@ -7,24 +7,20 @@ where it was.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from classify import paper, table_files
-from classify.table_cells import Cell, Outcome, Outcomes, Request, cells, look, parameters
-from engine import distributed
+from classify.table_cells import Cell, Outcome, Outcomes, Request, cells, parameters
+from engine import distributed, grid
 from engine.errors import UserError
 from engine.prepare import session
 
 
 def listing(wanted: Request) -> str:
-    """The plan: every cell, whether it is done, and where it is. Raises UserError as `cells` and `look`."""
-    lines = []
-    for cell in cells(wanted, wanted.networks):
-        found = look(cell)
-        done = {"done": f"done, {100 * (found.last or 0):.2f} %", "partly": f"partly, epoch {found.epoch:.2f}"}
-        lines.append(f"{cell.name}: {done.get(found.state, found.state)}  {cell.run}")
-    return "\n".join(lines)
+    """The plan: every cell, whether it is done, and where it is. Raises UserError as `cells` and `grid.look`."""
+    return grid.listing(cells(wanted, wanted.networks))
 
 
 def make(wanted: Request) -> bool:
@@ -34,7 +30,7 @@ def make(wanted: Request) -> bool:
     several processes it ends the program, since the others would wait.
 
     Raises:
-        UserError: as `cells` and `look`, before anything is trained.
+        UserError: as `cells` and `grid.look`, before anything is trained.
     """
     todo = cells(wanted, wanted.networks)
     known = {cell.key: _known(cell) for cell in todo}
@@ -43,22 +39,14 @@ def make(wanted: Request) -> bool:
             known.update({found.cell.key: found for found in _earlier(wanted, name)})
     with session(todo[0].loaded.config.runtime):
         known = distributed.gather(known)[0]  # all processes must train the same cells, whatever each has read
-        _write(wanted, known)
-        for number, cell in enumerate(todo, 1):
-            if known[cell.key].state == "done":
-                continue
-            _say(f"\n[{number}/{len(todo)}] {cell.name}: {cell.run}")
-            found, stopped = _train(cell)
-            known[cell.key] = distributed.gather(found)[0]
-            _write(wanted, known)
-            if stopped:
-                _say(f"stopped by a signal; the same command goes on. So far: {wanted.folder / 'table.md'}")
-                return False
+        if grid.train_missing(todo, known, _train, partial(_write, wanted, known), _say):
+            _say(f"stopped by a signal; the same command goes on. So far: {wanted.folder / 'table.md'}")
+            return False
     return all(known[cell.key].state == "done" for cell in todo)
 
 
 def _known(cell: Cell) -> Outcome:
-    found = look(cell)
+    found = grid.look(cell)
     return replace(found, parameters=parameters(cell)) if found.state == "done" and distributed.is_main() else found
 
 
@@ -71,7 +59,7 @@ def _earlier(wanted: Request, network: str) -> list[Outcome]:
 
 
 def _train(cell: Cell) -> tuple[Outcome, bool]:
-    """The outcome, and whether a signal stopped it."""
+    """The outcome, the same on all processes, and whether a signal stopped it."""
     from classify import train
 
     try:
@@ -79,10 +67,9 @@ def _train(cell: Cell) -> tuple[Outcome, bool]:
     except (UserError, torch.OutOfMemoryError) as error:
         if distributed.world_size() > 1:
             raise
-        reason = str(error).strip().splitlines()[0]
         _say(f"failed: {error}")
-        return Outcome(cell, "failed", reason=reason), False
-    return _known(cell), result.stopped
+        return Outcome(cell, "failed", reason=str(error).strip().splitlines()[0]), False
+    return distributed.gather(_known(cell))[0], result.stopped
 
 
 def _write(wanted: Request, known: Outcomes) -> None:

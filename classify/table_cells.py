@@ -5,36 +5,23 @@ Every cell has a work directory of its own, and what is there says what is known
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from classify import paper
 from classify.config import ClassifyConfig
-from engine import runs
+from engine import grid
 from engine.config import Loaded, load
 from engine.errors import UserError
-from engine.report import METRICS, read_metrics
-from engine.resume import BEST, LAST, differences
+from engine.grid import Variant
+from engine.resume import BEST, LAST
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "classify"
 Key = tuple[str, str, int]
 """Network, the variant's slug, seed."""
 _OWN = {"length": "--epochs", "runtime.seed": "--seeds", "norm.name": "--variants"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A column of the table: a norm and further keys of the config."""
-
-    text: str
-    """As it was asked for: NAME, or NAME:key=value,key=value."""
-    overrides: tuple[str, ...]
-    slug: str
-    """The text, fit for a folder's name."""
 
 
 @dataclass(frozen=True)
@@ -78,28 +65,7 @@ class Cell:
         return f"{self.network}, {self.variant.text}, seed {self.seed}"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What is known of a cell. Accuracies are shares (0 to 1)."""
-
-    cell: Cell
-    state: Literal["done", "partly", "open", "failed"]
-    reason: str = ""
-    """Why it failed."""
-    epoch: float = 0.0
-    """Epochs that are logged."""
-    step: int = 0
-    last: float | None = None
-    """Top-1 accuracy after the last step."""
-    last_top5: float | None = None
-    best: float | None = None
-    """The highest top-1 accuracy of all evaluations."""
-    best_step: int | None = None
-    seconds: float | None = None
-    """Of training, without evaluations and checkpoints."""
-    parameters: int | None = None
-
-
+Outcome = grid.Outcome[Cell]
 Outcomes = dict[Key, Outcome]
 
 
@@ -124,26 +90,15 @@ def request(
     if epochs is not None and epochs < 1:
         raise UserError(f"--epochs: found {epochs}, expected at least 1")
     length = epochs or (90 if data == "imagenet" else 1)
-    columns = tuple(_variant(text) for text in variants)
+    columns = tuple(grid.variant(text, "--variants", _check_keys) for text in variants)
     names = tuple(networks) or tuple(paper.networks(data))
     if not names:
         raise UserError(f"--networks: the paper has no table of {data}, so name the networks, such as --networks lenet")
     for option, given in (("networks", names), ("seeds", seeds), ("variants", [one.slug for one in columns])):
-        if twice := [str(one) for one in dict.fromkeys(given) if list(given).count(one) > 1]:
-            raise UserError(f"--{option}: {', '.join(twice)} is there twice")
+        grid.check_distinct(f"--{option}", given)
     _check_keys("--set", overrides)
     folder = out / f"{data}_{length}ep"
     return Request(data, length, names, columns, tuple(seeds), tuple(overrides), folder, configs, command)
-
-
-def _variant(text: str) -> Variant:
-    name, colon, rest = text.partition(":")
-    keys = re.split(r",(?![^\[{(]*[\]})])", rest) if colon else []  # not at a comma inside brackets
-    if not name or any("=" not in key for key in keys):
-        raise UserError(f"--variants: found {text!r}, expected NAME or NAME:key=value[,key=value], as bn:optim.lr=0.02")
-    _check_keys(f"--variants: {text}", keys)
-    slug = re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("_")
-    return Variant(text, (f"norm.name={name}", *(key.strip() for key in keys)), slug)
 
 
 def _check_keys(where: str, overrides: Sequence[str]) -> None:
@@ -178,39 +133,6 @@ def cells(wanted: Request, networks: Sequence[str]) -> list[Cell]:
                 loaded = load(path, keys, ClassifyConfig)
                 found.append(Cell(network, variant, seed, run, loaded, shlex.join(words)))
     return found
-
-
-def look(cell: Cell) -> Outcome:
-    """What a cell's work directory says.
-
-    Raises:
-        UserError: it holds a run of another configuration.
-    """
-    epochs = cell.loaded.config.length.value
-    scored = runs.evaluations(cell.run)
-    final = next((row for row in scored if row["epoch"] >= epochs), None)
-    if final is None and not any((cell.run / name).exists() for name in (LAST, BEST)):
-        return Outcome(cell, "open")
-    stored = runs.config(cell.run)
-    if wrong := differences(stored, cell.loaded.config.model_dump(mode="json")):
-        raise UserError(
-            f"{cell.run}: was trained with another configuration:\n  " + "\n  ".join(wrong) + "\n  give the same "
-            "settings, or choose another --out"
-        )
-    rows = runs.timed(read_metrics(cell.run / METRICS), int(stored["batch_size"]))
-    reached: dict[str, Any] = max(rows, key=lambda row: row["step"], default={})
-    top = runs.best_evaluation(cell.run) if scored else None
-    return Outcome(
-        cell,
-        "partly" if final is None else "done",
-        epoch=reached.get("epoch", 0.0),
-        step=reached.get("step", 0),
-        last=None if final is None else float(final["score"]),
-        last_top5=None if final is None else final["scalars"].get("top5"),
-        best=None if top is None else float(top["score"]),
-        best_step=None if top is None else top["step"],
-        seconds=reached.get("seconds"),
-    )
 
 
 def parameters(cell: Cell) -> int | None:

@@ -10,13 +10,13 @@ from typing import Any
 
 from classify import paper
 from classify.compare import while_training
-from classify.table_cells import Outcome, Outcomes, Request, Variant
-from engine import plots
+from classify.table_cells import Outcome, Outcomes, Request
+from engine import grid, plots
+from engine.grid import Variant
 from engine.images import write_bytes
 from engine.report import METRICS, read_metrics
 
 DATA_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet"}
-_LONGEST_REASON = 140
 
 
 def write(wanted: Request, known: Outcomes) -> None:
@@ -44,11 +44,11 @@ def markdown(wanted: Request, known: Outcomes) -> str:
     published = _published_columns(wanted)
     head = ["network", *published, *(f"ours: {one.text}" for one in wanted.variants)]
     lines = [f"# {data}, {length}: {'top-1 / top-5' if both else 'top-1'} accuracy in %", ""]
-    lines += _row(head) + _row(["---", *["---:"] * (len(head) - 1)])
+    lines += grid.table_head(head)
     for network in rows(wanted):
         figures = paper.figures(network, wanted.data, wanted.epochs)
         cells = [_cell(_of(known, network, one), len(wanted.seeds), both) for one in wanted.variants]
-        lines += _row([paper.NAMES.get(network, network), *_published(figures, published), *cells])
+        lines.append(grid.table_row([paper.NAMES.get(network, network), *_published(figures, published), *cells]))
     lines += ["", *_notes(wanted, both), "", "## Runs", "", *_runs(known)]
     if wanted.command:
         lines += ["", "Made by:", "", "```", wanted.command, "```"]
@@ -113,27 +113,16 @@ def _cell(outcomes: Sequence[Outcome], seeds: int, both: bool) -> str:
     """Mean and deviation over the seeds, or why there is no figure."""
     done = [one for one in outcomes if one.state == "done"]
     failed = [one.reason for one in outcomes if one.state == "failed"]
-    reason = f"failed: {_short(failed[0])}" if failed else ""
+    reason = f"failed: {grid.short(failed[0])}" if failed else ""
     if not done:
         reached = max((one.epoch for one in outcomes), default=0.0)
         return reason or ("not measured" + (f" (stopped in epoch {reached:.2f})" if reached else ""))
     top1 = [one.last for one in done if one.last is not None]
-    top5 = [one.last_top5 for one in done if one.last_top5 is not None]
-    text = _mean(top1) + (f" / {_mean(top5)}" if both and top5 else "")
+    top5 = [one.scalars["top5"] for one in done if "top5" in one.scalars]
+    text = grid.mean_and_deviation(top1) + (f" / {grid.mean_and_deviation(top5)}" if both and top5 else "")
     remarks = [f"{len(done)} of {seeds} seeds"] if len(done) < seeds else []
     remarks += [reason] if reason else []
     return text + (f" ({'; '.join(remarks)})" if remarks else "")
-
-
-def _mean(shares: Sequence[float]) -> str:
-    mean = f"{100 * statistics.fmean(shares):.2f}"
-    return mean if len(shares) < 2 else f"{mean} ± {100 * statistics.stdev(shares):.2f}"
-
-
-def _short(reason: str) -> str:
-    """What happened, without the advice after it; table.json has the whole."""
-    flat = reason.partition("; ")[0].replace("|", "/")
-    return flat if len(flat) <= _LONGEST_REASON else flat[: _LONGEST_REASON - 3] + "..."
 
 
 def _published_columns(wanted: Request) -> list[str]:
@@ -160,7 +149,7 @@ def _notes(wanted: Request, both: bool) -> list[str]:
 
 def _runs(known: Outcomes) -> list[str]:
     head = ["network", "variant", "seed", "last", "best (step)", "steps", "training", "parameters", "folder"]
-    lines = _row(head) + _row(["---", "---", *["---:"] * 6, "---"])
+    lines = grid.table_head(head, left=2)
     for one in known.values():
         if one.state == "open":
             continue
@@ -170,14 +159,9 @@ def _runs(known: Outcomes) -> list[str]:
         seconds = "–" if one.seconds is None else f"{one.seconds:.0f} s"
         size = "–" if one.parameters is None else f"{one.parameters / 1e6:.2f}M"
         place = str(cell.run.name)
-        lines += _row(
-            [cell.network, cell.variant.text, str(cell.seed), last, best, str(one.step), seconds, size, place]
-        )
+        words = [cell.network, cell.variant.text, str(cell.seed), last, best, str(one.step), seconds, size, place]
+        lines.append(grid.table_row(words))
     return lines if len(lines) > 2 else ["None yet."]
-
-
-def _row(words: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(words) + " |"]
 
 
 def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -193,7 +177,7 @@ def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             "state": one.state,
             "reason": one.reason or None,
             "last": one.last,
-            "last_top5": one.last_top5,
+            "last_top5": one.scalars.get("top5"),
             "best": one.best,
             "best_step": one.best_step,
             "epoch": one.epoch,

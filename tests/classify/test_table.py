@@ -15,9 +15,10 @@ import torch
 
 from classify import losses, paper, table, table_files, train
 from classify.config import ClassifyConfig
-from classify.table_cells import Cell, Outcome, Request, cells, look, request
+from classify.table_cells import Cell, Outcome, Request, cells, request
 from engine.config import load
 from engine.errors import UserError
+from engine.grid import look
 from engine.report import read_metrics
 from tests.engine.toy import in_processes
 from tools import table1
@@ -286,7 +287,7 @@ def test_table_2_has_two_accuracies_and_the_reproduction(tmp_path: Path):
     known = {}
     for seed, top in ((0, 0.70), (1, 0.72)):
         cell = Cell("vgg11", wanted.variants[0], seed, tmp_path / str(seed), loaded, "")
-        known[cell.key] = Outcome(cell, "done", last=top, last_top5=0.9, best=top, best_step=1, step=1)
+        known[cell.key] = Outcome(cell, "done", last=top, scalars={"top5": 0.9}, best=top, best_step=1, step=1)
     text = table_files.markdown(wanted, known)
     assert row(text, "VGG-11") == [
         "69.02 / 88.63",

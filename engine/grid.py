@@ -1,0 +1,200 @@
+"""A grid of trainings, each a run in a folder of its own: what is known of each, what is missing, and doing that.
+
+What is finished is read from the work directories, what is not goes on there: a grid that was stopped goes on where it
+was.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+from engine import runs
+from engine.config import Loaded
+from engine.errors import UserError
+from engine.report import METRICS, read_metrics
+from engine.resume import BEST, LAST, differences
+
+_LONGEST_REASON = 140
+
+
+class Cell(Protocol):
+    """One training of a grid."""
+
+    @property
+    def key(self) -> Hashable:
+        """Tells it from the others."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def run(self) -> Path:
+        """Its work directory."""
+
+    @property
+    def loaded(self) -> Loaded[Any]:
+        """Its configuration."""
+
+
+C = TypeVar("C", bound=Cell)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A norm and further keys of the config."""
+
+    text: str
+    """As it was asked for: NAME, or NAME:key=value,key=value."""
+    overrides: tuple[str, ...]
+    slug: str
+    """The text, fit for a folder's name."""
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[C]):
+    """What is known of a cell. Scores are shares (0 to 1)."""
+
+    cell: C
+    state: Literal["done", "partly", "open", "failed"]
+    reason: str = ""
+    """Why it failed."""
+    epoch: float = 0.0
+    """Epochs that are logged."""
+    step: int = 0
+    last: float | None = None
+    """Score after the last step."""
+    scalars: Mapping[str, Any] = field(default_factory=dict)
+    """All that was scored then."""
+    best: float | None = None
+    """The highest score of all evaluations."""
+    best_step: int | None = None
+    seconds: float | None = None
+    """Of training, without evaluations and checkpoints."""
+    memory: int | None = None
+    """Peak in bytes: of the GPU, or of the process without one."""
+    parameters: int | None = None
+
+
+def variant(text: str, option: str, check: Callable[[str, Sequence[str]], None]) -> Variant:
+    """The variant that a text names; `check` looks at its keys.
+
+    Raises:
+        UserError: it is neither NAME nor NAME:key=value.
+    """
+    name, colon, rest = text.partition(":")
+    keys = re.split(r",(?![^\[{(]*[\]})])", rest) if colon else []  # not at a comma inside brackets
+    if not name or any("=" not in key for key in keys):
+        raise UserError(f"{option}: found {text!r}, expected NAME or NAME:key=value[,key=value], as bn:optim.lr=0.02")
+    check(f"{option}: {text}", keys)
+    slug = re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("_")
+    return Variant(text, (f"norm.name={name}", *(key.strip() for key in keys)), slug)
+
+
+def check_distinct(option: str, given: Sequence[Any]) -> None:
+    """Raises UserError if something is there twice."""
+    if twice := [str(one) for one in dict.fromkeys(given) if list(given).count(one) > 1]:
+        raise UserError(f"{option}: {', '.join(twice)} is there twice")
+
+
+def look(cell: C) -> Outcome[C]:
+    """What a cell's work directory says.
+
+    Raises:
+        UserError: it holds a run of another configuration.
+    """
+    length = cell.loaded.config.length
+    scored = runs.evaluations(cell.run)
+    key = length.unit.removesuffix("s")
+    final = next((row for row in scored if row[key] >= length.value), None)
+    if final is None and not any((cell.run / name).exists() for name in (LAST, BEST)):
+        return Outcome(cell, "open")
+    stored = runs.config(cell.run)
+    if wrong := differences(stored, cell.loaded.config.model_dump(mode="json")):
+        raise UserError(
+            f"{cell.run}: was trained with another configuration:\n  " + "\n  ".join(wrong) + "\n  give the same "
+            "settings, or choose another --out"
+        )
+    rows = runs.timed(read_metrics(cell.run / METRICS), int(stored["batch_size"]))
+    reached: dict[str, Any] = max(rows, key=lambda row: row["step"], default={})
+    top = runs.best_evaluation(cell.run) if scored else None
+    return Outcome(
+        cell,
+        "partly" if final is None else "done",
+        epoch=reached.get("epoch", 0.0),
+        step=reached.get("step", 0),
+        last=None if final is None else float(final["score"]),
+        scalars={} if final is None else final["scalars"],
+        best=None if top is None else float(top["score"]),
+        best_step=None if top is None else top["step"],
+        seconds=reached.get("seconds"),
+        memory=max((row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row), default=None),
+    )
+
+
+def listing(todo: Sequence[C]) -> str:
+    """Every cell, whether it is done, and where it is. Raises UserError as `look`."""
+    lines = []
+    for cell in todo:
+        found = look(cell)
+        done = {"done": f"done, {100 * (found.last or 0):.2f} %", "partly": f"partly, epoch {found.epoch:.2f}"}
+        lines.append(f"{cell.name}: {done.get(found.state, found.state)}  {cell.run}")
+    return "\n".join(lines)
+
+
+def train_missing(
+    todo: Sequence[C],
+    known: MutableMapping[Any, Outcome[C]],
+    train: Callable[[C], tuple[Outcome[C], bool]],
+    write: Callable[[], None],
+    say: Callable[[str], None],
+) -> bool:
+    """Train the cells that are not done.
+
+    Args:
+        todo: all cells.
+        known: their outcomes by `key`, changed in place.
+        train: trains a cell, or goes on with it; the outcome and whether a signal stopped it.
+        write: called before the first and after each cell.
+        say: gets a line for each.
+
+    Returns:
+        Whether a signal stopped it.
+    """
+    write()
+    for number, cell in enumerate(todo, 1):
+        if known[cell.key].state == "done":
+            continue
+        say(f"\n[{number}/{len(todo)}] {cell.name}: {cell.run}")
+        known[cell.key], stopped = train(cell)
+        write()
+        if stopped:
+            return True
+    return False
+
+
+def mean_and_deviation(shares: Sequence[float]) -> str:
+    """Of scores, in percent."""
+    mean = f"{100 * statistics.fmean(shares):.2f}"
+    return mean if len(shares) < 2 else f"{mean} ± {100 * statistics.stdev(shares):.2f}"
+
+
+def short(reason: str) -> str:
+    """What happened, for a cell of a table, without the advice after it."""
+    flat = reason.partition("; ")[0].replace("|", "/")
+    return flat if len(flat) <= _LONGEST_REASON else flat[: _LONGEST_REASON - 3] + "..."
+
+
+def table_row(words: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(words) + " |"
+
+
+def table_head(words: Sequence[str], left: int = 1) -> list[str]:
+    """The first two lines of a Markdown table whose columns, but for the first `left`, hold numbers."""
+    return [table_row(words), table_row(["---"] * left + ["---:"] * (len(words) - left))]
