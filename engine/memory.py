@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import resource
 import sys
 from collections.abc import Callable
@@ -24,9 +23,8 @@ def allocated(call: Callable[[], Any], device: torch.device) -> Allocated:
     """What tensors take while `call` runs, with the buffers that torch's operations allocate by its allocator.
 
     On a CPU libraries' own buffers, such as oneDNN's, are not seen, and what is given back only counts if it was taken
-    under this function too.
+    under this function too. Garbage in cycles is better collected before.
     """
-    gc.collect()  # what nobody holds any more must not be given back meanwhile
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

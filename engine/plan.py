@@ -7,6 +7,7 @@ phase whose peak grows slowly (the update) hides another one that grows faster (
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Callable
@@ -244,6 +245,10 @@ def make_plan(work: Workload, budget: int, seconds: float = 60.0) -> Plan:
                 plan.remarks.append(str(error).partition("; ")[0])
         if device.type == "cuda":
             plan.process = _beside_tensors(device)
+        else:
+            plan.remarks.append(
+                "a process on a CPU takes some tenths of a GiB more: buffers of libraries, the loader, validation"
+            )
     plan.seconds = time.monotonic() - start
     return plan
 
@@ -272,6 +277,7 @@ def _measure(work: Workload, plan: Plan, checkpointing: bool, share: int, second
                 return
         before = time.monotonic()
         try:
+            gc.collect()  # else the network before this one might be given back meanwhile
             trial = _Trial(work, checkpointing)
             curve.measured[size] = trial.measure(size)
             plan.parts = trial.parts()

@@ -1,0 +1,29 @@
+"""The memory plan of a classifier; no image is read."""
+
+from pathlib import Path
+
+from classify.config import ClassifyConfig
+from classify.plan import plan, workload
+from engine.config import load
+
+CONFIG = """
+task: classify
+length: 2 steps
+batch_size: 8
+data: {name: mnist, root: ROOT}
+model: {name: lenet}
+runtime: {workers: 0, device: cpu, threads: 1}
+"""
+
+
+def test_a_classifier_is_planned_without_its_data(tmp_path: Path):
+    (tmp_path / "tiny.yaml").write_text(CONFIG.replace("ROOT", str(tmp_path / "nowhere")))
+    loaded = load(tmp_path / "tiny.yaml", [], ClassifyConfig)
+    batch = workload(loaded.config).batch(3)
+    info = batch["image"].shape
+    assert info[:2] == (3, 1) and batch["target"].shape == (3,)
+    found = plan(loaded, 2**40)
+    choice = found.choice()
+    assert choice is not None and (choice.micro_batch, choice.accumulation) == (8, 1)
+    assert found.parts.optimizer == found.parts.parameters  # one momentum
+    assert sorted(found.curves[False].measured) == [1, 2, 4, 8]

@@ -1,0 +1,67 @@
+"""The memory plan of a segmentation config, and the program that prints it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.config import load
+from seg.config import SegConfig
+from seg.plan import plan, workload
+from tools import train as program
+
+CONFIG = """
+task: seg
+length: 2 steps
+batch_size: 4
+data: {crop: [64, 96]}
+model: {name: lraspp_mobilenet_v3_large, output_stride: 16}
+norm: {name: deconv, block: 16}
+runtime: {workers: 0, device: cpu, threads: 1}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    return tmp_path / "tiny.yaml"
+
+
+def test_a_batch_has_the_crops_size_and_the_tables_classes(config: Path):
+    work = workload(load(config, [], SegConfig).config)
+    batch = work.batch(3)
+    assert batch["image"].shape == (3, 3, 64, 96) and batch["target"].shape == (3, 64, 96)
+    assert int(batch["target"].max()) == 18 and len(batch["name"]) == 3
+
+
+def test_a_larger_crop_takes_more(config: Path):
+    keys = ["batch_size=1", "norm.name=bn"]
+    small = plan(load(config, keys, SegConfig), 2**40)
+    large = plan(load(config, [*keys, "data.crop=[128,192]"], SegConfig), 2**40)
+    assert large.parts == small.parts
+    assert large.curves[False].step(1, 1) > 1.5 * small.curves[False].step(1, 1)
+
+
+@pytest.mark.parametrize("size, status, text", [("4GiB", 0, "micro_batch=2"), ("1MiB", 1, "nothing fits into 1.0 MiB")])
+def test_the_program_prints_the_plan_and_trains_nothing(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    size: str,
+    status: int,
+    text: str,
+):
+    monkeypatch.chdir(config.parent)
+    monkeypatch.setattr(sys, "argv", ["train.py", "tiny.yaml", "batch_size=2", "--plan", size])
+    assert program.main() == status
+    out = capsys.readouterr().out
+    assert out.startswith("memory of a training step, images of 3 x 64 x 96, norm deconv, on cpu:") and text in out
+    assert [path.name for path in config.parent.iterdir()] == ["tiny.yaml"]
+
+
+def test_a_wrong_size_is_one_line(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["train.py", str(config), "--plan", "much"])
+    assert program.main() == 2
+    assert capsys.readouterr().err == (
+        "error: --plan: found 'much', expected a size of memory with its unit, such as 11GiB or 900MiB\n"
+    )
