@@ -333,11 +333,10 @@ def _instance_rows(pred: Tensor, instances: Tensor) -> Iterator[tuple[int, npt.N
     """Each instance id above 1000 with its pixels by predicted label id, (34,)."""
     table: npt.NDArray[np.int64]
     if pred.device.type == "cpu":  # numpy selects ten times as fast as torch here
-        ids = instances.numpy().ravel()
-        inside = np.flatnonzero(ids > 1000)
-        joint = ids[inside].astype(np.int64) * NUM_LABELS + pred.numpy().ravel()[inside]
-        low = int(joint.min()) // NUM_LABELS if joint.size else 0
-        table = np.bincount(joint - low * NUM_LABELS)
+        objects = instances.numpy() > 1000
+        inside = instances.numpy()[objects]
+        low = int(inside.min()) if inside.size else 0
+        table = np.bincount((inside - low).astype(np.int64) * NUM_LABELS + pred.numpy()[objects])
     else:
         mask = instances > 1000
         pairs = instances[mask].long() * NUM_LABELS + pred[mask]
