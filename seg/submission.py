@@ -26,7 +26,7 @@ from engine.images import check_writable, write_bytes, write_png
 from seg.averaging import Averaged, Views, predictor_of
 from seg.config import SegConfig
 from seg.data import EvalBatches, Sample, eval_batches
-from seg.labels import TRAIN_LABEL_IDS, to_label_ids
+from seg.labels import CITYSCAPES, TRAIN_LABEL_IDS, table_of, to_label_ids
 from seg.per_image import told
 from seg.predict import Predictor
 
@@ -57,8 +57,8 @@ def submit(
         say: takes a line of progress.
 
     Raises:
-        UserError: no test images, names that the server would not find, a place that can't be written, a part of
-            another checkpoint, or a check that failed.
+        UserError: a network of other classes, no test images, names that the server would not find, a place that can't
+            be written, a part of another checkpoint, or a check that failed.
     """
     from engine.prepare import session
     from seg.models import from_checkpoint
@@ -67,7 +67,12 @@ def submit(
         raise UserError(f"--out: {out}; expected a name that ends in .zip")
     if out.is_dir():
         raise UserError(f"--out: {out} is a folder; expected the name of a zip file")
-    model, cfg, _ = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    if (its := table_of(meta)).classes != CITYSCAPES.classes:
+        raise UserError(
+            f"{path}: predicts the {its.num_classes} classes of {its.name}; the Cityscapes test server takes its own "
+            f"{CITYSCAPES.num_classes}. Train with data.name=cityscapes, or write labels with tools/predict.py."
+        )
     with session(cfg.runtime) as device:
         if distributed.world_size() > 1:
             raise UserError("submit: works in one process; start it without torchrun")

@@ -33,9 +33,7 @@ def test_all_directions_are_the_running_average_itself():
     held, now = torch.eye(20, dtype=D64), covariance()
     for rate in (1.0, 0.3, 0.3):
         held = (1 - rate) * held + rate * now
-        basis, values, rest = leading.renew(
-            basis, values, rest, patches_of(now), torch.zeros((), dtype=D64), rate
-        )
+        basis, values, rest = leading.renew(basis, values, rest, patches_of(now), torch.zeros((), dtype=D64), rate)
         torch.testing.assert_close((basis * values) @ basis.mT, held)
         now = now.flip(0, 1)
 

@@ -15,15 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from engine import checkpoint
+from engine.config import from_dict
 from engine.errors import UserError
 from seg import sample, submission
 from seg.averaging import Views
 from seg.config import SegConfig
 from seg.data import Cityscapes, read_rgb
+from seg.label_tables import TABLES
 from seg.labels import TRAIN_LABEL_IDS, to_label_ids
-from seg.models import from_checkpoint
+from seg.models import build, from_checkpoint
 from seg.predict import Predictor
 
 TOOL = Path(submission.__file__).parents[1] / "tools" / "submit.py"
@@ -193,3 +197,20 @@ def test_the_program(
     assert "s.zip: 1 images of 128 x 64 pixels" in capsys.readouterr().out and len(made(tmp_path / "s.zip")) == 1
     monkeypatch.setattr(sys, "argv", [*call, "--device", "cpu", "data.root=/nowhere"])
     assert tool.main() == 2 and "/nowhere (data.root): no such folder" in capsys.readouterr().err
+
+
+def test_a_network_of_other_classes_is_refused(small_checkpoint: Path, root: Path, tmp_path: Path) -> None:
+    """Its train ids would be written as label ids of Cityscapes' classes."""
+    state = checkpoint.load(small_checkpoint)
+    state["meta"] = {"classes": list(TABLES["camvid"].classes), "labels": TABLES["camvid"].to_plain()}
+    cfg = from_dict(state["config"], ["data.name=camvid"], SegConfig, "test").config
+    state["config"] = cfg.model_dump(mode="json")
+    torch.manual_seed(0)
+    state["model"] = build(cfg.model, TABLES["camvid"].num_classes, pretrained=False).state_dict()
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, {key: state[key] for key in checkpoint.KEYS})
+    with pytest.raises(
+        UserError, match="predicts the 11 classes of CamVid; the Cityscapes test server"
+    ):
+        submission.submit(path, tmp_path / "s.zip", [f"data.root={root}"])
+    assert not (tmp_path / "s.zip").exists()
