@@ -25,7 +25,7 @@ from seg.boundary import BoundaryIoU
 from seg.calibration import Calibration, Calibrator, halves
 from seg.config import SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
-from seg.labels import TRAIN_CLASSES, to_label_ids, to_train_ids
+from seg.labels import scored_table, table
 from seg.metrics import ConfusionMatrix, Scores, mean
 from seg.per_image import Ids, ImageScores, told
 from seg.predict import Predictor
@@ -115,7 +115,8 @@ def write_card(
     from seg.html import write
     from seg.models import from_checkpoint
 
-    model, cfg, _ = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    classes = scored_table(cfg.data, meta, path).num_classes
     with session(cfg.runtime) as device:
         if distributed.world_size() > 1:
             raise UserError("--card: measures in one process; start it without torchrun")
@@ -133,7 +134,7 @@ def write_card(
             robustness = measure(
                 predictor,
                 items,
-                len(TRAIN_CLASSES),
+                classes,
                 seed=cfg.runtime.seed,
                 wrap=lambda found: told(found, len(chosen), "corrupted images"),
             )
@@ -149,8 +150,9 @@ def measure_split(
     predictor: Predictor | Averaged, cfg: SegConfig, samples: Sequence[Sample]
 ) -> tuple[Scores, BoundaryIoU, Calibration, ImageScores, list[Example]]:
     """Everything but the robustness, each image predicted once and the worst ones once more."""
-    confusion, boundary = ConfusionMatrix(), BoundaryIoU(TRAIN_CLASSES)
-    images, calibrator = ImageScores(TRAIN_CLASSES), Calibrator(seed=cfg.runtime.seed)
+    labels = table(cfg.data)
+    confusion, boundary = ConfusionMatrix(labels=labels), BoundaryIoU(labels.classes)
+    images, calibrator = ImageScores(labels.classes), Calibrator(seed=cfg.runtime.seed)
     if len(samples) < 2:
         raise UserError(
             f"{cfg.data.root}: the split has {len(samples)} image, a card needs at least 2: the temperature of the "
@@ -162,10 +164,10 @@ def measure_split(
     every = (item for items in batches for item in items)
     for number, item in zip(order, told(every, len(samples), "images"), strict=True):
         sample, label = item["sample"], item["label"]
-        truth = to_train_ids(label, sample.label)
+        truth = labels.to_train_ids(label, sample.label)
         probabilities = predictor.probabilities(item["image"])
         ids = probabilities.max(0).indices.to(torch.uint8).cpu().numpy()
-        confusion.update(to_label_ids(ids), label, item["instance"], name=str(sample.label))
+        confusion.update(labels.to_label_ids(ids), label, item["instance"], name=str(sample.label))
         boundary.update(ids, truth)
         images.update(ids, truth, sample)
         logs = probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
@@ -235,9 +237,10 @@ def config_text(cfg: SegConfig) -> str:
 
 
 def _truths(samples: Sequence[Sample], cfg: SegConfig) -> Iterator[tuple[Sample, Rgb, Ids]]:
+    labels = table(cfg.data)
     for items in EvalBatches(samples, cfg, 1, 0):
         for item in items:
-            yield item["sample"], item["image"], to_train_ids(item["label"], item["sample"].label)
+            yield item["sample"], item["image"], labels.to_train_ids(item["label"], item["sample"].label)
 
 
 def _null(value: float) -> float | None:

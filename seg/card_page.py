@@ -11,7 +11,6 @@ from seg import draw
 from seg.card import Card
 from seg.corruptions import CORRUPTIONS, corrupt
 from seg.html import chart, folded, page, paragraph, percent, picture, row, saved, section, table
-from seg.labels import TRAIN_LABEL_IDS
 from seg.metrics import mean
 from seg.robustness import Robustness
 
@@ -46,10 +45,9 @@ def _classes(card: Card) -> str:
     rows = []
     for i, (name, iou) in enumerate(scores.class_iou.items()):
         values = iou, boundary[name], scores.class_iiou.get(name, math.nan), scores.class_accuracy[name]
-        pixels = int(scores.matrix[TRAIN_LABEL_IDS[i]].sum())
+        pixels = int(scores.matrix[list(scores.labels.groups[i])].sum())
         rows.append([name, *map(percent, values), f"{pixels:,}"])
-    ids = list(TRAIN_LABEL_IDS)
-    matrix = scores.matrix[np.ix_(ids, ids)]
+    matrix = scores.class_matrix()
     both = {"IoU": scores.class_iou, "boundary IoU": boundary}
 
     def bars(figure: Any) -> None:
@@ -92,7 +90,7 @@ def _calibration(card: Card) -> str:
 
 
 def _images(card: Card) -> str:
-    images = card.images
+    images, colors = card.images, card.scores.labels.colors
     values = [one.mean_iou for one in images.images if not math.isnan(one.mean_iou)]
     cities = [[c.name, c.images, percent(c.mean_iou), percent(c.wrong)] for c in images.cities()]
     worst = [[o.name, o.city, percent(o.mean_iou), percent(o.wrong)] for o in images.worst(10)]
@@ -108,8 +106,8 @@ def _images(card: Card) -> str:
             one.name,
             row(
                 picture(one.image, "image", photo=True, max_width=370),
-                picture(draw.colorize(one.truth), "truth (black: void)", max_width=370),
-                picture(draw.colorize(one.prediction), "prediction", max_width=370),
+                picture(draw.colorize(one.truth, colors), "truth (black: void)", max_width=370),
+                picture(draw.colorize(one.prediction, colors), "prediction", max_width=370),
             ),
             level=3,
         )

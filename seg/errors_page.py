@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from engine import distributed
 from engine.errors import UserError
 from engine.images import check_writable
-from seg import draw
+from seg import draw, labels
 from seg.averaging import Averaged, Views, predictor_of
 from seg.card import describe, labelled
 from seg.config import SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
 from seg.html import page, paragraph, percent, picture, row, section, table
-from seg.labels import IGNORE, TRAIN_CLASSES, to_train_ids
+from seg.labels import IGNORE, scored_table
 from seg.per_image import Ids, ImageScore, ImageScores, told
 from seg.predict import Predictor
 
@@ -119,7 +119,8 @@ def write_errors(
         raise UserError(f"--worst, --suspects: found {min(worst, suspects)}, expected 0 or more")
     if out.is_dir():
         raise UserError(f"--out: {out} is a folder; expected the name of a page, such as errors.html")
-    model, cfg, _ = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    scored_table(cfg.data, meta, path)
     with session(cfg.runtime) as device:
         if distributed.world_size() > 1:
             raise UserError("errors: works in one process; start it without torchrun")
@@ -139,12 +140,13 @@ def write_errors(
 
 def search(predictor: Predictor | Averaged, cfg: SegConfig, samples: Sequence[Sample]) -> Findings:
     """One pass over the samples, all of which have labels."""
-    found = Findings()
+    known = labels.table(cfg.data)
+    found = Findings(ImageScores(known.classes))
     batches = EvalBatches(samples, cfg, 1, 0)
     every = (item for items in batches for item in items)
     for item in told(every, len(samples), "images"):
         sample = item["sample"]
-        truth = to_train_ids(item["label"], sample.label)
+        truth = known.to_train_ids(item["label"], sample.label)
         best, ids = predictor.probabilities(item["image"]).max(0)
         prediction, sure = ids.to(torch.uint8).cpu().numpy(), best.cpu().numpy()
         one = found.images.update(prediction, truth, sample)
@@ -216,7 +218,7 @@ class _Pictures:
     """Reads and predicts the images that are shown; keeps the last one."""
 
     def __init__(self, predictor: Predictor | Averaged, cfg: SegConfig, samples: Sequence[Sample]) -> None:
-        self.predictor, self.cfg = predictor, cfg
+        self.predictor, self.labels = predictor, labels.table(cfg.data)
         self.samples = {(sample.city, sample.name): sample for sample in samples}
         self._last: tuple[Sample, tuple[Rgb, Ids, Ids]] | None = None
 
@@ -226,17 +228,17 @@ class _Pictures:
             from seg.data import read_pair
 
             image, label = read_pair(sample)
-            truth = to_train_ids(label, str(sample.label))
+            truth = self.labels.to_train_ids(label, str(sample.label))
             self._last = sample, (image, truth, self.predictor.predict(image))
         return self._last[1]
 
 
 def document(found: Findings, facts: dict[str, str], pictures: _Pictures, worst: int, by: str, suspects: int) -> str:
     """The page."""
-    largest = found.largest(_PAIRS)
+    largest, names = found.largest(_PAIRS), found.images.classes
     total = sum(int(one.matrix.sum()) for one in found.images.images)
     rows = [
-        [TRAIN_CLASSES[true], TRAIN_CLASSES[predicted], f"{pixels:,}", percent(pixels / max(1, total))]
+        [names[true], names[predicted], f"{pixels:,}", percent(pixels / max(1, total))]
         for true, predicted, pixels in largest
     ]
     shown = min(suspects, len(found.suspects))
@@ -268,38 +270,41 @@ def _worst(found: Findings, pictures: _Pictures, wanted: int, by: str) -> list[s
     for one in sorted(scored, key=lambda one: (key(one), one.name))[:wanted]:
         image, truth, prediction = pictures.of(pictures.samples[one.city, one.name])
         title = f"{one.name}: mIoU {percent(one.mean_iou)}%, wrong pixels {percent(one.wrong)}%"
-        parts.append(section(title, _beside(image, truth, prediction, 285), level=3))
+        parts.append(section(title, _beside(image, truth, prediction, pictures.labels.colors), level=3))
     return parts or [paragraph("No image has valid pixels." if not scored else "None asked for.")]
 
 
 def _confusion(found: Findings, pictures: _Pictures, true: int, predicted: int) -> str:
+    names = pictures.labels.classes
     crops = [_crop(pictures, region, level=4) for region in found.confusions[true, predicted]]
-    return section(f"{TRAIN_CLASSES[true]} taken for {TRAIN_CLASSES[predicted]}", *crops, level=3)
+    return section(f"{names[true]} taken for {names[predicted]}", *crops, level=3)
 
 
 def _crop(pictures: _Pictures, region: Region, level: int = 3) -> str:
     """Image, truth, prediction around a region, whose contour is drawn in the image."""
+    names = pictures.labels.classes
     image, truth, prediction = pictures.of(region.sample)
     window = around(region.box, truth.shape[0], truth.shape[1])
     mask = ((truth == region.true) & (prediction == region.predicted)).astype(np.uint8)[window]
     contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     marked = cv2.drawContours(np.ascontiguousarray(image[window]), contours, -1, _RED, 1).astype(np.uint8, copy=False)
     title = (
-        f"{region.sample.name}: label {TRAIN_CLASSES[region.true]}, predicted {TRAIN_CLASSES[region.predicted]}, "
+        f"{region.sample.name}: label {names[region.true]}, predicted {names[region.predicted]}, "
         f"{region.area:,} pixels at row {region.box[0]}, column {region.box[1]}, mean probability {region.sure:.2f}"
     )
-    return section(title, _beside(marked, truth[window], prediction[window], 285), level=level)
+    return section(title, _beside(marked, truth[window], prediction[window], pictures.labels.colors), level=level)
 
 
-def _beside(image: Rgb, truth: Ids, prediction: Ids, width: int) -> str:
+def _beside(image: Rgb, truth: Ids, prediction: Ids, colors: Ids) -> str:
+    width = 285
     wrong = np.zeros((*truth.shape, 3), np.uint8)
     wrong[truth == IGNORE] = 60
     wrong[truth == prediction] = 160
     wrong[(truth != prediction) & (truth != IGNORE)] = _RED
     return row(
         picture(_enlarged(image), "image", photo=True, max_width=width),
-        picture(_enlarged(draw.colorize(truth)), "truth (black: void)", max_width=width),
-        picture(_enlarged(draw.colorize(prediction)), "prediction", max_width=width),
+        picture(_enlarged(draw.colorize(truth, colors)), "truth (black: void)", max_width=width),
+        picture(_enlarged(draw.colorize(prediction, colors)), "prediction", max_width=width),
         picture(_enlarged(wrong), "errors red, void dark", max_width=width),
     )
 

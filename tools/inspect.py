@@ -49,6 +49,11 @@ else:
             else from_dict(blank, overrides, SegConfig, "command line")
         )
         data = loaded.config.data
+        if data.name != "cityscapes":
+            raise UserError(
+                f"data.name: {data.name}, but only the Cityscapes layout (leftImg8bit/, gtFine/) can be inspected; a "
+                "training checks the files of the others as it reads them"
+            )
         if args.out:
             if args.out.is_dir():
                 raise UserError(f"--out: {args.out} is a folder; expected the name of a page, such as report.html")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from engine import checkpoint
 from engine.config import load
 from engine.errors import UserError
-from seg import data, datasets, evaluate, losses, train
+from seg import card, data, datasets, errors_page, evaluate, losses, train
 from seg.compare import compare
 from seg.config import SegConfig
 from seg.labels import table, table_of
@@ -436,6 +437,19 @@ def test_predictions_are_written_with_the_runs_own_ids_even_without_the_data(own
 def test_runs_on_one_table_are_compared(own: Path, tmp_path: Path) -> None:
     text = compare([own / "work", own / "work"], ["a", "b"], tmp_path / "c.png", examples=2)
     assert "best mIoU" in text and min(Image.open(tmp_path / "c.png").size) > 300
+
+
+def test_the_pages_name_the_runs_own_classes(own: Path, tmp_path: Path) -> None:
+    path, scores = own / "work/best.pt", evaluate.evaluate_checkpoint(own / "work/best.pt")
+    assert scores is not None
+    card.write_card(path, out=tmp_path)
+    found = json.loads((tmp_path / "card.json").read_text())
+    assert list(found["boundaryIoU"]["classes"]) == ["car", "road", "unicorn"]
+    assert found["scores"] == json.loads(json.dumps(scores[0].to_json()))
+    errors_page.write_errors(path, tmp_path / "errors.html")
+    assert "unicorn" in (tmp_path / "card.html").read_text()
+    pairs = re.findall(r">(\w+) taken for (\w+)<", (tmp_path / "errors.html").read_text())
+    assert pairs and {name for pair in pairs for name in pair} <= {"car", "road", "unicorn"}
 
 
 def test_another_table_than_the_runs_is_refused(own: Path, tmp_path: Path) -> None:

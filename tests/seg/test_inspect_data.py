@@ -226,6 +226,7 @@ def test_the_program(sample_root: Path, copy: Path, tmp_path: Path) -> None:
     [
         (["data.root=/nowhere"], "error: /nowhere (data.root): no such folder"),
         (["data.roott=/x"], "did you mean data.root?"),
+        (["data.name=voc", "data.root=/tmp"], "data.name: voc, but only the Cityscapes layout"),
         (["a.yaml", "b.yaml"], "a.yaml, b.yaml: more than one config"),
         (["data.root=/tmp", "--out", "/proc/x.html"], "error: /proc: cannot write there"),
         (["data.root=/tmp", "--out", "/tmp"], "--out: /tmp is a folder"),

@@ -209,8 +209,6 @@ def test_a_network_of_other_classes_is_refused(small_checkpoint: Path, root: Pat
     state["model"] = build(cfg.model, TABLES["camvid"].num_classes, pretrained=False).state_dict()
     path = tmp_path / "best.pt"
     checkpoint.save(path, {key: state[key] for key in checkpoint.KEYS})
-    with pytest.raises(
-        UserError, match="predicts the 11 classes of CamVid; the Cityscapes test server"
-    ):
+    with pytest.raises(UserError, match="predicts the 11 classes of CamVid; the Cityscapes test server"):
         submission.submit(path, tmp_path / "s.zip", [f"data.root={root}"])
     assert not (tmp_path / "s.zip").exists()
