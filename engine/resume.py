@@ -19,6 +19,7 @@ FREE = (  # may differ when a run goes on ...
     "report.",
     "length",
     "data.root",
+    "data.labels",
     "data.download",
     "data.check_files",
     "data.eval_batch_size",

@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, program
+from engine.errors import program
+from seg.view_options import add_view_options, views
 
 
 @program
@@ -25,19 +26,12 @@ def main() -> int:
     parser.add_argument("--worst", type=int, default=8, metavar="N", help="images shown (%(default)s)")
     parser.add_argument("--by", default="miou", help="worst by miou or by wrong pixels: miou, pixels (%(default)s)")
     parser.add_argument("--suspects", type=int, default=12, metavar="N", help="label errors shown (%(default)s)")
-    parser.add_argument("--scales", nargs="+", type=float, default=[1.0], metavar="S", help="average over these scales")
-    parser.add_argument("--flip", action="store_true", help="average over each scale and its mirror image")
-    parser.add_argument("--sliding-window", action="store_true", help="average over overlapping windows")
+    add_view_options(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="same as runtime.device=...")
     parser.add_argument(
         "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
     )
     args = parser.parse_intermixed_args()
-    from engine.checkpoint import task
-
-    if (found := task(args.checkpoint)) != "seg":
-        raise UserError(f"{args.checkpoint}: a checkpoint of the task {found!r}, expected a segmentation network")
-    from seg.averaging import Views
     from seg.errors_page import write_errors
 
     overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])
@@ -49,7 +43,7 @@ def main() -> int:
         worst=args.worst,
         by=args.by,
         suspects=args.suspects,
-        views=Views(tuple(args.scales), args.flip, args.sliding_window),
+        views=views(args),
         allow_imports=args.allow_imports,
     )
     print(text)

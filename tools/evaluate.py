@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.errors import UserError, program
+from seg.view_options import add_view_options, views
 
 
 @program
@@ -37,17 +38,11 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, help="folder for pictures (default with a checkpoint: scores_SPLIT beside it)"
     )
-    views = parser.add_argument_group("segmentation networks")
-    views.add_argument("--scales", nargs="+", type=float, metavar="S", help="average over these scales (1.0)")
-    views.add_argument("--flip", action="store_true", help="average over each scale and its mirror image")
-    views.add_argument(
-        "--sliding-window",
-        action="store_true",
-        help="average over overlapping windows: predict.window, or of the size of a training crop",
-    )
-    views.add_argument("--card", action="store_true", help="write the reliability card: card.html, card.json in --out")
-    views.add_argument("--corruptions", action="store_true", help="with --card: robustness (65 more passes)")
-    views.add_argument(
+    group = parser.add_argument_group("segmentation networks")
+    add_view_options(group)
+    group.add_argument("--card", action="store_true", help="write the reliability card: card.html, card.json in --out")
+    group.add_argument("--corruptions", action="store_true", help="with --card: robustness (65 more passes)")
+    group.add_argument(
         "--corruption-images", type=int, metavar="N", help="with --corruptions: of N images only, evenly spread"
     )
     args = parser.parse_intermixed_args()
@@ -86,11 +81,11 @@ def main() -> int:
 def _segmentation(args: argparse.Namespace) -> None:
     from seg.averaging import Views
 
-    views = Views(tuple(args.scales or (1.0,)), args.flip, args.sliding_window)
     if not args.card:
         from seg.evaluate import evaluate_and_report
 
-        chosen = views if views != Views() else None
+        asked = views(args)
+        chosen = asked if asked != Views() else None
         evaluate_and_report(args.checkpoint, args.overrides, args.split, views=chosen, **_files(args))
         return
     from seg.card import write_card
@@ -100,7 +95,7 @@ def _segmentation(args: argparse.Namespace) -> None:
             args.checkpoint,
             args.overrides,
             args.split,
-            views=views,
+            views=views(args),
             corruptions=args.corruptions,
             corruption_images=args.corruption_images,
             **_files(args),

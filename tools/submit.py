@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, program
+from engine.errors import program
+from seg.view_options import add_view_options, views
 
 
 @program
@@ -23,24 +24,16 @@ def main() -> int:
     parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a segmentation run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to its config")
     parser.add_argument("--out", type=Path, required=True, help="zip file to write")
-    parser.add_argument("--scales", nargs="+", type=float, default=[1.0], metavar="S", help="average over these scales")
-    parser.add_argument("--flip", action="store_true", help="average over each scale and its mirror image")
-    parser.add_argument("--sliding-window", action="store_true", help="average over overlapping windows")
+    add_view_options(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="same as runtime.device=...")
     parser.add_argument(
         "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
     )
     args = parser.parse_intermixed_args()
-    from engine.checkpoint import task
-
-    if (found := task(args.checkpoint)) != "seg":
-        raise UserError(f"{args.checkpoint}: a checkpoint of the task {found!r}, expected a segmentation network")
-    from seg.averaging import Views
     from seg.submission import submit
 
     overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])
-    views = Views(tuple(args.scales), args.flip, args.sliding_window)
-    print(submit(args.checkpoint, args.out, overrides, views=views, allow_imports=args.allow_imports))
+    print(submit(args.checkpoint, args.out, overrides, views=views(args), allow_imports=args.allow_imports))
     return 0
 
 
