@@ -92,10 +92,8 @@ class _FoldedConv(torch.autograd.Function):
         if not wanted:
             return (to_x, *[None] * 8)
         wide, (dtype, bias_dtype) = folded.dtype, ctx.dtypes
-        to_weight, to_found = whitening.fold_gradient(
+        to = whitening.fold_gradient(
             to_folded.to(wide), to_bias.to(wide), weight.to(wide), folded, found, how.groups, how.grouping
         )
-        to_scale = to_found.scale
-        to_deconv = to_found.deconv if found.gains is None else None
         bias_grad = None if bias_dtype is None else to_bias.to(bias_dtype)
-        return to_x, to_weight.to(dtype), bias_grad, to_found.mean, to_deconv, None, to_scale, None, None
+        return to_x, to.weight.to(dtype), bias_grad, to.mean, to.deconv, None, to.scale, None, None

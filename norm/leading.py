@@ -27,7 +27,7 @@ def renew(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """basis, values and rest of (1 - rate) times the covariance held and `rate` times that of `patches`.
 
-    One step of orthogonal iteration from the directions held (Golub and Van Loan, Matrix Computations, 8.2.4), or
+    One step of orthogonal iteration from the directions held (Golub and Van Loan, Matrix Computations, section 8.2), or
     `passes` of them, and the Rayleigh-Ritz values there; no matrix of F x F is made. With r = F it is exact.
 
     Args:
@@ -53,8 +53,8 @@ def renew(
     small = (1 - rate) * (inside.mT @ ((values[..., None] - rest_held) * inside)) + rate * (rows.mT @ rows)
     small.diagonal(dim1=-2, dim2=-1).add_(((1 - rate) * rest_held + rate * ridge)[..., 0])
     values, turn = torch.linalg.eigh(small)
-    trace = features  # of any covariance over its scale
-    rest = ((trace - values.sum(-1)) / max(1, features - rank)).clamp_(min=0)
+    # the trace of a covariance over its scale is F
+    rest = ((features - values.sum(-1)) / max(1, features - rank)).clamp_(min=0)
     return basis @ turn, values.clamp_(min=0), rest
 
 

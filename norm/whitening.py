@@ -209,6 +209,15 @@ def merge_weight(rows: Tensor, shape: torch.Size, groups: int, grouping: Groupin
     return rows.reshape(shape)
 
 
+class Gradients(NamedTuple):
+    """What `fold_gradient` finds; None for what has no gradient."""
+
+    weight: Tensor
+    mean: Tensor
+    deconv: Tensor | None
+    scale: Tensor | None
+
+
 class Statistics(NamedTuple):
     """What whitens: the patches' mean (F,) or (G F,), and D (F, F) or (G, F, F).
 
@@ -251,8 +260,8 @@ def fold_gradient(
     found: Statistics,
     groups: int,
     grouping: Grouping,
-) -> tuple[Tensor, Statistics]:
-    """Gradients of `fold_weight` in closed form: that of the weight, and those of the statistics in their places.
+) -> Gradients:
+    """Gradients of `fold_weight` in closed form.
 
     Args:
         to_folded, to_bias: gradients of what `fold_weight` returned; `to_folded` is overwritten.
@@ -271,11 +280,11 @@ def fold_gradient(
         rows.addr_(to_offset[:, 0], mean)
     if gains is None or scale is None:
         to_deconv = split_weight(weight, features, groups, grouping).mT @ rows
-        return merge_weight(rows @ deconv.mT, weight.shape, groups, grouping), Statistics(to_mean, to_deconv)
+        return Gradients(merge_weight(rows @ deconv.mT, weight.shape, groups, grouping), to_mean, to_deconv, None)
     flat = (-1,) if groups == 1 else (groups, -1)
     to_scale = torch.linalg.vecdot(rows.reshape(flat), products.reshape(flat)) * (-0.5 / scale)
     rows = leading.times(rows, deconv, gains, scale, in_place=True)
-    return merge_weight(rows, weight.shape, groups, grouping), Statistics(to_mean, deconv, None, to_scale)
+    return Gradients(merge_weight(rows, weight.shape, groups, grouping), to_mean, None, to_scale)
 
 
 def unfold_weight(
