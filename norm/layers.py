@@ -132,7 +132,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
     def _refolds(self, x: Tensor, how: Geometry) -> bool:
         size, kernel = (x.shape[-2], x.shape[-1]), cast(Pair, self.kernel_size)
         positions = sampling.output_size(size, kernel, how.stride, how.padding, how.dilation)
-        products = 2 * self.rank if self.every else self.features
+        products = 3 * self.rank if self.every else self.features  # two thin products take the time of three
         return folded_conv.worth_it(products, len(x), positions)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -89,5 +89,6 @@ def times(rows: Tensor, basis: Tensor, gains: Tensor, scale: Tensor, in_place: b
     inner = (rows @ basis) * (gains[..., None, :-1] / last - 1)
     factor = last * scale.rsqrt()[..., None, None]
     if in_place:
-        return (rows.baddbmm_ if rows.ndim == 3 else rows.addmm_)(inner, basis.mT).mul_(factor)
-    return (torch.baddbmm if rows.ndim == 3 else torch.addmm)(rows, inner, basis.mT) * factor
+        product = rows.baddbmm_ if rows.ndim == 3 else rows.addmm_
+        return product(inner, basis.mT).mul_(factor)
+    return (torch.baddbmm if rows.ndim == 3 else torch.addmm)(rows, inner, basis.mT).mul_(factor)
