@@ -31,8 +31,11 @@ from torch.autograd.function import once_differentiable
 from norm import leading, moments
 from norm.sampling import Grouping, Sampler
 
-_SPECTRAL_SIZE = 128
-"""Features from which an eigendecomposition on a CPU is faster than the products."""
+_SPECTRAL_SIZE, _SPECTRAL_STEPS = 128, 8
+"""Features from which an eigendecomposition on a CPU is faster than the products, and steps up to which it is taken:
+more amplify the rounding of small eigenvalues."""
+_CLOSE = 1e-6
+"""Eigenvalues over |A|_F that differ by less have no divided difference that could be computed."""
 
 
 def mean_and_covariance(patches: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -115,7 +118,8 @@ def inverse_sqrt(matrix: Tensor, n_iter: int) -> Tensor:
     1.5^n_iter / sqrt(|A|_F). The first step needs no product with Z0, the last none for Y: 3 n_iter - 3 products.
     Large matrices on a CPU take the same steps on their eigenvalues (`_Spectral`).
     """
-    large = matrix.device.type == "cpu" and matrix.shape[-1] >= _SPECTRAL_SIZE and not torch.compiler.is_compiling()
+    large = matrix.device.type == "cpu" and matrix.shape[-1] >= _SPECTRAL_SIZE and n_iter <= _SPECTRAL_STEPS
+    large = large and not torch.compiler.is_compiling()
     # what is not finite goes through the products, which hand it on as every layer does
     if large and bool(torch.linalg.matrix_norm(matrix.detach()).isfinite().all()):
         root: Tensor = _Spectral.apply(matrix, n_iter)  # type: ignore[no-untyped-call]
@@ -137,41 +141,46 @@ class _Spectral(torch.autograd.Function):
 
     One eigendecomposition and one product, and four products for the gradient, in place of 3 n_iter - 3 and twice as
     many; V and x are all that is kept. In the basis V, a gradient G of V diag(p(x)) V^T becomes P o G with
-    P_ij = (p(x_i) - p(x_j)) / (x_i - x_j), which is computed without cancellation by the same recursion, with the
-    product rule of divided differences [f g]_ij = f_i [g]_ij + [f]_ij g_j. Equal to the products within rounding; many
-    steps amplify the rounding of small eigenvalues, so they are computed in float64.
+    P_ij = (p(x_i) - p(x_j)) / (x_i - x_j), in float64, and (p'(x_i) + p'(x_j)) / 2 where both are close together: up to
+    8 steps that is right to 1e-6, and equal to the products within rounding.
     """
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, n_iter: int) -> Tensor:
-        wide = matrix.double() if n_iter > 8 else matrix
-        size = torch.linalg.matrix_norm(wide)
-        values, vectors = torch.linalg.eigh(wide / size[..., None, None])
-        y, z = values, torch.ones_like(values)
-        for _ in range(n_iter):
-            t = 1.5 - 0.5 * z * y
-            y, z = y * t, t * z
+        size = torch.linalg.matrix_norm(matrix)
+        values, vectors = torch.linalg.eigh(matrix / size[..., None, None])
+        z, _ = _newton_schulz(values, n_iter)
         ctx.save_for_backward(size, values, vectors)
         ctx.n_iter = n_iter
-        return ((vectors * (z * size.rsqrt().unsqueeze(-1)).unsqueeze(-2)) @ vectors.mT).to(matrix.dtype)
+        return (vectors * (z * size.rsqrt().unsqueeze(-1)).unsqueeze(-2)) @ vectors.mT
 
     @staticmethod
     @once_differentiable  # the decomposition is taken as constant, which a second derivative could not be told
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         size, values, vectors = ctx.saved_tensors
-        y, z = values, torch.ones_like(values)
-        dy, dz = torch.ones_like(vectors), torch.zeros_like(vectors)
-        for _ in range(ctx.n_iter):
-            t = 1.5 - 0.5 * z * y
-            dt = -0.5 * (z.unsqueeze(-1) * dy + dz * y.unsqueeze(-2))
-            dy, dz = y.unsqueeze(-1) * dt + dy * t.unsqueeze(-2), t.unsqueeze(-1) * dz + dt * z.unsqueeze(-2)
-            y, z = y * t, t * z
-        inner = (vectors.mT @ grad.to(vectors.dtype) @ vectors) * size.rsqrt()[..., None, None]
+        x = values.double()
+        z, slope = _newton_schulz(x, ctx.n_iter)
+        apart = x.unsqueeze(-1) - x.unsqueeze(-2)
+        means = (slope.unsqueeze(-1) + slope.unsqueeze(-2)) / 2
+        divided = torch.where(apart.abs() < _CLOSE, means, (z.unsqueeze(-1) - z.unsqueeze(-2)) / apart).to(grad.dtype)
+        z = z.to(grad.dtype)
+        inner = (vectors.mT @ grad @ vectors) * size.rsqrt()[..., None, None]
         through_root = -0.5 * (inner.diagonal(dim1=-2, dim2=-1) * z).sum(-1)  # |A|_F under the root, times |A|_F
-        inner = dz * inner
+        inner = divided * inner
         through_x = -(inner.diagonal(dim1=-2, dim2=-1) * values).sum(-1)  # |A|_F below A, times |A|_F
         inner.diagonal(dim1=-2, dim2=-1).add_((through_x + through_root).unsqueeze(-1) * values)
-        return (vectors @ (inner / size[..., None, None]) @ vectors.mT).to(grad.dtype), None
+        return vectors @ (inner / size[..., None, None]) @ vectors.mT, None
+
+
+def _newton_schulz(x: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
+    """p(x) and its derivative, elementwise."""
+    y, z = x, torch.ones_like(x)
+    dy, dz = torch.ones_like(x), torch.zeros_like(x)
+    for _ in range(n_iter):
+        t, dt = 1.5 - 0.5 * z * y, -0.5 * (dz * y + z * dy)
+        dy, dz = dy * t + y * dt, dt * z + t * dz
+        y, z = y * t, t * z
+    return z, dz
 
 
 def statistics(x: Tensor, sampler: Sampler, eps: float, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,7 +57,7 @@ def test_newton_schulz_is_the_published_recursion_with_gradient(n_iter, batch):
     torch.testing.assert_close(got_grad, want_grad, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("n_iter", [1, 5, 15])
+@pytest.mark.parametrize("n_iter", [1, 5, 8])
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_eigenvalue_form_equals_the_products(n_iter, batch, monkeypatch):
     """As many features as rows, so that the eigenvalues span ten orders of magnitude and some coincide."""
