@@ -11,8 +11,9 @@ import torch
 
 from classify import data, losses, network
 from classify.config import ClassifyConfig
-from engine.optim import build_optimizer, parameter_groups
+from engine.optim import parameter_groups
 from engine.prepare import prepare, session
+from engine.steps import endless, training_step
 
 
 class Row(NamedTuple):
@@ -41,7 +42,7 @@ def measure(cfg: ClassifyConfig, networks: Sequence[str], rounds: int, steps: in
         UserError: as a training with this config.
     """
     with session(cfg.runtime) as device:
-        batches = _endless(data.train_batches(cfg, device))
+        batches = endless(data.train_batches(cfg, device))
         works = {name: _step(cfg, name, next(batches)["image"]) for name in networks}
         steps = steps or (1 if device.type == "cpu" else 10)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
@@ -69,30 +70,11 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _endless(batches: data.TrainBatches) -> Iterator[dict[str, Any]]:
-    epoch = 0
-    while True:
-        yield from batches.epoch(epoch)
-        epoch += 1
-
-
 def _step(cfg: ClassifyConfig, name: str, images: torch.Tensor) -> Callable[[dict[str, Any]], None]:
     """A function that trains on one batch."""
     options = cfg.model.options if name == cfg.model.name else {}
     section = cfg.model.model_copy(update={"name": name, "options": options})
     model, _ = network.build(section, data.describe(cfg.data), pretrained=False)
     prepared = prepare(model, cfg, images=[images])
-    optimizer = build_optimizer(parameter_groups(prepared.raw, cfg.optim, lambda _: True), cfg.optim)
-    loss = losses.build(cfg.loss)
-    prepared.raw.train()
-    dtype = torch.float16 if cfg.runtime.amp == "fp16" else torch.bfloat16
-
-    def step(batch: dict[str, Any]) -> None:
-        moved = {key: batch[key].to(prepared.device) for key in ("image", "target")}
-        with torch.autocast(prepared.device.type, dtype, enabled=cfg.runtime.amp != "none"):
-            found = loss(prepared.wrapped, moved)
-        (found.total / found.weight).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    groups = parameter_groups(prepared.raw, cfg.optim, lambda _: True)
+    return training_step(prepared, cfg, groups, losses.build(cfg.loss))

@@ -11,8 +11,9 @@ import importlib
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -23,8 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engine.images import write_png
-from engine.optim import build_optimizer, parameter_groups
+from engine.optim import parameter_groups
 from engine.prepare import prepare, session
+from engine.steps import endless, training_step
 from seg import losses, models, sample
 from seg.config import SegConfig
 from seg.data import augment, normalize, read_pair, train_batches
@@ -159,7 +161,7 @@ def loader(cfg: SegConfig, rounds: int) -> tuple[list[Row], Stages]:
     """
     with session(cfg.runtime) as device:
         batches = train_batches(cfg)
-        stream = _endless(batches)
+        stream = endless(batches)
         batch = next(stream)
         step = _step(cfg, batch)
         size = len(batch["name"])
@@ -204,31 +206,12 @@ def stages(cfg: SegConfig, rounds: int, images: int = 4) -> Stages:
     return Stages(*(seconds / len(found) for seconds in in_turn(calls, rounds)))
 
 
-def _endless(batches: Any) -> Iterator[dict[str, Any]]:
-    epoch = 0
-    while True:
-        yield from batches.epoch(epoch)
-        epoch += 1
-
-
 def _step(cfg: SegConfig, batch: dict[str, Any]) -> Callable[[], None]:
     """A function that trains on the batch."""
     model = models.build(cfg.model, table(cfg.data).num_classes, pretrained=False)
     prepared = prepare(model, cfg, images=[batch["image"]])
-    optimizer = build_optimizer(parameter_groups(prepared.raw, cfg.optim, models.is_backbone), cfg.optim)
-    loss = losses.build(cfg)
-    prepared.raw.train()
-    dtype = torch.float16 if cfg.runtime.amp == "fp16" else torch.bfloat16
-
-    def step() -> None:
-        moved = {key: one.to(prepared.device) if isinstance(one, Tensor) else one for key, one in batch.items()}
-        with torch.autocast(prepared.device.type, dtype, enabled=cfg.runtime.amp != "none"):
-            found = loss(prepared.wrapped, moved)
-        (found.total / found.weight).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    groups = parameter_groups(prepared.raw, cfg.optim, models.is_backbone)
+    return partial(training_step(prepared, cfg, groups, losses.build(cfg)), batch)
 
 
 class _Counter(nn.Module):

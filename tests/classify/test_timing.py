@@ -20,7 +20,7 @@ def test_input_and_step_are_told_apart(cifar_root: Path, monkeypatch: pytest.Mon
     """A clock that each batch moves on by 1 and each step by 4 says so."""
     now = [0.0]
     monkeypatch.setattr(timing, "_now", lambda device: now[0])
-    real = timing._endless
+    real = timing.endless
 
     def endless(batches):
         for batch in real(batches):
@@ -31,7 +31,7 @@ def test_input_and_step_are_told_apart(cifar_root: Path, monkeypatch: pytest.Mon
         assert images.shape == (10, 3, 32, 32)
         return lambda batch: now.__setitem__(0, now[0] + (4 if name == "lenet" else 40))
 
-    monkeypatch.setattr(timing, "_endless", endless)
+    monkeypatch.setattr(timing, "endless", endless)
     monkeypatch.setattr(timing, "_step", step)
     cfg = ClassifyConfig.model_validate(
         {"length": "1 epoch", "batch_size": 10, "runtime": {"device": "cpu"},
@@ -47,7 +47,7 @@ def test_a_step_trains(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         {"length": "1 epoch", "batch_size": 10, "model": {"name": "lenet"}, "runtime": {"device": "cpu"},
          "optim": {"lr": 0.1}, "data": {"root": cifar_root, "check_files": False, "download": False, "mixup": 0.2}}
     )  # fmt: skip
-    batches = timing._endless(timing.data.train_batches(cfg, torch.device("cpu")))
+    batches = timing.endless(timing.data.train_batches(cfg, torch.device("cpu")))
     batch = next(batches)
     built = []
     real = timing.prepare
