@@ -11,7 +11,6 @@ DATA ?= data/sample
 DEMO ?= runs/demo$(if $(filter-out data/sample,$(DATA)),-$(notdir $(abspath $(DATA))))
 CONFIG = configs/seg/sample.yaml
 OPTIONS = data.root=$(DATA) $(SET)
-export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test lint install clean
 
