@@ -7,7 +7,6 @@ under corruptions. Every image goes through the network once for all of it (and 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,19 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import distributed
 from engine.errors import UserError
-from engine.images import check_writable, write_bytes
-from seg.averaging import Averaged, Views, predictor_of
+from seg.averaging import Averaged, Views
 from seg.boundary import BoundaryIoU
 from seg.calibration import Calibration, Calibrator, halves
 from seg.config import SegConfig
-from seg.data import EvalBatches, Rgb, Sample, eval_batches
-from seg.labels import scored_table, table
+from seg.data import EvalBatches, Rgb, Sample
+from seg.labels import table
 from seg.metrics import ConfusionMatrix, Scores, mean
 from seg.per_image import Ids, ImageScores, told
 from seg.predict import Predictor
-from seg.robustness import Robustness, measure
+from seg.robustness import Robustness
 
 WORST = 4
 """Images that are shown, those with the lowest scores."""
@@ -80,72 +77,6 @@ class Card:
         }
 
 
-def write_card(
-    path: Path,
-    overrides: Sequence[str] = (),
-    split: str | None = None,
-    *,
-    json_file: Path | None = None,
-    out: Path | None = None,
-    views: Views | None = None,
-    corruptions: bool = False,
-    corruption_images: int | None = None,
-    allow_imports: bool = False,
-) -> str:
-    """Measure a checkpoint and write `card.html` and `card.json` to `out` (default `scores_SPLIT` beside it).
-
-    Returns the table of the scores and where the page is.
-
-    Args:
-        path: of the checkpoint.
-        overrides: key=value changes to its config.
-        split: default the config's `data.val_split`.
-        json_file: file for the JSON, in place of `card.json`.
-        out: folder to write to.
-        views: what predictions are averaged over.
-        corruptions: measure the robustness too: 65 more predictions an image.
-        corruption_images: of that many images only, evenly spread over the split; all by default.
-        allow_imports: permits the stored config to import its modules.
-
-    Raises:
-        UserError: bad data, a split without labels or with one image, a folder that can't be written: before the work.
-    """
-    from engine.prepare import session
-    from seg.card_page import document
-    from seg.html import write
-    from seg.models import from_checkpoint
-
-    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
-    classes = scored_table(cfg.data, meta, path).num_classes
-    with session(cfg.runtime) as device:
-        if distributed.world_size() > 1:
-            raise UserError("--card: measures in one process; start it without torchrun")
-        split = split or cfg.data.val_split
-        out = out or path.with_name(f"scores_{split}")
-        for folder in (out, json_file.parent if json_file else out):
-            check_writable(folder)
-        samples = labelled(eval_batches(cfg, split).samples, split)
-        predictor = predictor_of(model, cfg, device, views)
-        chosen = spread(samples, corruption_images)
-        measured = measure_split(predictor, cfg, samples)
-        robustness = None
-        if corruptions:
-            items = ((s.name, image, truth) for s, image, truth in _truths(chosen, cfg))
-            robustness = measure(
-                predictor,
-                items,
-                classes,
-                seed=cfg.runtime.seed,
-                wrap=lambda found: told(found, len(chosen), "corrupted images"),
-            )
-    facts = describe(path, model, cfg, split, samples, views)
-    card = Card(facts, config_text(cfg), *measured, robustness)
-    json_file = json_file or out / "card.json"
-    write_bytes(json_file, (json.dumps(card.to_json(), indent=1, allow_nan=False) + "\n").encode())
-    write(out / "card.html", document(card))
-    return f"{card.scores.table()}\n\nreliability card: {out / 'card.html'}, {json_file}"
-
-
 def measure_split(
     predictor: Predictor | Averaged, cfg: SegConfig, samples: Sequence[Sample]
 ) -> tuple[Scores, BoundaryIoU, Calibration, ImageScores, list[Example]]:
@@ -182,7 +113,7 @@ def measure_split(
     worst = {one.name: rank for rank, one in enumerate(images.worst(WORST))}
     shown = sorted((s for s in samples if s.name in worst), key=lambda s: worst[s.name])
     examples = [
-        Example(sample.name, image, truth, predictor.predict(image)) for sample, image, truth in _truths(shown, cfg)
+        Example(sample.name, image, truth, predictor.predict(image)) for sample, image, truth in truths(shown, cfg)
     ]
     return scores, boundary, calibrator.result(), images, examples
 
@@ -236,7 +167,8 @@ def config_text(cfg: SegConfig) -> str:
     return text
 
 
-def _truths(samples: Sequence[Sample], cfg: SegConfig) -> Iterator[tuple[Sample, Rgb, Ids]]:
+def truths(samples: Sequence[Sample], cfg: SegConfig) -> Iterator[tuple[Sample, Rgb, Ids]]:
+    """Each sample with its image and true train ids."""
     labels = table(cfg.data)
     for items in EvalBatches(samples, cfg, 1, 0):
         for item in items:

@@ -1,18 +1,93 @@
-"""The HTML page of a reliability card."""
+"""A reliability card, measured and written: its HTML page, and the JSON beside it."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine import distributed
+from engine.errors import UserError
+from engine.images import check_writable, write_bytes
 from seg import draw
-from seg.card import Card
+from seg.averaging import Views, predictor_of
+from seg.card import Card, config_text, describe, labelled, measure_split, spread, truths
 from seg.corruptions import CORRUPTIONS, corrupt
+from seg.data import eval_batches
 from seg.html import chart, folded, page, paragraph, percent, picture, row, saved, section, table
+from seg.labels import scored_table
 from seg.metrics import mean
-from seg.robustness import Robustness
+from seg.per_image import told
+from seg.robustness import Robustness, measure
+
+
+def write_card(
+    path: Path,
+    overrides: Sequence[str] = (),
+    split: str | None = None,
+    *,
+    json_file: Path | None = None,
+    out: Path | None = None,
+    views: Views | None = None,
+    corruptions: bool = False,
+    corruption_images: int | None = None,
+    allow_imports: bool = False,
+) -> str:
+    """Measure a checkpoint and write `card.html` and `card.json` to `out` (default `scores_SPLIT` beside it).
+
+    Returns the table of the scores and where the page is.
+
+    Args:
+        path: of the checkpoint.
+        overrides: key=value changes to its config.
+        split: default the config's `data.val_split`.
+        json_file: file for the JSON, in place of `card.json`.
+        out: folder to write to.
+        views: what predictions are averaged over.
+        corruptions: measure the robustness too: 65 more predictions an image.
+        corruption_images: of that many images only, evenly spread over the split; all by default.
+        allow_imports: permits the stored config to import its modules.
+
+    Raises:
+        UserError: bad data, a split without labels or with one image, a folder that can't be written: before the work.
+    """
+    from engine.prepare import session
+    from seg.html import write
+    from seg.models import from_checkpoint
+
+    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    classes = scored_table(cfg.data, meta, path).num_classes
+    with session(cfg.runtime) as device:
+        if distributed.world_size() > 1:
+            raise UserError("--card: measures in one process; start it without torchrun")
+        split = split or cfg.data.val_split
+        out = out or path.with_name(f"scores_{split}")
+        for folder in (out, json_file.parent if json_file else out):
+            check_writable(folder)
+        samples = labelled(eval_batches(cfg, split).samples, split)
+        predictor = predictor_of(model, cfg, device, views)
+        chosen = spread(samples, corruption_images)
+        measured = measure_split(predictor, cfg, samples)
+        robustness = None
+        if corruptions:
+            items = ((s.name, image, truth) for s, image, truth in truths(chosen, cfg))
+            robustness = measure(
+                predictor,
+                items,
+                classes,
+                seed=cfg.runtime.seed,
+                wrap=lambda found: told(found, len(chosen), "corrupted images"),
+            )
+    facts = describe(path, model, cfg, split, samples, views)
+    card = Card(facts, config_text(cfg), *measured, robustness)
+    json_file = json_file or out / "card.json"
+    write_bytes(json_file, (json.dumps(card.to_json(), indent=1, allow_nan=False) + "\n").encode())
+    write(out / "card.html", document(card))
+    return f"{card.scores.table()}\n\nreliability card: {out / 'card.html'}, {json_file}"
 
 
 def document(card: Card) -> str:

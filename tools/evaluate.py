@@ -88,7 +88,7 @@ def _segmentation(args: argparse.Namespace) -> None:
         chosen = asked if asked != Views() else None
         evaluate_and_report(args.checkpoint, args.overrides, args.split, views=chosen, **_files(args))
         return
-    from seg.card import write_card
+    from seg.card_page import write_card
 
     print(
         write_card(

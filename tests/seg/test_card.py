@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from seg import card, evaluate
+from seg import card, card_page, evaluate
 from seg.averaging import Views, predictor_of
 from seg.boundary import BoundaryIoU
 from seg.config import SegConfig
@@ -83,8 +83,8 @@ def test_the_card_of_a_checkpoint(small_checkpoint: Path, tmp_path: Path, monkey
         asked.append(options["seed"])
         return measure(*args, **options, corruptions=("fog", "jpeg"), severities=(1, 5))
 
-    monkeypatch.setattr(card, "measure", few)
-    text = card.write_card(small_checkpoint, out=tmp_path, corruptions=True, corruption_images=1)
+    monkeypatch.setattr(card_page, "measure", few)
+    text = card_page.write_card(small_checkpoint, out=tmp_path, corruptions=True, corruption_images=1)
     stored = json.loads((tmp_path / "card.json").read_text())
     result = evaluate.evaluate_checkpoint(small_checkpoint, pictures=0)
     assert result is not None
@@ -119,16 +119,16 @@ def test_views_reach_the_scores(small_checkpoint: Path, report_config: Make) -> 
 def test_mistakes_come_before_the_work(
     small_checkpoint: Path, tmp_path: Path, report_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(card, "measure_split", lambda *args: pytest.fail("the work was begun"))
+    monkeypatch.setattr(card_page, "measure_split", lambda *args: pytest.fail("the work was begun"))
     with pytest.raises(UserError, match="has no label to score against; the split 'test' has no public ones"):
-        card.write_card(small_checkpoint, split="test", out=tmp_path)
+        card_page.write_card(small_checkpoint, split="test", out=tmp_path)
     with pytest.raises(UserError, match="has no split 'none'"):
-        card.write_card(small_checkpoint, split="none", out=tmp_path)
+        card_page.write_card(small_checkpoint, split="none", out=tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/x: cannot write there"):
-        card.write_card(small_checkpoint, out=tmp_path / "file" / "x")
+        card_page.write_card(small_checkpoint, out=tmp_path / "file" / "x")
     with pytest.raises(UserError, match="--corruption-images: 0, expected at least 1"):
-        card.write_card(small_checkpoint, out=tmp_path, corruptions=True, corruption_images=0)
+        card_page.write_card(small_checkpoint, out=tmp_path, corruptions=True, corruption_images=0)
     with pytest.raises(UserError, match="file/x: cannot write there"):
         evaluate.evaluate_and_report(small_checkpoint, out=tmp_path / "file" / "x")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine import checkpoint
 from engine.config import load
 from engine.errors import UserError
-from seg import card, data, datasets, errors_page, evaluate, losses, train
+from seg import card_page, data, datasets, errors_page, evaluate, losses, train
 from seg.compare import compare
 from seg.config import SegConfig
 from seg.labels import table, table_of
@@ -442,7 +442,7 @@ def test_runs_on_one_table_are_compared(own: Path, tmp_path: Path) -> None:
 def test_the_pages_name_the_runs_own_classes(own: Path, tmp_path: Path) -> None:
     path, scores = own / "work/best.pt", evaluate.evaluate_checkpoint(own / "work/best.pt")
     assert scores is not None
-    card.write_card(path, out=tmp_path)
+    card_page.write_card(path, out=tmp_path)
     found = json.loads((tmp_path / "card.json").read_text())
     assert list(found["boundaryIoU"]["classes"]) == ["car", "road", "unicorn"]
     assert found["scores"] == json.loads(json.dumps(scores[0].to_json()))
