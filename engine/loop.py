@@ -26,6 +26,7 @@ from engine.resume import BEST, LAST
 from engine.signals import StopRequest
 from engine.state import TrainingState, isolated_rng
 from engine.watch import Seen, Watch, check_finite
+from norm import precise_statistics
 
 __all__ = ["Batch", "Batches", "Evaluation", "Loss", "Result", "fit"]
 
@@ -115,7 +116,7 @@ def fit(
     with log, StopRequest() as stop:
         plan = _plan(cfg, batches)
         state = _build_state(prepared, cfg, groups, plan, meta or {})
-        work = _Work(prepared, cfg, loss, evaluate, state, log, Path(work_dir), plan)
+        work = _Work(prepared, cfg, batches, loss, evaluate, state, log, Path(work_dir), plan)
         work.begin(resume)
         stopped = False
         while state.step < plan.total and not stopped:
@@ -201,6 +202,7 @@ class _Work:
         self,
         prepared: Prepared,
         cfg: ExperimentConfig,
+        batches: Batches,
         loss: LossFunction,
         evaluate: Evaluate | None,
         state: TrainingState,
@@ -208,10 +210,12 @@ class _Work:
         work_dir: Path,
         plan: _Plan,
     ) -> None:
-        self.prepared, self.cfg, self.loss, self.evaluate = (prepared, cfg, loss, evaluate)
+        self.prepared, self.cfg, self.batches = prepared, cfg, batches
+        self.loss, self.evaluate = loss, evaluate
         self.state, self.log, self.dir, self.plan = state, log, work_dir, plan
         self.watch = Watch(work_dir)
         self.world = distributed.world_size()
+        self.precise: list[Batch] = []
         self.scale = 0.0
         self.rates: dict[str, float] = {}
         self.asked_before: Tensor | None = None
@@ -230,6 +234,10 @@ class _Work:
             if state.step >= plan.total:
                 self.log.message("the training is finished; a greater length=... would go on")
         self.log.message(plan.text)
+        if self.evaluate is not None and cfg.norm.precise_batches:
+            # read once: another epoch's batches cannot be read while one is under way
+            first = itertools.islice(_stream(self.batches, 0, 0, cfg.runtime.seed), cfg.norm.precise_batches)
+            self.precise = [{"image": batch["image"]} for batch in first]
         self.prepared.raw.train()
         if self.evaluate is not None and state.step < plan.total:
             self.evaluation(SANITY_BATCHES)  # an error in the evaluation shows now, not after an epoch
@@ -346,9 +354,11 @@ class _Work:
     def evaluation(self, max_batches: int | None) -> Evaluation:
         assert self.evaluate is not None
         model = self.state.evaluated
-        distributed.broadcast_buffers(model)  # between two steps each process has its own running statistics
-        model.eval()
         with isolated_rng(self.cfg.runtime.seed), torch.no_grad(), self.autocast():
+            if max_batches is None and self.precise:
+                precise_statistics(model, (self.to_device(batch)["image"] for batch in self.precise))
+            distributed.broadcast_buffers(model)  # between two steps each process has its own running statistics
+            model.eval()
             found = self.evaluate(model, max_batches)
         self.prepared.raw.train()
         return found

@@ -190,7 +190,7 @@ def _set_layer(core: FastDeconv | Delinear, conv: nn.Module, norm: nn.Module | N
         core.set_statistics(*moments.statistics())
         deconv = core.deconv()
         weight, bias = whitening.unfold_weight(weight, bias, core.running_mean, deconv, core.groups, core.grouping)
-        core.weight.copy_(weight)
+        core.set_weight(weight, rescale=True)
         assert core.bias is not None
         core.bias.copy_(bias)
 

@@ -47,6 +47,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         every: 0: the exact method. n: the shape of D comes from a running covariance, has no gradient, and is renewed
             in every n-th step; mean and scale stay the batch's (`norm.state.Deconvolving`).
         rank: with `every`, the leading directions that are whitened; all others get one gain (`norm.leading`).
+        gain: learn a gain (C_out,) for each output channel; of the weight only the direction counts
+            (`norm.state.Deconvolving.effective_weight`).
         padding_mode: as in Conv2d.
 
     Shape: (N, C_in, H, W) -> (N, C_out, H_out, W_out) as Conv2d. The dtype of the output is Conv2d's; statistics,
@@ -84,6 +86,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         max_rows: int = 0,
         every: int = 0,
         rank: int = 64,
+        gain: bool = False,
         padding_mode: PaddingMode = "zeros",
     ) -> None:
         check_options(block, n_iter, eps, momentum, sampling_stride)
@@ -101,7 +104,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         self.grouping = grouping
         self.dense_small_maps = dense_small_maps
         self.max_rows = max_rows
-        self._set_up(self.block * self.kernel_size[0] * self.kernel_size[1], n_iter, eps, momentum, every, rank)
+        features = self.block * self.kernel_size[0] * self.kernel_size[1]
+        self._set_up(features, n_iter, eps, momentum, every, rank, gain)
 
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The input, padded where symmetric zeros do not say it all, and the padding left to do."""
@@ -144,7 +148,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
             how = Geometry(stride, padding, dilation, self.groups, self.grouping)
             if not torch.compiler.is_compiling():  # the compiler decides what is kept
-                return folded_conv.conv(x, self.weight, self.bias, found, how, self._refolds(x, how))
+                weight = self.effective_weight()
+                return folded_conv.conv(x, weight, self.bias, found, how, self._refolds(x, how))
             weight, bias = self._fold(found)
         else:
             weight, bias = self.folded()
@@ -158,6 +163,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         text += ", dense_small_maps=True" if self.dense_small_maps else ""
         text += f", max_rows={self.max_rows}" if self.max_rows else ""
         text += f", every={self.every}, rank={self.rank}" if self.every else ""
+        text += ", gain=True" if self.gain is not None else ""
         return text + (", freeze=True" if self.freeze else "")
 
 
@@ -182,11 +188,12 @@ class Delinear(Deconvolving, nn.Linear):
         momentum: float = 0.1,
         every: int = 0,
         rank: int = 64,
+        gain: bool = False,
     ) -> None:
         check_options(block, n_iter, eps, momentum)
         super().__init__(in_features, out_features, bias)
         self.block = sampling.resolve_block(in_features, block)
-        self._set_up(self.block, n_iter, eps, momentum, every, rank)
+        self._set_up(self.block, n_iter, eps, momentum, every, rank, gain)
 
     def patches(self, x: Tensor) -> Tensor:
         """The input as (block, rows)."""

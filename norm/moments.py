@@ -41,7 +41,8 @@ def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     spread = spread - (mean - middle[:, None, None]).square().sum((-2, -1))
     if sampler.groups == 1:
         return mean.flatten(), spread.sum() / sampler.features
-    return mean.view(sampler.groups, -1), spread.view(sampler.groups, -1).sum(-1) / sampler.features
+    # einsum chooses the layout of its result
+    return mean.reshape(sampler.groups, -1), spread.reshape(sampler.groups, -1).sum(-1) / sampler.features
 
 
 def add_scaled_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift: Tensor) -> None:
@@ -59,5 +60,5 @@ def add_scaled_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift
     times = down.sum(0)[:, None] * across.sum(0)
     if sampler.groups > 1:
         factor = factor.repeat_interleave(channels // sampler.groups)[:, None, None]
-    constant = torch.einsum("cij,ih,jw->chw", shift.view(channels, len(down), len(across)), down, across)
+    constant = torch.einsum("cij,ih,jw->chw", shift.reshape(channels, len(down), len(across)), down, across)
     grad.addcmul_(x.to(grad.dtype), (times * factor).to(grad.dtype)).add_(constant.to(grad.dtype))

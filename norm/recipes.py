@@ -215,6 +215,9 @@ class Deconv(Recipe):
     step; mean and scale stay the batch's, with gradients."""
     rank: int = 64
     """With `every`: the leading directions that are whitened; all others get one gain."""
+    gain: bool = False
+    """Learn a gain for each output channel, so that of a weight only its direction counts (weight normalisation):
+    calibrated weights then move at the same rate as fresh ones."""
     fc_block: int = 0
     """Features whitened together in linear layers, which become Delinear; 0 keeps them. Not for attention blocks that
     read the weights of their linear layers themselves (torch's TransformerEncoderLayer, torchvision's Swin)."""
@@ -268,8 +271,11 @@ class Deconv(Recipe):
             max_rows=self.max_rows,
             every=self.every,
             rank=self.rank,
+            gain=self.gain,
         )
-        return copy_conv(old, new)
+        copy_conv(old, new)
+        new.set_weight(old.weight)
+        return new
 
     def linear(self, old: nn.Linear, at: Place) -> nn.Module:
         if self.fc_block == 0:
@@ -291,10 +297,11 @@ class Deconv(Recipe):
             momentum=self.momentum,
             every=self.every,
             rank=self.rank,
+            gain=self.gain,
         )
         new.to(old.weight.device, old.weight.dtype)
+        new.set_weight(old.weight)
         with torch.no_grad():
-            new.weight.copy_(old.weight)
             new.bias.zero_() if old.bias is None else new.bias.copy_(old.bias)
         return _like(old, new)
 

@@ -17,6 +17,14 @@ _FIRST_PASSES = 4
 """Steps towards the leading directions in the first training step, which starts from none."""
 
 
+_TINY = 1e-12
+"""A filter of zeros has no direction; its output is zero."""
+
+
+def _norms(weight: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+
+
 class NormError(ValueError):
     """A wrong option, an unknown name, or a model that a recipe cannot be applied to; the message says what to do."""
 
@@ -64,12 +72,15 @@ class Deconvolving(Whitening):
     values: Tensor
     gains: Tensor
     steps: Tensor
+    gain: nn.Parameter | None
     groups: int = 1
     grouping: Grouping = "channel"
     freeze: bool = False
     freeze_iter: int = 100
 
-    def _set_up(self, features: int, n_iter: int, eps: float, momentum: float, every: int, rank: int) -> None:
+    def _set_up(
+        self, features: int, n_iter: int, eps: float, momentum: float, every: int, rank: int, gain: bool = False
+    ) -> None:
         if every < 0:
             raise NormError(f"every is {every}; it must be 0 (the exact method) or the steps between two inverse roots")
         if rank < 1:
@@ -88,6 +99,9 @@ class Deconvolving(Whitening):
         self._steps = 0
         if every or self.freeze:
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_parameter("gain", None)
+        if gain:
+            self.gain = nn.Parameter(_norms(self.layer_weight.detach()))
 
     def deconv(self) -> Tensor:
         """D of evaluation, (F, F) or (groups, F, F)."""
@@ -112,9 +126,35 @@ class Deconvolving(Whitening):
                 self._steps = self.every * math.ceil(1 / max(self.momentum, 1e-3))
                 self.steps.fill_(self._steps)
 
-    def _fold(self, found: Statistics) -> tuple[Tensor, Tensor]:
+    @property
+    def layer_weight(self) -> Tensor:
         layer: Any = self  # a Conv2d or a Linear
-        return whitening.fold_weight(layer.weight, layer.bias, found, self.groups, self.grouping)
+        weight: Tensor = layer.weight
+        return weight
+
+    def set_weight(self, weight: Tensor, rescale: bool = False) -> None:
+        """Take a W; with a gain, its norms go there. `rescale` what is left to the norms of a fresh layer, so that the
+        same learning rate suits both (the weights of torch's initialisation have variance 1 / (3 fan_in))."""
+        with torch.no_grad():
+            if self.gain is not None:
+                norms = _norms(weight)
+                self.gain.copy_(norms)
+                if rescale:
+                    weight = weight / norms.clamp_min(_TINY).mul(math.sqrt(3)).view(-1, *[1] * (weight.ndim - 1))
+            self.layer_weight.copy_(weight)
+
+    def effective_weight(self) -> Tensor:
+        """The W that is folded: the weight, or gain times its direction for each output channel (Salimans and Kingma,
+        "Weight Normalization", arXiv 1602.07868, equation 2)."""
+        weight = self.layer_weight
+        if self.gain is None:
+            return weight
+        factor = self.gain / _norms(weight).clamp_min(_TINY)
+        return weight * factor.view(-1, *[1] * (weight.ndim - 1))
+
+    def _fold(self, found: Statistics) -> tuple[Tensor, Tensor]:
+        layer: Any = self
+        return whitening.fold_weight(self.effective_weight(), layer.bias, found, self.groups, self.grouping)
 
     def _held_statistics(self) -> Statistics:
         if self.every:

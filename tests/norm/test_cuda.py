@@ -1,0 +1,69 @@
+"""What a GPU computes is what the CPU computes. Skipped without one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from norm import Delinear, FastDeconv, precise_statistics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rows": {"max_rows": 300, "dense_small_maps": True},
+    "grouped": {"groups": 4},
+    "dilated": {"dilation": 2, "padding": 2},
+    "cheap": {"every": 2, "rank": 16},
+    "cheap grouped": {"every": 2, "rank": 16, "groups": 4},
+    "cheap depthwise": {"every": 2, "rank": 9, "groups": 16, "out_channels": 16},
+    "gain": {"gain": True},
+}
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_gpu_computes_the_same(options: dict[str, Any], layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    here = FastDeconv(16, kernel_size=3, **{"out_channels": 24, "padding": 1, "block": 8, **options}).double()
+    there = copy.deepcopy(here).cuda()
+    for _ in range(3):
+        x = torch.randn(6, 16, 12, 14, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+        y = x.detach().cuda().to(memory_format=layout).requires_grad_()
+        for layer, images in ((here, x), (there, y)):
+            layer.zero_grad()
+            layer(images).square().sum().backward()
+        torch.testing.assert_close(y.grad.cpu(), x.grad, rtol=1e-6, atol=1e-8)
+        for (name, one), other in zip(here.named_parameters(), there.parameters(), strict=True):
+            torch.testing.assert_close(other.grad.cpu(), one.grad, rtol=1e-6, atol=1e-8, msg=name)
+    x = torch.randn(2, 16, 12, 14, dtype=torch.float64)
+    torch.testing.assert_close(there.eval()(x.cuda()).cpu(), here.eval()(x), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_linear_layers_and_precise_statistics_too(every: int) -> None:
+    torch.manual_seed(0)
+    here = Delinear(32, 10, block=16, every=every, rank=8).double()
+    there = copy.deepcopy(here).cuda()
+    batches = [torch.randn(40, 32, dtype=torch.float64) for _ in range(3)]
+    precise_statistics(here, batches)
+    precise_statistics(there, [batch.cuda() for batch in batches])
+    torch.testing.assert_close(there.eval()(batches[0].cuda()).cpu(), here.eval()(batches[0]), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_half_precision_keeps_statistics_in_full(every: int) -> None:
+    torch.manual_seed(0)
+    layer = FastDeconv(16, 24, 3, padding=1, block=8, every=every).cuda()
+    other = copy.deepcopy(layer)
+    x = torch.randn(6, 16, 12, 14).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), other(x), rtol=0.05, atol=0.05)
+    mine, others = layer.running_mean, other.running_mean
+    torch.testing.assert_close(mine, others, rtol=0.02, atol=0.002)
