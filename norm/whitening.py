@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from norm import leading, moments
+from norm.products import Products
 from norm.sampling import Grouping, Sampler
 
 _SPECTRAL_SIZE, _SPECTRAL_STEPS = 128, 8
@@ -43,7 +44,9 @@ def mean_and_covariance(patches: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     mean = patches.mean(-1)
     centred = patches - mean.unsqueeze(-1)
     eye = torch.eye(patches.shape[-2], dtype=patches.dtype, device=patches.device)
-    return mean, centred @ centred.mT / patches.shape[-1] + eps * eye
+    product = torch.addmm if patches.ndim == 2 else torch.baddbmm
+    eye = eye if patches.ndim == 2 else eye.expand(len(patches), *eye.shape)
+    return mean, product(eye, centred, centred.mT, beta=eps, alpha=1 / patches.shape[-1])
 
 
 class _Moments(torch.autograd.Function):
@@ -124,16 +127,8 @@ def inverse_sqrt(matrix: Tensor, n_iter: int) -> Tensor:
     if large and bool(torch.linalg.matrix_norm(matrix.detach()).isfinite().all()):
         root: Tensor = _Spectral.apply(matrix, n_iter)  # type: ignore[no-untyped-call]
         return root
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    scale = torch.linalg.matrix_norm(matrix, keepdim=True)
-    y = matrix / scale
-    t = 1.5 * eye - 0.5 * y
-    z = t
-    for _ in range(n_iter - 1):
-        y = y @ t
-        t = 1.5 * eye - 0.5 * (z @ y)
-        z = t @ z
-    return z * scale.rsqrt()
+    products: Tensor = Products.apply(matrix, n_iter)  # type: ignore[no-untyped-call]
+    return products
 
 
 class _Spectral(torch.autograd.Function):

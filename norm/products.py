@@ -1,0 +1,56 @@
+"""The Newton-Schulz steps as matrix products, few enough of them that a GPU is not kept waiting for their start.
+
+For a symmetric A the result is a polynomial in A / |A|_F, whose gradient is its derivative in the direction of the
+gradient of the result: p(X)' [G] is a sum of X^i G X^j, and <p'(X)[E], G> = <E, p'(X)[G]>.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def _fused(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    """beta c + alpha a b in one kernel."""
+    return (torch.baddbmm if a.ndim == 3 else torch.addmm)(c, a, b, beta=beta, alpha=alpha)
+
+
+class Products(torch.autograd.Function):
+    """Z / sqrt(|A|_F) after `n_iter` steps, see `norm.whitening.inverse_sqrt`; (F, F) or (G, F, F)."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, n_iter: int) -> Tensor:
+        size = torch.linalg.matrix_norm(matrix, keepdim=True)
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+        y = matrix / size
+        t = torch.add(1.5 * eye, y, alpha=-0.5)
+        z = t
+        kept = [y, t]
+        for _ in range(n_iter - 1):
+            y = y @ t
+            t = _fused(eye, z, y, 1.5, -0.5)
+            kept += [z, y, t]
+            z = t @ z
+        ctx.save_for_backward(size, z, *kept)
+        return z * size.rsqrt()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        size, last, y, t, *kept = ctx.saved_tensors
+        first = y
+        dy = grad * size.rsqrt()
+        through_root = (dy * last).sum((-2, -1), keepdim=True).mul_(-0.5)  # |A|_F under the root, times |A|_F
+        dt = -0.5 * dy
+        dz = dt
+        while kept:
+            z, new_y, new_t, *kept = kept
+            dy = _fused(dy @ t, y, dt, 1.0, 1.0)
+            y, t = new_y, new_t
+            dt = _fused(dz @ y, z, dy, -0.5, -0.5)
+            dz = _fused(dt @ z, t, dz, 1.0, 1.0)
+        through_x = (dz * first).sum((-2, -1), keepdim=True)  # |A|_F below A, times |A|_F
+        return torch.addcmul(dz, through_root - through_x, first) / size, None
