@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import norm
 from norm import ChannelDeconv, Delinear, FastDeconv
 from norm.other_layers import SamePad2d, WSConv2d
+from tests.norm.reference import inverse_root
 
 D64 = torch.float64
 
@@ -32,16 +33,6 @@ CASES: dict[str, dict[str, Any]] = {
     "small 1x1 map": dict(channels=8, out=4, kernel_size=1, stride=2, dense_small_maps=True),
     "every window": dict(channels=4, out=4, kernel_size=3, sampling_stride=1),
 }
-
-
-def inverse_root(matrix: Tensor, steps: int) -> Tensor:
-    norm = matrix.square().sum().sqrt()
-    eye = torch.eye(len(matrix), dtype=matrix.dtype)
-    y, z = matrix / norm, eye
-    for _ in range(steps):
-        t = (3 * eye - z @ y) / 2
-        y, z = y @ t, t @ z
-    return z / norm.sqrt()
 
 
 def reference(layer: FastDeconv, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

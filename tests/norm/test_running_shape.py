@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import norm
 from norm import Delinear, FastDeconv, whitening
+from tests.norm.reference import inverse_root
 
 D64 = torch.float64
 
@@ -36,16 +37,6 @@ def make(case: str, **more: Any) -> FastDeconv:
 def image(layer: FastDeconv) -> Tensor:
     x = torch.randn(3, layer.in_channels, 15, 14, dtype=D64).cumsum(-1) / 3
     return x + torch.randn(layer.in_channels, 1, 1, dtype=D64)
-
-
-def inverse_root(matrix: Tensor, steps: int) -> Tensor:
-    norm_ = matrix.square().sum().sqrt()
-    eye = torch.eye(len(matrix), dtype=matrix.dtype)
-    y, z = matrix / norm_, eye
-    for _ in range(steps):
-        t = (3 * eye - z @ y) / 2
-        y, z = y @ t, t @ z
-    return z / norm_.sqrt()
 
 
 class Reference:

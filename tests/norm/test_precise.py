@@ -1,0 +1,100 @@
+"""Running statistics averaged anew at fixed weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from norm import ChannelDeconv, Delinear, FastDeconv, NormError, precise_statistics
+from tests.norm.reference import inverse_root
+
+D64 = torch.float64
+
+
+def batches(count: int = 3, channels: int = 4) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(5, channels, 9, 9, dtype=D64) * (1 + number) + number for number in range(count)]
+
+
+def moments(patches: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean = patches.mean(1)
+    centred = patches - mean[:, None]
+    return mean, centred @ centred.T / patches.shape[1] + eps * torch.eye(len(mean), dtype=D64)
+
+
+def test_batch_norm_gets_the_mean_of_its_batches() -> None:
+    layer = nn.BatchNorm2d(4).to(D64)
+    layer(batches()[0] + 9)
+    seen = layer.num_batches_tracked.clone()
+    assert precise_statistics(layer, batches()) == 1
+    torch.testing.assert_close(layer.running_mean, torch.stack([b.mean((0, 2, 3)) for b in batches()]).mean(0))
+    variances = [b.transpose(0, 1).flatten(1).var(1) for b in batches()]
+    torch.testing.assert_close(layer.running_var, torch.stack(variances).mean(0))
+    assert layer.momentum == 0.1 and layer.num_batches_tracked == seen
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_the_exact_method_gets_the_mean_of_its_inverse_roots(freeze: bool) -> None:
+    layer = FastDeconv(4, 6, 3, padding=1, freeze=freeze, freeze_iter=2).to(D64)
+    for _ in range(3):
+        layer(batches()[0] + 9)
+    before = copy.deepcopy(layer)
+    precise_statistics(layer, batches())
+    found = [moments(layer.patches(b, (1, 1)), layer.eps) for b in batches()]
+    torch.testing.assert_close(layer.running_mean, torch.stack([mean for mean, _ in found]).mean(0))
+    roots = [inverse_root(covariance, layer.n_iter) for _, covariance in found]
+    torch.testing.assert_close(layer.running_deconv, torch.stack(roots).mean(0))
+    assert (layer.momentum, layer.freeze) == (0.1, freeze)
+    if freeze:
+        assert layer.steps == before.steps and layer._steps == before._steps
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: FastDeconv(4, 6, 3, padding=1, every=4, rank=36), lambda: Delinear(9, 6, every=4)]
+)
+def test_the_cheap_method_gets_the_mean_of_its_shapes(make) -> None:  # type: ignore[no-untyped-def]
+    layer = make().to(D64)
+    data = batches()
+    for _ in range(3):
+        layer(data[0] + 9)
+    precise_statistics(layer, data)
+    gathered = [layer.patches(b, (1, 1)) if isinstance(layer, FastDeconv) else layer.patches(b) for b in data]
+    found = [moments(patches, layer.eps) for patches in gathered]
+    scales = [covariance.diagonal().mean() for _, covariance in found]
+    shape = torch.stack([covariance / scale for (_, covariance), scale in zip(found, scales, strict=True)]).mean(0)
+    torch.testing.assert_close(layer.running_mean, torch.stack([mean for mean, _ in found]).mean(0))
+    scale = torch.stack(scales).mean()
+    torch.testing.assert_close(layer.running_scale, scale)
+    torch.testing.assert_close(layer.deconv(), inverse_root(shape, layer.n_iter) / scale.sqrt())
+    assert (layer.every, layer.momentum, int(layer.steps), layer._steps) == (4, 0.1, 3, 3)
+
+
+def test_other_layers_work_as_in_evaluation_and_modes_come_back() -> None:
+    model = nn.Sequential(
+        nn.Dropout(0.9), FastDeconv(4, 4, 1, sampling_stride=1), nn.BatchNorm2d(4, track_running_stats=False)
+    ).to(D64)
+    model[0].train()
+    model[1].eval()
+    precise_statistics(model, batches(1))
+    assert [layer.training for layer in model] == [True, False, True]
+    torch.testing.assert_close(model[1].running_mean, batches(1)[0].transpose(0, 1).flatten(1).mean(1))
+
+
+def test_channel_deconv_too() -> None:
+    layer = ChannelDeconv(4, sampling_stride=1).to(D64)
+    layer(batches()[0])
+    precise_statistics(layer, batches())
+    means = [b.transpose(0, 1).flatten(1).mean(1) for b in batches()]
+    torch.testing.assert_close(layer.running_mean.flatten(), torch.stack(means).mean(0))
+
+
+def test_nothing_to_average_reads_nothing_and_no_batch_is_an_error() -> None:
+    def unread():  # type: ignore[no-untyped-def]
+        raise AssertionError
+        yield
+
+    assert precise_statistics(nn.Conv2d(4, 4, 1), unread()) == 0
+    layer = nn.BatchNorm2d(4)
+    with pytest.raises(NormError, match="no batch was given"):
+        precise_statistics(nn.Sequential(layer), [])
