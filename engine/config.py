@@ -224,8 +224,8 @@ class ExperimentConfig(Section):
     optim: OptimConfig = OptimConfig()
     norm: NormConfig = NormConfig.model_construct()
     recipes: dict[str, dict[str, Any]] = {}
-    """What `norm` holds for this network when norm.name is a certain recipe: its name -> options, overrides. Keys
-    written under `norm` itself win."""
+    """What `norm` holds for this network when norm.name is a certain recipe: its name -> options, overrides, and under
+    `optim` what that section holds then, such as its own rate. Keys written under `norm` and `optim` themselves win."""
     runtime: RuntimeConfig = RuntimeConfig()
     report: ReportConfig = ReportConfig()
     imports: tuple[str, ...] = ()
@@ -235,8 +235,12 @@ class ExperimentConfig(Section):
     @classmethod
     def _known_recipes(cls, recipes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, section in recipes.items():
+            rates, options = section.get("optim", {}), {key: one for key, one in section.items() if key != "optim"}
+            unknown = sorted(set(rates) - set(OptimConfig.model_fields)) if isinstance(rates, dict) else [rates]
+            if unknown:
+                raise ValueError(f"{name}: optim: found {unknown[0]!r}, expected keys of the section optim")
             try:
-                NormConfig(**{**section, "name": name})
+                NormConfig(**{**options, "name": name})
             except ValidationError as error:
                 raise ValueError(f"{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
         return recipes
@@ -342,13 +346,17 @@ def _merge(below: Layer, above: Layer) -> Layer:
 
 
 def _with_recipe(layer: Layer) -> Layer:
-    """Put what `recipes` says about the chosen recipe below what `norm` says itself."""
+    """Put what `recipes` says about the chosen recipe below what `norm` and `optim` say themselves."""
     section, recipes = layer.get("norm", {}), layer.get("recipes")
     if not isinstance(section, dict) or not isinstance(recipes, dict):
         return layer
     name = yaml_layers.to_plain(section).get("name", NormConfig.model_fields["name"].default)
     chosen = recipes.get(name) if isinstance(name, str) else None
-    return {**layer, "norm": yaml_layers.merge(chosen, section)} if isinstance(chosen, dict) else layer
+    if not isinstance(chosen, dict):
+        return layer
+    options = {key: one for key, one in chosen.items() if key != "optim"}
+    layer = {**layer, "norm": yaml_layers.merge(options, section)}
+    return yaml_layers.merge({"optim": chosen["optim"]}, layer) if "optim" in chosen else layer
 
 
 def _import(names: Sequence[Any], source: str, folder: str) -> None:

@@ -357,6 +357,30 @@ def test_recipes_give_a_norm_its_options_when_it_is_chosen(tmp_path):
     assert load(tmp_path / "saved.yaml", [], ExperimentConfig).config == loaded.config
 
 
+def test_recipes_give_a_norm_its_rate_when_it_is_chosen(tmp_path):
+    text = "task: t\nlength: 1 epoch\nbatch_size: 2\noptim: {momentum: 0.8}\nrecipes:\n"
+    text += "  bn: {optim: {lr: 0.02}}\n  deconv: {block: 8, optim: {lr: 0.1, head_lr_factor: 3, momentum: 0.5}}\n"
+    (tmp_path / "x.yaml").write_text(text)
+    assert load(tmp_path / "x.yaml", [], ExperimentConfig).config.optim.lr == 0.02
+    loaded = load(tmp_path / "x.yaml", ["norm.name=deconv", "optim.lr=0.3"], ExperimentConfig)
+    optim = loaded.config.optim
+    assert (optim.lr, optim.head_lr_factor, optim.momentum) == (0.3, 3.0, 0.8) and loaded.config.norm.options[
+        "block"
+    ] == 8
+    assert loaded.origins["optim.head_lr_factor"] == f"{tmp_path / 'x.yaml'}:7"
+    (tmp_path / "saved.yaml").write_text(loaded.text)
+    assert load(tmp_path / "saved.yaml", [], ExperimentConfig).config == loaded.config
+
+
+@pytest.mark.parametrize("optim, found", [("{rate: 1}", "'rate'"), ("3", "3")])
+def test_rates_of_recipes_are_checked_though_another_is_chosen(tmp_path, optim, found):
+    (tmp_path / "x.yaml").write_text(
+        f"task: t\nlength: 1 epoch\nbatch_size: 2\nrecipes: {{deconv: {{optim: {optim}}}}}\n"
+    )
+    with pytest.raises(UserError, match=f"x.yaml:4: recipes.*deconv: optim: found {found}, expected keys of .* optim"):
+        load(tmp_path / "x.yaml", [], ExperimentConfig)
+
+
 def test_recipes_are_checked_though_another_is_chosen(tmp_path):
     text = "task: t\nlength: 1 epoch\nbatch_size: 2\nrecipes: {deconv: {blocks: 8}}\n"
     (tmp_path / "x.yaml").write_text(text)
