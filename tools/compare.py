@@ -1,6 +1,9 @@
 """Draw runs side by side: score and loss curves and class scores, of segmentation also predictions, in one picture.
 
 python tools/compare.py runs/bn runs/deconv --out compare.png --names "batch norm" deconvolution --examples 3
+python tools/compare.py runs/a0 runs/a1 runs/b0 runs/b1 --names a a b b --out seeds.png
+
+Runs of one name are seeds of one experiment: their mean, their deviation, and whether a difference is more than chance.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="work directories of tools/train.py")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
-    parser.add_argument("--names", nargs="+", help="what to call the runs (default: their folders' names)")
+    parser.add_argument(
+        "--names", nargs="+", help="what to call the runs (default: their folders' names); one for several: seeds"
+    )
     seg = parser.add_argument_group("segmentation only")
     seg.add_argument("--examples", type=int, metavar="N", help="validation images to show (2)")
     seg.add_argument(
@@ -44,7 +49,15 @@ def main() -> int:
     if args.names and len(args.names) != len(args.runs):
         parser.error(f"{len(args.names)} names for {len(args.runs)} runs")
     names = args.names or [run.name for run in args.runs]
-    if task_of(args.runs) == "classify":
+    task = task_of(args.runs)
+    if len(set(names)) < len(names):
+        from engine import seeds
+
+        if args.examples is not None or args.set or args.allow_imports:
+            parser.error("--examples, --set and --allow-imports go with runs that each have a name of their own")
+        print(seeds.compare(seeds.groups(args.runs, names), args.out))
+        return 0
+    if task == "classify":
         if args.examples is not None or args.set or args.allow_imports:
             parser.error("--examples, --set and --allow-imports go with segmentation runs; these are of classification")
         from classify.compare import compare as compare_classify

@@ -1,0 +1,137 @@
+"""Trainings that differ in their seed alone, compared as groups: mean and deviation of the score, and what a difference
+of two groups is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine import plots
+from engine.errors import UserError
+from engine.runs import Row, evaluations
+
+
+@dataclass(frozen=True)
+class Course:
+    """The scores of a group, at the steps at which each of its runs was evaluated."""
+
+    name: str
+    steps: tuple[int, ...]
+    epochs: tuple[float, ...]
+    scores: tuple[tuple[float, ...], ...]
+    """Of each step, one score (0 to 1) for each run."""
+
+    @property
+    def means(self) -> list[float]:
+        return [float(np.mean(each)) for each in self.scores]
+
+    @property
+    def deviations(self) -> list[float]:
+        """Standard deviations (of a sample, n - 1); nan for one run."""
+        return [float(np.std(each, ddof=1)) if len(each) > 1 else math.nan for each in self.scores]
+
+    def reaches(self, score: float) -> float | None:
+        """The epoch of the first evaluation whose mean is at least `score`."""
+        return next((epoch for epoch, mean in zip(self.epochs, self.means, strict=True) if mean >= score), None)
+
+
+def groups(runs: Sequence[Path], names: Sequence[str]) -> dict[str, list[Path]]:
+    """The runs by name, in the order of their first ones."""
+    found: dict[str, list[Path]] = {}
+    for run, name in zip(runs, names, strict=True):
+        found.setdefault(name, []).append(run)
+    return found
+
+
+def course(name: str, runs: Sequence[Path]) -> Course:
+    """Raises UserError for a run without evaluations, or runs that were never evaluated at the same step."""
+    rows: list[dict[int, Row]] = []
+    for run in runs:
+        rows.append({int(row["step"]): row for row in evaluations(run)})
+        if not rows[-1]:
+            raise UserError(f"{run}: no evaluation in its metrics.jsonl; expected a run that was scored")
+    steps = sorted(set.intersection(*(set(each) for each in rows)))
+    if not steps:
+        listed = ", ".join(str(run) for run in runs)
+        raise UserError(
+            f"{name}: {listed} were never evaluated at the same step, so they have no mean; compare runs "
+            "of one length and report.eval_every"
+        )
+    return Course(
+        name,
+        tuple(steps),
+        tuple(float(rows[0][step]["epoch"]) for step in steps),
+        tuple(tuple(float(each[step]["score"]) for each in rows) for step in steps),
+    )
+
+
+def compare(found: Mapping[str, Sequence[Path]], picture: Path) -> str:
+    """Draw `picture` (mean over epochs, a band from the lowest to the highest) and return a table.
+
+    A group's score is that of its last common evaluation. The difference to the first group is at the last step that
+    both have, with the p value of Welch's t test (two-sided, unequal variances).
+
+    Raises:
+        UserError: see `course`; a picture that can't be written.
+    """
+    courses = [course(name, runs) for name, runs in found.items()]
+    with plots.figure(picture, (8, 4.6)) as figure:
+        axes = figure.subplots()
+        for each, color in zip(courses, plots.cycle(len(courses)), strict=True):
+            percent = 100 * np.array(each.scores)
+            label = f"{each.name}, {_plural(percent.shape[1])}"
+            axes.plot(each.epochs, percent.mean(1), color=color, marker="o", markersize=3, label=label)
+            axes.fill_between(each.epochs, percent.min(1), percent.max(1), color=color, alpha=0.2, linewidth=0)
+        axes.set(xlabel="epoch", ylabel="%", title="Score: mean, lowest and highest of the seeds")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return "\n".join([*_table(courses), f"drawn in {picture}"])
+
+
+def _plural(count: int) -> str:
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def _table(courses: Sequence[Course]) -> list[str]:
+    first = courses[0]
+    goal = first.means[-1]
+    lines = [("run", "seeds", "epoch", "score", "difference", "p", f"reaches {100 * goal:.2f}% in epoch")]
+    for each in courses:
+        deviation = each.deviations[-1]
+        spread = f" +- {100 * deviation:.2f}" if math.isfinite(deviation) else ""
+        gap, p = _difference(first, each) if each is not first else ("", "")
+        when = each.reaches(goal)
+        score = f"{100 * each.means[-1]:.2f}%{spread}"
+        lines.append(
+            (
+                each.name,
+                str(len(each.scores[-1])),
+                f"{each.epochs[-1]:g}",
+                score,
+                gap,
+                p,
+                "-" if when is None else f"{when:g}",
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _difference(first: Course, other: Course) -> tuple[str, str]:
+    """Of the means, in points, at the last step that both have; and p."""
+    from scipy.stats import ttest_ind
+
+    common = sorted(set(first.steps) & set(other.steps))
+    if not common:
+        return "-", "-"
+    a, b = (each.scores[each.steps.index(common[-1])] for each in (first, other))
+    gap = f"{100 * (np.mean(b) - np.mean(a)):+.2f}"
+    at = first.epochs[first.steps.index(common[-1])]
+    gap += "" if common[-1] == first.steps[-1] == other.steps[-1] else f" (epoch {at:g})"
+    if min(len(a), len(b)) < 2:
+        return gap, "-"
+    return gap, f"{ttest_ind(a, b, equal_var=False).pvalue:.3f}"

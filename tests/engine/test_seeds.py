@@ -1,0 +1,57 @@
+"""Groups of trainings that differ in their seed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_ind
+
+from engine import seeds
+from engine.errors import UserError
+
+FIRST = {"a0": [0.2, 0.4, 0.50], "a1": [0.3, 0.5, 0.54], "a2": [0.2, 0.5, 0.52]}
+OTHER = {"b0": [0.4, 0.55, 0.60], "b1": [0.3, 0.51, 0.61]}
+
+
+def runs(folder: Path, scores: dict[str, list[float]], every: int = 10) -> list[Path]:
+    for name, values in scores.items():
+        (folder / name).mkdir(parents=True)
+        rows = [
+            {"kind": "eval", "step": every * (i + 1), "epoch": (i + 1) / 2, "score": s} for i, s in enumerate(values)
+        ]
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [folder / name for name in scores]
+
+
+def test_mean_deviation_and_significance(tmp_path: Path) -> None:
+    found = seeds.groups([*runs(tmp_path, FIRST), *runs(tmp_path, OTHER)], ["bn", "bn", "bn", "deconv", "deconv"])
+    text = seeds.compare(found, tmp_path / "seeds.png")
+    head, bn, deconv, drawn = text.splitlines()
+    assert "reaches 52.00% in epoch" in head and drawn == f"drawn in {tmp_path / 'seeds.png'}"
+    assert bn.split() == ["bn", "3", "1.5", "52.00%", "+-", "2.00", "1.5"]
+    p = ttest_ind([0.50, 0.54, 0.52], [0.60, 0.61], equal_var=False).pvalue
+    deviation = 100 * np.std([0.60, 0.61], ddof=1)
+    assert deconv.split() == ["deconv", "2", "1.5", "60.50%", "+-", f"{deviation:.2f}", "+8.50", f"{p:.3f}", "1"]
+    assert (tmp_path / "seeds.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_shorter_group_is_compared_where_both_were_evaluated(tmp_path: Path) -> None:
+    found = {"bn": runs(tmp_path, FIRST), "one": runs(tmp_path, {"c": [0.4, 0.5]})}
+    line = seeds.compare(found, tmp_path / "seeds.png").splitlines()[2]
+    gap = 100 * (0.5 - np.mean([0.4, 0.5, 0.5]))
+    assert line.split() == ["one", "1", "1", "50.00%", f"{gap:+.2f}", "(epoch", "1)", "-", "-"]
+
+
+def test_only_common_evaluations_count(tmp_path: Path) -> None:
+    left, right = runs(tmp_path, {"a": [0.1, 0.2, 0.3]}), runs(tmp_path, {"b": [0.5]}, every=20)
+    assert seeds.course("x", [*left, *right]).scores == ((0.2, 0.5),)
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    left, right = runs(tmp_path, {"a": [0.1]}), runs(tmp_path, {"b": [0.5]}, every=7)
+    with pytest.raises(UserError, match="x: .* were never evaluated at the same step"):
+        seeds.course("x", [*left, *right])
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UserError, match="c: no evaluation in its metrics.jsonl"):
+        seeds.course("x", [tmp_path / "c"])
