@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from norm import folded_conv, sampling
+from norm import folded_conv, processes, sampling
 from norm.folded_conv import Geometry
+from norm.processes import ALONE, Share
 from norm.sampling import Grouping, Pair, Rows, Windows
 from norm.state import Deconvolving, NormError, check_options
 
@@ -47,6 +48,9 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         every: 0: the exact method. n: the shape of D comes from a running covariance, has no gradient, and is renewed
             in every n-th step; mean and scale stay the batch's (`norm.state.Deconvolving`).
         rank: with `every`, the leading directions that are whitened; all others get one gain (`norm.leading`).
+        sync: in training, take the statistics from the patches of all processes (`norm.processes`): n processes with b
+            images each compute what one computes with n b images. `max_rows` then counts the rows of all of them, so
+            that a process may have none. All must have equally many images.
         padding_mode: as in Conv2d.
 
     Shape: (N, C_in, H, W) -> (N, C_out, H_out, W_out) as Conv2d. The dtype of the output is Conv2d's; statistics,
@@ -84,6 +88,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         max_rows: int = 0,
         every: int = 0,
         rank: int = 64,
+        sync: bool = False,
         padding_mode: PaddingMode = "zeros",
     ) -> None:
         check_options(block, n_iter, eps, momentum, sampling_stride)
@@ -101,6 +106,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         self.grouping = grouping
         self.dense_small_maps = dense_small_maps
         self.max_rows = max_rows
+        self.sync = sync
         self._set_up(self.block * self.kernel_size[0] * self.kernel_size[1], n_iter, eps, momentum, every, rank)
 
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -112,8 +118,9 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             return F.pad(x, amount, "constant" if self.padding_mode == "zeros" else self.padding_mode), (0, 0)
         return x, (self.padding[0], self.padding[1])
 
-    def windows(self, shape: torch.Size, padding: Pair) -> Windows:
-        """Which windows of (padded) images (N, C, H, W) of this shape the statistics are taken from."""
+    def windows(self, shape: torch.Size, padding: Pair, share: Share = ALONE) -> Windows:
+        """Which windows of (padded) images (N, C, H, W) of this shape the statistics are taken from; such images are
+        this process's `share` of them all."""
         kernel_size, stride, dilation = (cast(Pair, each) for each in (self.kernel_size, self.stride, self.dilation))
         strides, images = (self.sampling_stride, self.sampling_stride), 1
         positions = sampling.output_size((shape[2], shape[3]), kernel_size, stride, padding, dilation)
@@ -121,9 +128,11 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             strides = sampling.dense_strides(positions, self.sampling_stride)
         if self.max_rows:
             blocks = self.in_channels // self.groups // self.block
-            images, strides = sampling.thin_out(shape[0], blocks, positions, strides, self.max_rows)
+            total = shape[0] * share.processes
+            images, strides = sampling.thin_out(total, blocks, positions, strides, self.max_rows)
         step = (strides[0] * stride[0], strides[1] * stride[1])
-        return Windows(kernel_size, step, padding, dilation, self.features, self.groups, self.grouping, images)
+        how = (kernel_size, step, padding, dilation, self.features, self.groups, self.grouping)
+        return Windows(*how, images, before=share.rank * shape[0])
 
     def patches(self, x: Tensor, padding: Pair) -> Tensor:
         """The sampled patches of the (padded) input, (F, rows) or (groups, F, rows), in the dtype of `x`."""
@@ -140,7 +149,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             raise NormError(f"FastDeconv expects an input (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
         x, padding = self.pad(x)
         if self.training:
-            x, found = self._training_statistics(x, self.windows(x.shape, padding))
+            share = processes.share() if self.sync else ALONE
+            x, found = self._training_statistics(x, self.windows(x.shape, padding, share))
             stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
             how = Geometry(stride, padding, dilation, self.groups, self.grouping)
             if not torch.compiler.is_compiling():  # the compiler decides what is kept
@@ -158,6 +168,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         text += ", dense_small_maps=True" if self.dense_small_maps else ""
         text += f", max_rows={self.max_rows}" if self.max_rows else ""
         text += f", every={self.every}, rank={self.rank}" if self.every else ""
+        text += ", sync=True" if self.sync else ""
         return text + (", freeze=True" if self.freeze else "")
 
 
@@ -182,10 +193,12 @@ class Delinear(Deconvolving, nn.Linear):
         momentum: float = 0.1,
         every: int = 0,
         rank: int = 64,
+        sync: bool = False,
     ) -> None:
         check_options(block, n_iter, eps, momentum)
         super().__init__(in_features, out_features, bias)
         self.block = sampling.resolve_block(in_features, block)
+        self.sync = sync
         self._set_up(self.block, n_iter, eps, momentum, every, rank)
 
     def patches(self, x: Tensor) -> Tensor:
@@ -203,4 +216,5 @@ class Delinear(Deconvolving, nn.Linear):
         return F.linear(x, weight, bias)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, block={self.block}, n_iter={self.n_iter}, eps={self.eps}"
+        text = f"{super().extra_repr()}, block={self.block}, n_iter={self.n_iter}, eps={self.eps}"
+        return text + (", sync=True" if self.sync else "")

@@ -215,6 +215,9 @@ class Deconv(Recipe):
     step; mean and scale stay the batch's, with gradients."""
     rank: int = 64
     """With `every`: the leading directions that are whitened; all others get one gain."""
+    sync: bool = False
+    """Statistics of all processes' patches, in training: n processes with b images compute what one does with n b. Off:
+    each has those of its own images."""
     fc_block: int = 0
     """Features whitened together in linear layers, which become Delinear; 0 keeps them. Not for attention blocks that
     read the weights of their linear layers themselves (torch's TransformerEncoderLayer, torchvision's Swin)."""
@@ -268,6 +271,7 @@ class Deconv(Recipe):
             max_rows=self.max_rows,
             every=self.every,
             rank=self.rank,
+            sync=self.sync,
         )
         return copy_conv(old, new)
 
@@ -277,7 +281,11 @@ class Deconv(Recipe):
         if not self.delinear:
             block = min(self.fc_block, old.in_features)
             whitening = ChannelDeconv(
-                block, n_iter=self.n_iter, momentum=self.momentum, sampling_stride=self.sampling_stride
+                block,
+                n_iter=self.n_iter,
+                momentum=self.momentum,
+                sampling_stride=self.sampling_stride,
+                sync=self.sync,
             )
             linear = nn.Linear(old.in_features, old.out_features, old.bias is not None)
             linear.load_state_dict(old.state_dict())
@@ -291,6 +299,7 @@ class Deconv(Recipe):
             momentum=self.momentum,
             every=self.every,
             rank=self.rank,
+            sync=self.sync,
         )
         new.to(old.weight.device, old.weight.dtype)
         with torch.no_grad():
