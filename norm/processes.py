@@ -104,7 +104,7 @@ def triangle(features: int) -> int:
 
 def synchronised(model: nn.Module) -> list[nn.Module]:
     """The layers with `sync=True`."""
-    return [module for module in model.modules() if getattr(module, "sync", False) is True]
+    return [each for each in model.modules() if getattr(each, "sync", False) is True and hasattr(each, "traffic")]
 
 
 def traffic(model: nn.Module) -> Traffic:

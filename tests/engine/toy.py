@@ -87,10 +87,8 @@ class ToyBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(epoch)).tolist()
-        size, share = self.cfg.batch_size, self.cfg.batch_size // self.world
-        mine = [order[i : i + share] for i in range(self.rank * share, IMAGES - size + 1 + self.rank * share, size)]
-        micro = self.split.micro_batch
-        chunks = [part[i : i + micro] for part in mine for i in range(0, share, micro)]
+        micro, whole = self.split.micro_batch, IMAGES // self.cfg.batch_size * self.cfg.batch_size
+        chunks = [order[i : i + micro] for i in range(self.rank * micro, whole, self.world * micro)]
         loader = DataLoader(
             [(epoch, index) for chunk in chunks[start:] for index in chunk], batch_size=micro, collate_fn=self.collate
         )
