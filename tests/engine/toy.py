@@ -175,11 +175,14 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., None], args
         distributed.cleanup()
 
 
-def in_processes(function: Callable[..., None], *args: Any, world: int = 2) -> None:
-    """Run a function of a module in several processes that find each other as under torchrun."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def in_processes(function: Callable[..., None], *args: Any, world: int = 2) -> None:
+    """Run a function of a module in several processes that find each other as under torchrun."""
     torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
-        _enter, args=(world, port, function, args), nprocs=world, start_method="spawn"
+        _enter, args=(world, free_port(), function, args), nprocs=world, start_method="spawn"
     )
