@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engine import distributed
-from tests.engine.toy import free_port, in_processes
+from engine.processes import free_port, in_processes
 
 CASES = ("street, 4 images", "street, 2 images", "classifier, 40 images", "classifier, 2 images")
 
@@ -84,7 +84,9 @@ def two_and_three(out: Path, *roots: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def roots(sample_root: Path, cifar_root: Path, image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def roots(
+    sample_root: Path, cifar_root: Path, image_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
     pair = tmp_path_factory.mktemp("pair")
     for name in ("bus", "car"):
         (pair / "val" / name).mkdir(parents=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,28 +159,3 @@ def train(
             resume=resume,
             meta={"classes": ["a", "b", "c"]},
         )
-
-
-def _enter(rank: int, world: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    distributed.setup("cpu", timeout_minutes=1)
-    try:
-        function(*args)
-    finally:
-        distributed.cleanup()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def in_processes(function: Callable[..., None], *args: Any, world: int = 2) -> None:
-    """Run a function of a module in several processes that find each other as under torchrun."""
-    torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
-        _enter, args=(world, free_port(), function, args), nprocs=world, start_method="spawn"
-    )

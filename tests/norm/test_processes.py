@@ -14,10 +14,10 @@ from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import norm
+from engine.processes import in_processes
 from engine.traffic import Counting
 from norm import ChannelDeconv, Delinear, FastDeconv, processes
 from norm.sampling import Windows
-from tests.engine.toy import in_processes
 
 D64 = torch.float64
 WORLD = 3
