@@ -70,7 +70,7 @@ class Row:
     """Of a step of `images` images on each process: forward, backward, update."""
     images: int
     said: traffic.Step
-    counted: int
+    counted: float
     """Bytes that each process handed to collective operations in a step."""
     wire: float | None
     """Bytes that each process sent through the loopback interface in a step; None: this system does not tell."""
@@ -104,18 +104,15 @@ def _measure_here(workload: Callable[[Any], Workload], variants: list[Variant], 
     for number in range(rounds + 2):
         for work in works:
             work.once(keep=number >= 2)  # buckets are made anew after the first step
-    for work in works:
-        work.count()
+    rows = [asdict(work.row(world)) for work in works]
     if distributed.is_main():
-        path.write_text(json.dumps([asdict(work.row(world)) for work in works]))
+        path.write_text(json.dumps(rows))
 
 
 class _Work:
     def __init__(self, workload: Workload, variant: Variant) -> None:
         self.variant, cfg = variant, workload.cfg
         self.times: list[float] = []
-        self.wires: list[float] = []
-        self.counted = 0
         micro = cfg.split(1).micro_batch
         # each process has as many images, whatever their number; the config's batch is that of one
         self.cfg = cfg.model_copy(update={"batch_size": micro * distributed.world_size(), "micro_batch": micro})
@@ -126,32 +123,26 @@ class _Work:
 
     def once(self, keep: bool) -> None:
         distributed.barrier()
-        before, start = loopback(), time.perf_counter()
+        start = time.perf_counter()
         self.step(self.batch)
-        seconds = time.perf_counter() - start
-        distributed.barrier()
-        after = loopback()
         if keep:
-            self.times.append(seconds)
-            if before is not None and after is not None:
-                self.wires.append((after - before) / distributed.world_size())
-
-    def count(self) -> None:
-        with traffic.Counting() as counting:
-            self.step(self.batch)
-        self.counted = counting.size
+            self.times.append(time.perf_counter() - start)
 
     def row(self, world: int) -> Row:
-        said = traffic.step(self.prepared.raw, self.cfg, world) if world > 1 else traffic.Step(0, 0, 0.0, 0.0)
-        return Row(
-            self.variant.label,
-            world,
-            median(self.times),
-            self.images,
-            said,
-            self.counted,
-            median(self.wires) if self.wires else None,
-        )
+        """The times so far, and what is sent in a few further steps."""
+        repeat = max(getattr(module, "every", 1) or 1 for module in self.prepared.raw.modules())  # see norm.every
+        distributed.barrier()
+        before = loopback()
+        with traffic.Counting() as counting:
+            for _ in range(repeat):
+                self.step(self.batch)
+        distributed.barrier()
+        after = loopback()
+        wire = None if before is None or after is None else (after - before) / (repeat * world)
+        said = traffic.step(self.prepared.raw, self.cfg, world)
+        if world == 1:  # it sends nothing
+            said = traffic.Step(0, 0, 0.0, 0.0)
+        return Row(self.variant.label, world, median(self.times), self.images, said, counting.size / repeat, wire)
 
 
 def loopback(path: Path = Path("/proc/net/dev")) -> int | None:

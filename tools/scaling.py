@@ -1,10 +1,10 @@
 """Step time and traffic of an experiment on one and two processes, measured; the traffic's time on many GPUs, computed.
 
 python tools/scaling.py configs/classify/resnet18_cifar10.yaml model.options.width=0.25 micro_batch=16
-python tools/scaling.py CONFIG key=value ... --rounds 9 --processes 1 2 --gpus 8 64 512 1024
+python tools/scaling.py configs/seg/deeplabv3_resnet50_80k_deconv.yaml --gpus 8 64 512 1024 --processes   # computed only
 
-Each process computes on one CPU thread with a micro-batch of its own, of random images; no data set is read. The computed
-table is for GPUs and was measured on none: see engine/scaling.py for its formulas and their sources.
+Each process computes on one CPU thread with a micro-batch of its own, of random images; no data set is read. The
+computed table is for GPUs and was measured on none: see engine/scaling.py for its formulas and their sources.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="a YAML file, such as those in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
     parser.add_argument("--rounds", type=int, default=5, help="steps that are timed (%(default)s)")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="(%(default)s)")
+    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="none: compute only")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 256, 1024], help="(%(default)s)")
     args = parser.parse_intermixed_args(argv)
-    if min(args.rounds, *args.processes) < 1 or min(args.gpus) < 2:
+    if min([args.rounds, *args.processes]) < 1 or min(args.gpus) < 2:
         parser.error("--rounds and --processes must be at least 1, --gpus at least 2")
     from engine import scaling
     from engine.config import load
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     configs = {label: load(args.config, [*more, *keys], schema).config for label, keys in VARIANTS.items()}
     workload = importlib.import_module(f"{configs['bn'].task}.plan").workload
     variants = [scaling.Variant(label, cfg) for label, cfg in configs.items()]
-    rows = scaling.measure(workload, variants, args.processes, args.rounds)
-    print(scaling.measured_table(rows))
+    if args.processes:
+        print(scaling.measured_table(scaling.measure(workload, variants, args.processes, args.rounds)))
     steps = scaling.steps(workload, variants)
     print(f"\ncomputed, ms a step: gradients + buffers + statistics\n{scaling.computed_table(steps, args.gpus)}")
     return 0
