@@ -46,8 +46,8 @@ class Network:
 
 
 NETWORKS = (
-    Network("8 x 400 Gb/s InfiniBand", 450e9, 8 * 50e9),
-    Network("1 x 100 Gb/s Ethernet", 450e9, 12.5e9),
+    Network("8 x 400 Gb/s", 450e9, 8 * 50e9),
+    Network("1 x 100 Gb/s", 450e9, 12.5e9),
 )
 """Machines with eight GPUs on NVLink of the fourth generation, 900 GB/s both ways together, and two kinds of cards."""
 
@@ -217,13 +217,15 @@ def measured_table(rows: Sequence[Row]) -> str:
 
 
 def computed_table(steps: dict[str, traffic.Step], gpus: Sequence[int]) -> str:
-    """ms a step for gradients + buffers + statistics, by variant and network (rows) and number of GPUs (columns)."""
-    lines: list[tuple[str, ...]] = [("variant", "between machines", *(f"{count} GPUs" for count in gpus))]
+    """ms a step, by variant and network (rows) and number of GPUs (columns), and the MiB from each GPU that they are
+    for: gradients + buffers + statistics; and the number of sums that the statistics take."""
+    lines: list[tuple[str, ...]] = [("variant", "MiB", "sums", "network", *(f"{count} GPUs" for count in gpus))]
     for label, step in steps.items():
+        sizes = " + ".join(f"{size / 2**20:.1f}" for size in (step.gradients, step.buffers, step.statistics))
         for network in NETWORKS:
             found = [cost(step, count, network) for count in gpus]
             cells = [" + ".join(f"{1e3 * part:.1f}" for part in astuple(each)) for each in found]
-            lines.append((label, network.name, *cells))
+            lines.append((label, sizes, f"{step.calls:.0f}", network.name, *cells))
     return _aligned(lines)
 
 

@@ -65,7 +65,7 @@ class ChannelDeconv(Whitening):
         self.seen: tuple[int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.sync and torch.compiler.is_compiling():  # it waits for other processes: its own piece, not traced
+        if torch.compiler.is_compiling() and self._joint():  # it waits for other processes: its own piece, not traced
             return torch.compiler.disable(ChannelDeconv.forward)(self, x)  # type: ignore[no-any-return]
         if x.ndim not in (2, 4):
             raise NormError(f"ChannelDeconv got an input of shape {tuple(x.shape)}; it takes (N, C) or (N, C, H, W)")

@@ -143,7 +143,7 @@ class Deconvolving(Whitening):
     def _training_statistics(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
         """x, for the layer to go on with, and the statistics of this step, from its patches or held; the running
         averages move."""
-        if torch.compiler.is_compiling() and (self.every or self.sync):
+        if torch.compiler.is_compiling() and (self.every or self._joint()):
             # it counts steps on the host, or waits for other processes: its own piece, which is not traced
             return torch.compiler.disable(Deconvolving._training_statistics)(self, x, sampler)
         if self.every:

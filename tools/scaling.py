@@ -1,7 +1,7 @@
 """Step time and traffic of an experiment on one and two processes, measured; the traffic's time on many GPUs, computed.
 
 python tools/scaling.py configs/classify/resnet18_cifar10.yaml model.options.width=0.25 micro_batch=16
-python tools/scaling.py configs/seg/deeplabv3_resnet50_80k_deconv.yaml --gpus 8 64 512 1024 --processes   # computed only
+python tools/scaling.py configs/seg/deeplabv3_resnet50_80k_deconv.yaml --gpus 8 64 1024 --processes   # computed only
 
 Each process computes on one CPU thread with a micro-batch of its own, of random images; no data set is read. The
 computed table is for GPUs and was measured on none: see engine/scaling.py for its formulas and their sources.

@@ -123,7 +123,7 @@ def test_what_is_sent_is_what_was_said(pretended: None, options: dict[str, Any])
     assert said == (counting.calls / 8, counting.size / 8) and said.size > 1000
 
 
-@pytest.mark.parametrize("options", [{}, {"every": 2, "rank": 4}])
+@pytest.mark.parametrize("options", [{}, {"every": 2, "rank": 4}, {"delinear": False}])
 def test_the_compiler_leaves_the_sums_to_be_run_as_they_are(pretended: None, options: dict[str, Any]):
     from torch._dynamo.backends.debugging import aot_eager
 
@@ -141,8 +141,6 @@ def test_the_compiler_leaves_the_sums_to_be_run_as_they_are(pretended: None, opt
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b)
     assert len(graphs) > 1 and not any("all_reduce" in str(graph.graph) for graph in graphs)
-    for a, b in zip(plain.buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 @pytest.fixture(scope="module")
