@@ -35,7 +35,7 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., None], args
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    distributed.setup("cpu", timeout_minutes=1)
+    distributed.setup("cpu", timeout_minutes=5)
     try:
         function(*args)
     finally:

@@ -17,6 +17,7 @@ from tests.engine import toy
 from tests.engine.toy import ToyConfig, config
 
 FAST, SLOW = scaling.NETWORKS
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def workload(cfg: ToyConfig) -> Workload:
@@ -80,3 +81,15 @@ def test_bytes_that_a_machine_sent_to_itself(tmp_path: Path) -> None:
     assert scaling.loopback(tmp_path / "dev") == 5678
     assert scaling.loopback(tmp_path / "none") is None
     assert math.isfinite(scaling.cost(Step(1, 1, 1.0, 1.0), 2, FAST).gradients)
+
+
+def test_the_program_computes_without_measuring(capsys: pytest.CaptureFixture[str]) -> None:
+    from tools.scaling import VARIANTS, main
+
+    assert main([str(ROOT / "configs/classify/lenet_mnist.yaml"), "--gpus", "16", "--processes"]) == 0
+    out = capsys.readouterr().out
+    assert "step ms" not in out and "16 GPUs" in out
+    assert all(f"\n{label} " in out for label in VARIANTS)
+    with pytest.raises(SystemExit):
+        main([str(ROOT / "configs/classify/lenet_mnist.yaml"), "--gpus", "1"])
+    assert "--gpus at least 2" in capsys.readouterr().err
