@@ -57,7 +57,7 @@ def evaluate_model(
                 logits = model(image).float()
                 first = logits.topk(min(5, count), 1).indices
                 matrix += torch.bincount(target * count + first[:, 0], minlength=count * count)
-                sums += torch.stack([(first == target[:, None]).sum().double(), each(logits, target).sum().double()])
+                sums += torch.stack([(first == target[:, None]).sum().double(), each(logits, target).double().sum()])
                 if mistakes:
                     kept = _surest([*kept, *_mistakes(batch, image, target, logits, info, mistakes)], mistakes)
     finally:

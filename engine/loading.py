@@ -20,7 +20,8 @@ class Order:
     """Which images this rank sees in an epoch, a pure function of (seed, epoch, rank, world size).
 
     Step s of an epoch is the s-th `batch_size` (global) of the shuffled images, whatever the number of ranks and
-    micro-batches; the rest that fills no batch is left out and another one in each epoch.
+    micro-batches, and its m-th micro-batches of all ranks, one after the other, are the m-th micro-batch of one rank
+    that takes as many images at once. The rest that fills no batch is left out and another one in each epoch.
 
     Args:
         count: images of the training set.
@@ -36,6 +37,7 @@ class Order:
     def __init__(self, count: int, cfg: ExperimentConfig, world: int, rank: int, where: str) -> None:
         self.micro_batch, self.accumulation = cfg.split(world)
         self.batch_size, self.count, self.seed, self.rank = cfg.batch_size, count, cfg.runtime.seed, rank
+        self.world = world
         if count < cfg.batch_size:
             raise UserError(
                 f"batch_size: {where} has {count} images, fewer than batch_size {cfg.batch_size}; give a smaller one."
@@ -48,9 +50,8 @@ class Order:
     def epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         """Indices of the images, a row for each micro-batch of this rank."""
         shuffled = np.random.default_rng([0, self.seed, epoch]).permutation(self.count)
-        steps = shuffled[: self.count // self.batch_size * self.batch_size].reshape(-1, self.batch_size)
-        share = self.micro_batch * self.accumulation
-        return steps[:, self.rank * share : (self.rank + 1) * share].reshape(-1, self.micro_batch)
+        whole = shuffled[: self.count // self.batch_size * self.batch_size]
+        return whole.reshape(-1, self.world, self.micro_batch)[:, self.rank]
 
 
 class Plan:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import distributed
+from engine import distributed, traffic
 from engine.config import ExperimentConfig, NormConfig, RuntimeConfig
 from engine.errors import UserError
 from engine.recompute import recompute_blocks
@@ -120,6 +120,9 @@ def prepare(model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor]
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # rank 0's running statistics in every step, unless all have the same anyway; those it starts from are rank 0's
+        wrapped.broadcast_buffers = not traffic.same_buffers(model)
+    report += traffic.report(model, cfg)
     return Prepared(model, wrapped, device, "\n".join(report))
 
 

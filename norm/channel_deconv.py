@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from norm import whitening
+from norm import processes, whitening
+from norm.processes import Traffic
 from norm.sampling import Grouping
 from norm.state import NormError, Whitening, check_options
 
@@ -22,6 +23,8 @@ class ChannelDeconv(Whitening):
         n_iter, eps, momentum, sampling_stride: as in FastDeconv.
         grouping: "channel": blocks of neighbouring channels. "published": block j holds the channels whose index is j
             modulo C / block.
+        sync: in training, take the statistics from the elements of all processes (`norm.processes`): n processes with b
+            vectors each compute what one does with n b. Of feature maps each takes its own every so many-th element.
 
     Shape: (N, C, H, W) or (N, C), kept.
 
@@ -43,6 +46,7 @@ class ChannelDeconv(Whitening):
         momentum: float = 0.1,
         sampling_stride: int = 3,
         grouping: Grouping = "channel",
+        sync: bool = False,
     ) -> None:
         check_options(block, n_iter, eps, momentum, sampling_stride)
         super().__init__()
@@ -52,6 +56,7 @@ class ChannelDeconv(Whitening):
         self.momentum = momentum
         self.sampling_stride = sampling_stride
         self.grouping: Grouping = grouping
+        self.sync = sync
         self.register_buffer("running_mean", torch.zeros(block))
         self.register_buffer("running_deconv", torch.eye(block))
         self.register_buffer("rest_mean", torch.zeros(()))
@@ -60,6 +65,8 @@ class ChannelDeconv(Whitening):
         self.seen: tuple[int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self._joint():  # it waits for other processes: its own piece, not traced
+            return torch.compiler.disable(ChannelDeconv.forward)(self, x)  # type: ignore[no-any-return]
         if x.ndim not in (2, 4):
             raise NormError(f"ChannelDeconv got an input of shape {tuple(x.shape)}; it takes (N, C) or (N, C, H, W)")
         if x.shape[1] < self.block:
@@ -92,7 +99,7 @@ class ChannelDeconv(Whitening):
         rows = blocks.reshape(self.block, -1)
         mean, deconv = self.running_mean, self.running_deconv
         if self.training:
-            mean, deconv = whitening.patch_statistics(rows[:, :: self._every(x)], self.eps, self.n_iter)
+            mean, deconv = whitening.patch_statistics(rows[:, :: self._every(x)], self.eps, self.n_iter, self._joint())
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self._rate())
                 self.running_deconv.lerp_(deconv.to(self.running_mean.dtype), self._rate())
@@ -106,11 +113,24 @@ class ChannelDeconv(Whitening):
         if self.training:
             sampled = x.flatten(1)[:, :: self._every(x)]
             # The unbiased variance, as the authors' code; one element alone has none.
-            mean, var = sampled.mean(), sampled.var(correction=min(1, sampled.numel() - 1))
+            if self._joint():
+                mean, var = _mean_and_var(sampled)
+            else:
+                mean, var = sampled.mean(), sampled.var(correction=min(1, sampled.numel() - 1))
             with torch.no_grad():
                 self.rest_mean.lerp_(mean.to(self.running_mean.dtype), self._rate())
                 self.rest_var.lerp_(var.to(self.running_mean.dtype), self._rate())
         return (x - mean) * (var + self.eps).rsqrt()
+
+    def _joint(self) -> bool:
+        """Whether the statistics are those of all processes."""
+        return self.sync and processes.active()
+
+    def traffic(self) -> Traffic:
+        """What a training step sends with `sync`, forward and backward."""
+        found = Traffic(4, 2 * self.running_mean.element_size() * (self.block + 1 + processes.triangle(self.block)))
+        rest = self.seen is None or self.seen[0] % self.block != 0
+        return found.plus(Traffic(4, 2 * self.running_mean.element_size() * 3)) if rest else found
 
     def folded(self) -> tuple[Tensor, Tensor, int]:
         """Matrix (C, C) and offset (C,) of the map that this layer is in evaluation, and the rank of its input.
@@ -133,3 +153,10 @@ class ChannelDeconv(Whitening):
 
     def extra_repr(self) -> str:
         return f"block={self.block}, n_iter={self.n_iter}, eps={self.eps}, sampling_stride={self.sampling_stride}"
+
+
+def _mean_and_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of all processes' elements, as `_standardise` takes them in one."""
+    total, count = processes.total(torch.stack([x.sum(), x.new_tensor(float(x.numel()))])).unbind()
+    mean = total / count
+    return mean, processes.total((x - mean).square().sum()) / (count - 1).clamp(min=1)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from norm import folded_conv, sampling
+from norm import folded_conv, processes, sampling
 from norm.folded_conv import Geometry
+from norm.processes import ALONE, Share
 from norm.sampling import Grouping, Pair, Rows, Windows
 from norm.state import Deconvolving, NormError, check_options
 
@@ -49,6 +50,9 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         rank: with `every`, the leading directions that are whitened; all others get one gain (`norm.leading`).
         gain: learn a gain (C_out,) for each output channel; of the weight only the direction counts
             (`norm.state.Deconvolving.effective_weight`).
+        sync: in training, take the statistics from the patches of all processes (`norm.processes`): n processes with b
+            images each compute what one computes with n b images. `max_rows` then counts the rows of all of them, so
+            that a process may have none. All must have equally many images.
         padding_mode: as in Conv2d.
 
     Shape: (N, C_in, H, W) -> (N, C_out, H_out, W_out) as Conv2d. The dtype of the output is Conv2d's; statistics,
@@ -87,6 +91,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         every: int = 0,
         rank: int = 64,
         gain: bool = False,
+        sync: bool = False,
         padding_mode: PaddingMode = "zeros",
     ) -> None:
         check_options(block, n_iter, eps, momentum, sampling_stride)
@@ -104,6 +109,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         self.grouping = grouping
         self.dense_small_maps = dense_small_maps
         self.max_rows = max_rows
+        self.sync = sync
         features = self.block * self.kernel_size[0] * self.kernel_size[1]
         self._set_up(features, n_iter, eps, momentum, every, rank, gain)
 
@@ -116,8 +122,9 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             return F.pad(x, amount, "constant" if self.padding_mode == "zeros" else self.padding_mode), (0, 0)
         return x, (self.padding[0], self.padding[1])
 
-    def windows(self, shape: torch.Size, padding: Pair) -> Windows:
-        """Which windows of (padded) images (N, C, H, W) of this shape the statistics are taken from."""
+    def windows(self, shape: torch.Size, padding: Pair, share: Share = ALONE) -> Windows:
+        """Which windows of (padded) images (N, C, H, W) of this shape the statistics are taken from; such images are
+        this process's `share` of them all."""
         kernel_size, stride, dilation = (cast(Pair, each) for each in (self.kernel_size, self.stride, self.dilation))
         strides, images = (self.sampling_stride, self.sampling_stride), 1
         positions = sampling.output_size((shape[2], shape[3]), kernel_size, stride, padding, dilation)
@@ -125,9 +132,11 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             strides = sampling.dense_strides(positions, self.sampling_stride)
         if self.max_rows:
             blocks = self.in_channels // self.groups // self.block
-            images, strides = sampling.thin_out(shape[0], blocks, positions, strides, self.max_rows)
+            total = shape[0] * share.processes
+            images, strides = sampling.thin_out(total, blocks, positions, strides, self.max_rows)
         step = (strides[0] * stride[0], strides[1] * stride[1])
-        return Windows(kernel_size, step, padding, dilation, self.features, self.groups, self.grouping, images)
+        how = (kernel_size, step, padding, dilation, self.features, self.groups, self.grouping)
+        return Windows(*how, images, before=share.rank * shape[0])
 
     def patches(self, x: Tensor, padding: Pair) -> Tensor:
         """The sampled patches of the (padded) input, (F, rows) or (groups, F, rows), in the dtype of `x`."""
@@ -144,7 +153,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             raise NormError(f"FastDeconv expects an input (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
         x, padding = self.pad(x)
         if self.training:
-            x, found = self._training_statistics(x, self.windows(x.shape, padding))
+            share = processes.share() if self.sync else ALONE
+            x, found = self._training_statistics(x, self.windows(x.shape, padding, share))
             stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
             how = Geometry(stride, padding, dilation, self.groups, self.grouping)
             if not torch.compiler.is_compiling():  # the compiler decides what is kept
@@ -164,6 +174,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         text += f", max_rows={self.max_rows}" if self.max_rows else ""
         text += f", every={self.every}, rank={self.rank}" if self.every else ""
         text += ", gain=True" if self.gain is not None else ""
+        text += ", sync=True" if self.sync else ""
         return text + (", freeze=True" if self.freeze else "")
 
 
@@ -189,10 +200,12 @@ class Delinear(Deconvolving, nn.Linear):
         every: int = 0,
         rank: int = 64,
         gain: bool = False,
+        sync: bool = False,
     ) -> None:
         check_options(block, n_iter, eps, momentum)
         super().__init__(in_features, out_features, bias)
         self.block = sampling.resolve_block(in_features, block)
+        self.sync = sync
         self._set_up(self.block, n_iter, eps, momentum, every, rank, gain)
 
     def patches(self, x: Tensor) -> Tensor:
@@ -210,4 +223,5 @@ class Delinear(Deconvolving, nn.Linear):
         return F.linear(x, weight, bias)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, block={self.block}, n_iter={self.n_iter}, eps={self.eps}"
+        text = f"{super().extra_repr()}, block={self.block}, n_iter={self.n_iter}, eps={self.eps}"
+        return text + (", sync=True" if self.sync else "")

@@ -10,6 +10,8 @@ Shapes, with G conv groups: basis (F, r) or (G, F, r); values (r,) or (G, r); re
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,14 @@ def first_basis(features: int, rank: int) -> Tensor:
 
 
 def renew(
-    basis: Tensor, values: Tensor, rest: Tensor, patches: Tensor, ridge: Tensor, rate: float, passes: int = 1
+    basis: Tensor,
+    values: Tensor,
+    rest: Tensor,
+    patches: Tensor,
+    ridge: Tensor,
+    rate: float,
+    passes: int = 1,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """basis, values and rest of (1 - rate) times the covariance held and `rate` times that of `patches`.
 
@@ -35,7 +44,9 @@ def renew(
             their covariance over the scale.
         ridge: () or (G,), added to that covariance's diagonal.
         rate: between 0 and 1.
+        total: sums a product of patches over the processes that have some of them; None: they are all here.
     """
+    total = total or (lambda product: product)
     features, rank = basis.shape[-2:]
     held, ridge = basis, ridge[..., None, None]
     rest_held = rest[..., None, None]
@@ -47,10 +58,10 @@ def renew(
         for _ in range(passes):
             inside, rows = project(basis)
             applied = held @ ((values[..., None] - rest_held) * inside) + rest_held * basis
-            applied = (1 - rate) * applied + rate * (patches @ rows + ridge * basis)
+            applied = (1 - rate) * applied + rate * (total(patches @ rows) + ridge * basis)
             basis = torch.linalg.qr(applied)[0]
     inside, rows = project(basis)
-    small = (1 - rate) * (inside.mT @ ((values[..., None] - rest_held) * inside)) + rate * (rows.mT @ rows)
+    small = (1 - rate) * (inside.mT @ ((values[..., None] - rest_held) * inside)) + rate * total(rows.mT @ rows)
     small.diagonal(dim1=-2, dim2=-1).add_(((1 - rate) * rest_held + rate * ridge)[..., 0])
     values, turn = torch.linalg.eigh(small)
     # the trace of a covariance over its scale is F

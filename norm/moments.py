@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from norm import processes
 from norm.sampling import Sampler, Windows
 
 _COVERED = 0.25
@@ -19,11 +20,13 @@ _COVERED = 0.25
 def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     """Mean (F,) or (G, F) of the patches; variance () or (G,), the mean of (patch - mean)^2 over rows and features.
 
-    In float32, or float64 if x is.
+    In float32, or float64 if x is; zeros where no patch is taken, since other processes have all of them.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if not isinstance(sampler, Windows) or sampler.covered(x.shape) < _COVERED:
+    if not isinstance(sampler, Windows) or sampler.covered(x.shape) < _COVERED or sampler.rows(x.shape) == 0:
         patches = sampler.gather(x).to(dtype)
+        if patches.shape[-1] == 0:
+            return patches.sum(-1), patches.sum((-2, -1))
         mean = patches.mean(-1)
         return mean, (patches - mean.unsqueeze(-1)).square_().mean((-2, -1))
     x = sampler.blocks(x)
@@ -43,6 +46,21 @@ def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
         return mean.flatten(), spread.sum() / sampler.features
     # einsum chooses the layout of its result
     return mean.reshape(sampler.groups, -1), spread.reshape(sampler.groups, -1).sum(-1) / sampler.features
+
+
+def over_processes(mean: Tensor, variance: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`mean_and_variance` of the patches of all processes, from those of this one's `rows`; and how many there are, ().
+
+    One sum, in float64, so that nothing is lost where the mean is much larger than the spread.
+    """
+    wide = mean.double()
+    squares = variance.double() + wide.square().mean(-1)
+    each = torch.cat([wide.flatten(), squares.flatten(), wide.new_ones(1)])
+    sums = processes.total_(each * rows)
+    all_rows = sums[-1]
+    wide, squares = ((part / all_rows) for part in (sums[: mean.numel()].view_as(mean), sums[mean.numel() : -1]))
+    spread = squares.view_as(variance) - wide.square().mean(-1)
+    return wide.to(mean.dtype), spread.clamp_(min=0).to(mean.dtype), all_rows.to(mean.dtype)
 
 
 def add_scaled_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift: Tensor) -> None:

@@ -218,6 +218,9 @@ class Deconv(Recipe):
     gain: bool = False
     """Learn a gain for each output channel, so that of a weight only its direction counts (weight normalisation):
     calibrated weights then move at the same rate as fresh ones."""
+    sync: bool = False
+    """Statistics of all processes' patches, in training: n processes with b images compute what one does with n b. Off:
+    each has those of its own images."""
     fc_block: int = 0
     """Features whitened together in linear layers, which become Delinear; 0 keeps them. Not for attention blocks that
     read the weights of their linear layers themselves (torch's TransformerEncoderLayer, torchvision's Swin)."""
@@ -272,6 +275,7 @@ class Deconv(Recipe):
             every=self.every,
             rank=self.rank,
             gain=self.gain,
+            sync=self.sync,
         )
         copy_conv(old, new)
         new.set_weight(old.weight)
@@ -283,7 +287,11 @@ class Deconv(Recipe):
         if not self.delinear:
             block = min(self.fc_block, old.in_features)
             whitening = ChannelDeconv(
-                block, n_iter=self.n_iter, momentum=self.momentum, sampling_stride=self.sampling_stride
+                block,
+                n_iter=self.n_iter,
+                momentum=self.momentum,
+                sampling_stride=self.sampling_stride,
+                sync=self.sync,
             )
             linear = nn.Linear(old.in_features, old.out_features, old.bias is not None)
             linear.load_state_dict(old.state_dict())
@@ -298,6 +306,7 @@ class Deconv(Recipe):
             every=self.every,
             rank=self.rank,
             gain=self.gain,
+            sync=self.sync,
         )
         new.to(old.weight.device, old.weight.dtype)
         new.set_weight(old.weight)

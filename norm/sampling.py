@@ -96,9 +96,11 @@ class Windows:
     grouping: Grouping = "channel"
     images: int = 1
     """Every so many-th image is taken."""
+    before: int = 0
+    """Images that other processes have before these: all of them are counted together, to take every so many-th."""
 
     def gather(self, x: Tensor) -> Tensor:
-        x = x[:: self.images] if self.images > 1 else x
+        x = self._taken(x)
         if self.kernel_size == (1, 1):
             found = self._pixels(x)
         elif x.device.type != "cpu" or torch.compiler.is_compiling() or self._interleaved(x.shape[1]):
@@ -119,7 +121,9 @@ class Windows:
         return rows.view(*([self.groups] if self.groups > 1 else []), self.features, -1)
 
     def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
-        x = x[:: self.images] if self.images > 1 else x
+        x = self._taken(x)
+        if patches.shape[-1] == 0:  # other processes have all images that are taken
+            return
         n, c, height, width = x.shape
         if self.kernel_size == (1, 1):
             self._add_pixels(x, patches)
@@ -136,15 +140,17 @@ class Windows:
                 x[:, :, rows[1], columns[1]].add_(each[:, :, top, left, rows[0], columns[0]])
 
     def rows(self, shape: torch.Size) -> int:
-        images, size = -(-shape[0] // self.images), (shape[2], shape[3])
+        size = (shape[2], shape[3])
+        images = max(0, -(-(shape[0] - self._first()) // self.images))
         blocks = shape[1] // self._channels(shape[1])
         if self.kernel_size == (1, 1):
-            return blocks * -(-images * math.prod(size) // math.prod(self.strides))
+            pixels = images * math.prod(size) - self._first_pixel(*size)
+            return blocks * max(0, -(-pixels // math.prod(self.strides)))
         return images * blocks * self.count(size)
 
     def blocks(self, x: Tensor) -> Tensor:
         """The images that are taken, (N, C, H, W), as (N, blocks, C / blocks, H, W); conv groups stay side by side."""
-        return x[:: self.images].unflatten(1, (-1, self._channels(x.shape[1])))
+        return self._taken(x).unflatten(1, (-1, self._channels(x.shape[1])))
 
     def count(self, size: Pair) -> int:
         """Sampled windows of an image of this size."""
@@ -166,6 +172,18 @@ class Windows:
             return 0.0
         size = (shape[2], shape[3])
         return self.count(size) * math.prod(self.kernel_size) / math.prod(size)
+
+    def _first(self) -> int:
+        """The first image of these that is taken."""
+        return -self.before % self.images
+
+    def _taken(self, x: Tensor) -> Tensor:
+        return x[self._first() :: self.images] if self.images > 1 else x
+
+    def _first_pixel(self, height: int, width: int) -> int:
+        """Where the flattened list of these images goes on with every so many-th pixel of the whole list."""
+        taken_before = -(-self.before // self.images)
+        return -taken_before * height * width % math.prod(self.strides)
 
     def _channels(self, channels: int) -> int:
         """Channels that share no feature: a block's, or those of all conv groups."""
@@ -215,7 +233,8 @@ class Windows:
             x[:, :, row, column] += each
 
     def _places(self, images: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.arange(0, images * height * width, math.prod(self.strides), device=device)
+        pixels, first = images * height * width, self._first_pixel(height, width)
+        index = torch.arange(min(first, pixels), pixels, math.prod(self.strides), device=device)
         place = index % (height * width)
         return index.div(height * width, rounding_mode="floor"), place.div(width, rounding_mode="floor"), place % width
 
@@ -242,12 +261,12 @@ def group_patches(patches: Tensor, features: int, groups: int, grouping: Groupin
     grouping "channel": a block is B neighbouring channels, as in the paper. "published": block j holds the features
     whose channel-major index is j modulo C / B, as the authors' code reshapes them.
     """
-    n, _, rows = patches.shape
+    n, total, rows = patches.shape  # n may be 0
     if groups > 1:
         return patches.reshape(n, groups, features, rows).permute(1, 2, 0, 3).reshape(groups, features, -1)
     if grouping == "channel":
-        return patches.reshape(n, -1, features, rows).permute(2, 0, 1, 3).reshape(features, -1)
-    return patches.reshape(n, features, -1, rows).permute(1, 0, 2, 3).reshape(features, -1)
+        return patches.reshape(n, total // features, features, rows).permute(2, 0, 1, 3).reshape(features, -1)
+    return patches.reshape(n, features, total // features, rows).permute(1, 0, 2, 3).reshape(features, -1)
 
 
 def ungroup_patches(patches: Tensor, images: int, total: int, groups: int, grouping: Grouping) -> Tensor:

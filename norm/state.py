@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from norm import leading, whitening
+from norm import leading, processes, whitening
+from norm.processes import Traffic
 from norm.sampling import Grouping, Sampler
 from norm.whitening import Statistics
 
@@ -23,6 +24,14 @@ _TINY = 1e-12
 
 def _norms(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+
+
+def _everywhere(basis: Tensor, values: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rank 0's: eigenvectors have no sign of their own, and products of unlike ones must not be summed."""
+    parts = (basis, values, rest)
+    found = processes.same_(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
+    basis, values, rest = (each.view_as(part) for each, part in zip(found, parts, strict=True))
+    return basis, values, rest
 
 
 class NormError(ValueError):
@@ -77,6 +86,7 @@ class Deconvolving(Whitening):
     grouping: Grouping = "channel"
     freeze: bool = False
     freeze_iter: int = 100
+    sync: bool = False
 
     def _set_up(
         self, features: int, n_iter: int, eps: float, momentum: float, every: int, rank: int, gain: bool = False
@@ -173,15 +183,16 @@ class Deconvolving(Whitening):
     def _training_statistics(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
         """x, for the layer to go on with, and the statistics of this step, from its patches or held; the running
         averages move."""
+        if torch.compiler.is_compiling() and (self.every or self._joint()):
+            # it counts steps on the host, or waits for other processes: its own piece, which is not traced
+            return torch.compiler.disable(Deconvolving._training_statistics)(self, x, sampler)
         if self.every:
-            if torch.compiler.is_compiling():  # it counts steps on the host: its own piece, which is not traced
-                return torch.compiler.disable(Deconvolving._running_shape)(self, x, sampler)
             return self._running_shape(x, sampler)
         if self.freeze and not torch.compiler.is_compiling():
             held = self._held(self._count())
             if held:
                 return x, self._held_copies()
-        x, mean, deconv = whitening.statistics(x, sampler, self.eps, self.n_iter)
+        x, mean, deconv = whitening.statistics(x, sampler, self.eps, self.n_iter, self._joint())
         if self.freeze and torch.compiler.is_compiling():  # a branch on the count would cut the graph in two
             mask = self._held(self.steps)
             self.steps.add_(1)
@@ -196,7 +207,7 @@ class Deconvolving(Whitening):
         steps = self._count()
         if self.freeze and self._held(steps):
             return x, self._held_copies()
-        x, mean, scale = whitening.mean_and_scale(x, sampler, self.eps)
+        x, mean, scale = whitening.mean_and_scale(x, sampler, self.eps, self._joint())
         with torch.no_grad():  # an average that starts as the mean of what it has seen, and never slower than momentum
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), max(self.momentum, 1 / (steps + 1)))
             self.running_scale.lerp_(scale.to(self.running_mean.dtype), max(self.momentum, 1 / (steps + 1)))
@@ -211,10 +222,32 @@ class Deconvolving(Whitening):
         with torch.autocast(x.device.type, enabled=False):
             patches = sampler.gather(x).to(dtype)  # perhaps a view of x
             centred = patches - mean.to(dtype).view(*patches.shape[:-1], 1)
-            centred.mul_((scale.to(dtype) * patches.shape[-1]).rsqrt()[..., None, None])
+            rows, joint = torch.full_like(scale, patches.shape[-1], dtype=dtype), self._joint()
+            rows = processes.total_(rows) if joint else rows
+            centred.mul_((scale.to(dtype) * rows).rsqrt()[..., None, None])
             passes = 1 if rate < 1 else _FIRST_PASSES
             held = (self.basis, self.values[..., :-1], self.values[..., -1])
-            self._lead(*leading.renew(*held, centred, self.eps / scale.to(dtype), rate, passes))
+            found = leading.renew(
+                *held, centred, self.eps / scale.to(dtype), rate, passes, processes.total_ if joint else None
+            )
+            self._lead(*(_everywhere(*found) if joint else found))
+
+    def _joint(self) -> bool:
+        """Whether the statistics are those of all processes."""
+        return self.sync and processes.active()
+
+    def traffic(self) -> Traffic:
+        """What a training step sends with `sync`, forward and backward, on an average over the steps."""
+        features, groups = self.features, self.groups
+        mean, wide = features * groups, self.running_mean.element_size()
+        if not self.every:
+            triangles = groups * processes.triangle(features)
+            return Traffic(3, wide * (2 * mean + 1 + 2 * triangles))
+        moments = Traffic(2, 8 * (mean + groups + 1) + wide * (mean + groups))
+        shape = groups * (features * self.rank + self.rank + 1)  # from rank 0
+        passes = 1 if self.rank < features else 0
+        sums = groups * (passes * features * self.rank + self.rank**2 + 1)
+        return moments.plus(Traffic(3 + passes, wide * (shape + sums)), 1 / self.every)
 
     def _lead(self, basis: Tensor, values: Tensor, rest: Tensor) -> None:
         self.basis.copy_(basis)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from norm import leading, moments
+from norm import leading, moments, processes
 from norm.products import Products
 from norm.sampling import Grouping, Sampler
 
@@ -49,33 +49,60 @@ def mean_and_covariance(patches: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, product(eye, centred, centred.mT, beta=eps, alpha=1 / patches.shape[-1])
 
 
+def over_processes(patches: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`mean_and_covariance` of the patches of all processes, and how many rows these have, ().
+
+    Two sums: the covariance is taken around the common mean, so that nothing cancels.
+    """
+    count = patches.new_full((1,), patches.shape[-1])
+    sums = processes.total(torch.cat([patches.sum(-1).flatten(), count]))
+    rows = sums[-1]
+    mean = (sums[:-1] / rows).view(patches.shape[:-1])
+    centred = patches - mean.unsqueeze(-1)
+    covariance = processes.unpack(processes.total(processes.pack(centred @ centred.mT)) / rows, patches.shape[-2])
+    covariance.diagonal(dim1=-2, dim2=-1).add_(eps)
+    return mean, covariance, rows
+
+
 class _Moments(torch.autograd.Function):
     """x as it is, and `mean_and_covariance` of its patches, with a gradient of one product.
 
     The gradient gathers the patches again from x, which the layer keeps anyway: with G the covariance's gradient and g
     the mean's, a patch gets ((G + G^T)(patch - mu) + g) / rows; the centred patches sum to zero, so that no term comes
     from mu in the covariance. It is added to the gradient that x has from the layer, in place: nobody else has that
-    one, since x as returned goes to the layer alone.
+    one, since x as returned goes to the layer alone. With `joint`, rows, G and g are summed over the processes.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sampler: Sampler, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        mean, covariance = mean_and_covariance(_wide(sampler.gather(x)), eps)
-        ctx.save_for_backward(x, mean)
+    def forward(ctx: Any, x: Tensor, sampler: Sampler, eps: float, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
+        patches, rows = _wide(sampler.gather(x)), None
+        if joint:
+            mean, covariance, rows = over_processes(patches, eps)
+        else:
+            mean, covariance = mean_and_covariance(patches, eps)
+        ctx.save_for_backward(x, mean, rows)
         ctx.sampler = sampler
         return x.view_as(x), mean, covariance
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, to_x: Tensor, to_mean: Tensor, to_covariance: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        x, mean = ctx.saved_tensors
+    def backward(ctx: Any, to_x: Tensor, to_mean: Tensor, to_covariance: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mean, rows = ctx.saved_tensors
+        to_covariance = to_covariance + to_covariance.mT
+        if rows is not None:
+            packed = processes.pack(to_covariance)
+            sums = processes.total_(torch.cat([to_mean.flatten(), packed.flatten()]))
+            to_mean = sums[: to_mean.numel()].view_as(to_mean)
+            to_covariance = processes.unpack(sums[to_mean.numel() :].view_as(packed), mean.shape[-1])
         centred = _wide(ctx.sampler.gather(x)) - mean.unsqueeze(-1)
+        if centred.shape[-1] == 0:  # other processes have all images that are taken
+            return to_x, None, None, None
         grad = torch.baddbmm(
             to_mean.reshape(-1, to_mean.shape[-1], 1),
-            *((each.reshape(-1, *each.shape[-2:])) for each in (to_covariance + to_covariance.mT, centred)),
-        ).div_(centred.shape[-1])
+            *((each.reshape(-1, *each.shape[-2:])) for each in (to_covariance, centred)),
+        ).div_(centred.shape[-1] if rows is None else rows)
         ctx.sampler.scatter_add_(to_x, grad.view(centred.shape))
-        return to_x, None, None
+        return to_x, None, None, None
 
 
 class _MeanAndScale(torch.autograd.Function):
@@ -85,27 +112,34 @@ class _MeanAndScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sampler: Sampler, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, sampler: Sampler, eps: float, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
         mean, variance = moments.mean_and_variance(x, sampler)
-        ctx.save_for_backward(x, mean)
+        rows = None
+        if joint:
+            mean, variance, rows = moments.over_processes(mean, variance, sampler.rows(x.shape))
+        ctx.save_for_backward(x, mean, rows)
         ctx.sampler = sampler
         return x.view_as(x), mean, variance + eps
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, to_x: Tensor, to_mean: Tensor, to_scale: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        x, mean = ctx.saved_tensors
-        rows = ctx.sampler.rows(x.shape)
+    def backward(ctx: Any, to_x: Tensor, to_mean: Tensor, to_scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mean, rows = ctx.saved_tensors
+        if rows is None:
+            rows = ctx.sampler.rows(x.shape)
+        else:
+            sums = processes.total_(torch.cat([to_mean.flatten(), to_scale.flatten()]))
+            to_mean, to_scale = sums[: mean.numel()].view_as(to_mean), sums[mean.numel() :].view_as(to_scale)
         factor = to_scale * (2 / (mean.shape[-1] * rows))
         moments.add_scaled_(to_x, x, ctx.sampler, factor, to_mean / rows - factor.unsqueeze(-1) * mean)
-        return to_x, None, None
+        return to_x, None, None, None
 
 
-def mean_and_scale(x: Tensor, sampler: Sampler, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x, for the layer to go on with; mean (F,) or (G F,), scale () or (G,). float32 under autocast, float64 stays
-    float64."""
+def mean_and_scale(x: Tensor, sampler: Sampler, eps: float, joint: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """x, for the layer to go on with; mean (F,) or (G F,), scale () or (G,), of all processes' patches if `joint`.
+    float32 under autocast, float64 stays float64."""
     with torch.autocast(device_type=x.device.type, enabled=False):
-        x, mean, scale = _MeanAndScale.apply(x, sampler, eps)  # type: ignore[no-untyped-call]
+        x, mean, scale = _MeanAndScale.apply(x, sampler, eps, joint)  # type: ignore[no-untyped-call]
         return x, mean.flatten(), scale
 
 
@@ -178,22 +212,29 @@ def _newton_schulz(x: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
     return z, dz
 
 
-def statistics(x: Tensor, sampler: Sampler, eps: float, n_iter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, for the layer to go on with, and mean (F,) or (G F,) and deconv D of its patches.
+def statistics(
+    x: Tensor, sampler: Sampler, eps: float, n_iter: int, joint: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, for the layer to go on with, and mean (F,) or (G F,) and deconv D of its patches, those of all processes if
+    `joint` (which is not for the compiler).
 
     float32 under autocast, float64 stays float64.
     """
     if torch.compiler.is_compiling():  # the compiler saves what it likes and cuts the products itself
         return x, *patch_statistics(sampler.gather(x), eps, n_iter)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        x, mean, covariance = _Moments.apply(x, sampler, eps)  # type: ignore[no-untyped-call]
+        x, mean, covariance = _Moments.apply(x, sampler, eps, joint)  # type: ignore[no-untyped-call]
         return x, mean.flatten(), inverse_sqrt(covariance, n_iter)
 
 
-def patch_statistics(patches: Tensor, eps: float, n_iter: int) -> tuple[Tensor, Tensor]:
-    """Mean and D of patches (F, rows) or (G, F, rows), with torch's own gradients; dtypes as in `statistics`."""
+def patch_statistics(patches: Tensor, eps: float, n_iter: int, joint: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and D of patches (F, rows) or (G, F, rows), with torch's own gradients; dtypes and `joint` as in
+    `statistics`."""
     with torch.autocast(device_type=patches.device.type, enabled=False):
-        mean, covariance = mean_and_covariance(_wide(patches), eps)
+        if joint:
+            mean, covariance, _ = over_processes(_wide(patches), eps)
+        else:
+            mean, covariance = mean_and_covariance(_wide(patches), eps)
         return mean.flatten(), inverse_sqrt(covariance, n_iter)
 
 

@@ -19,8 +19,8 @@ from classify.table_cells import Cell, Outcome, Request, cells, request
 from engine.config import load
 from engine.errors import UserError
 from engine.grid import look
+from engine.processes import in_processes
 from engine.report import read_metrics
-from tests.engine.toy import in_processes
 from tools import table1
 
 CONFIG = """

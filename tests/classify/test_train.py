@@ -17,8 +17,8 @@ from classify.network import build, from_checkpoint
 from engine import checkpoint
 from engine.config import Loaded, from_dict
 from engine.errors import UserError
+from engine.processes import in_processes
 from engine.report import read_metrics
-from tests.engine.toy import in_processes
 
 
 def loaded(root: Path, *overrides: str, **data: Any) -> Loaded[ClassifyConfig]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.toy import in_processes
+from engine.processes import in_processes
 from tests.engine.two_processes import everything
 
 

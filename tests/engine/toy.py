@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,10 +85,8 @@ class ToyBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(epoch)).tolist()
-        size, share = self.cfg.batch_size, self.cfg.batch_size // self.world
-        mine = [order[i : i + share] for i in range(self.rank * share, IMAGES - size + 1 + self.rank * share, size)]
-        micro = self.split.micro_batch
-        chunks = [part[i : i + micro] for part in mine for i in range(0, share, micro)]
+        micro, whole = self.split.micro_batch, IMAGES // self.cfg.batch_size * self.cfg.batch_size
+        chunks = [order[i : i + micro] for i in range(self.rank * micro, whole, self.world * micro)]
         loader = DataLoader(
             [(epoch, index) for chunk in chunks[start:] for index in chunk], batch_size=micro, collate_fn=self.collate
         )
@@ -163,25 +159,3 @@ def train(
             resume=resume,
             meta={"classes": ["a", "b", "c"]},
         )
-
-
-def _enter(rank: int, world: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    distributed.setup("cpu", timeout_minutes=1)
-    try:
-        function(*args)
-    finally:
-        distributed.cleanup()
-
-
-def in_processes(function: Callable[..., None], *args: Any, world: int = 2) -> None:
-    """Run a function of a module in several processes that find each other as under torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
-        _enter, args=(world, port, function, args), nprocs=world, start_method="spawn"
-    )

@@ -15,7 +15,7 @@ from engine.config import Length
 from engine.errors import UserError
 from engine.loop import Batch, Loss
 from engine.prepare import prepare
-from tests.engine import toy
+from tests.engine import synced, toy
 from tests.engine.toy import config, small, train
 
 
@@ -24,6 +24,7 @@ def everything(folder: Path) -> None:
     collectives(folder)
     wrapped(folder)
     training(folder)
+    synced.everything(folder)
 
 
 def collectives(folder: Path) -> None:
