@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
+from engine.signals import Interrupted, StopRequest
+
 P = ParamSpec("P")
 
 
@@ -13,23 +15,38 @@ class UserError(Exception):
     """Bad input, a bad configuration or a broken environment.
 
     The message names the file or key, what was found, what was expected and what to do. The programs in `tools/`
-    print it as one line `error: ...` and end with status 2; it is never shown as a traceback.
+    print it as one line `error: ...` and end with `status`; it is never shown as a traceback.
     """
+
+    status = 2
+
+
+class LostProcess(UserError):
+    """Another process of this run is gone or hangs: nothing is wrong with the input, the same command may go on.
+
+    Programs end with status 75 (EX_TEMPFAIL of sysexits.h).
+    """
+
+    status = 75
 
 
 def program(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorator for a program's `main`: a UserError becomes one line and status 2, Ctrl-C status 130."""
+    """Decorator for a program's `main`: a UserError becomes one line and its status, a signal 128 + its number.
+
+    The signals are those of `engine.signals`; what lasts may take them over with a StopRequest of its own.
+    """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            return main(*args, **kwargs)
+            with StopRequest() as stop, stop.at_once():
+                return main(*args, **kwargs)
         except UserError as error:
             rank = os.environ.get("RANK")  # of several processes, the one that has the error
             print(f"error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+            return error.status
+        except Interrupted as error:
+            print(error, file=sys.stderr, flush=True)
+            return error.status
 
     return run

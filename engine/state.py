@@ -72,6 +72,8 @@ class TrainingState:
     score: float | None = None
     best_score: float | None = None
     best_step: int = 0
+    unreported: dict[str, float] | None = None
+    """Sums over the steps since the last row of the log, see `engine.watch`."""
     saved: str = field(default="no checkpoint has been written yet")
 
     @property
@@ -108,6 +110,7 @@ class TrainingState:
             "score": self.score,
             "best_score": self.best_score,
             "best_step": self.best_step,
+            "unreported": self.unreported,  # not among the KEYS that a checkpoint must have: older ones lack it
         }
         for path in paths:
             checkpoint.save(path, content)

@@ -373,7 +373,7 @@ def test_periodic_checkpoints_are_kept_on_request(tmp_path: Path) -> None:
 # ---- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_and_ends_and_the_rest_is_as_if_nothing_had_happened(
     tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -392,7 +392,7 @@ def test_signal_saves_and_ends_and_the_rest_is_as_if_nothing_had_happened(
     handlers = signal.getsignal(number)
     result = train(cfg, folder, loss=interrupted)
     assert signal.getsignal(number) is handlers
-    assert (result.stopped, result.step, checkpoint.load(folder / "last.pt")["step"]) == (True, 4, 4)
+    assert (result.signal, result.step, checkpoint.load(folder / "last.pt")["step"]) == (number, 4, 4)
     out = capsys.readouterr().out
     assert f"stopped by a signal after step 4; {folder}/last.pt is saved, --resume auto goes on" in out
     train(cfg, folder, resume=find_resume(folder, "auto", cfg))
