@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
+from engine.errors import UserError, is_lost_worker
 
 FORMAT = 1
 KEYS = (
@@ -77,7 +77,8 @@ def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
     except Exception as error:  # torch and safetensors turn a full disk into errors of their own
         with suppress(OSError):
             temporary.unlink()
-        if not isinstance(error, OSError | RuntimeError) and type(error).__name__ != "SafetensorError":
+        ours = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
+        if not ours or is_lost_worker(error):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise UserError(

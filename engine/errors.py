@@ -2,11 +2,12 @@
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
-from engine.signals import Interrupted, StopRequest
+from engine.signals import Interrupted
 
 P = ParamSpec("P")
 
@@ -30,23 +31,24 @@ class LostProcess(UserError):
     status = 75
 
 
-def program(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorator for a program's `main`: a UserError becomes one line and its status, a signal 128 + its number.
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether torch says that a process of a DataLoader has died. It may do so anywhere: a signal handler raises it."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
-    The signals are those of `engine.signals`; what lasts may take them over with a StopRequest of its own.
-    """
+
+def program(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorator for a program's `main`: a UserError and `Interrupted` become one line and their status, Ctrl-C 130."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
-            with StopRequest() as stop, stop.at_once():
-                return main(*args, **kwargs)
+            return main(*args, **kwargs)
         except UserError as error:
             rank = os.environ.get("RANK")  # of several processes, the one that has the error
             print(f"error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
             return error.status
-        except Interrupted as error:
-            print(error, file=sys.stderr, flush=True)
-            return error.status
+        except KeyboardInterrupt as error:
+            print(error if isinstance(error, Interrupted) else "interrupted", file=sys.stderr, flush=True)
+            return error.status if isinstance(error, Interrupted) else 128 + signal.SIGINT
 
     return run

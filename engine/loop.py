@@ -21,7 +21,7 @@ from engine import distributed
 from engine.config import ExperimentConfig, Length
 from engine.errors import UserError
 from engine.optim import build_ema, build_optimizer, build_schedule, learning_rates
-from engine.prepare import Prepared, seed_all
+from engine.prepare import Prepared, lost_processes, seed_all
 from engine.report import Evaluation, Log
 from engine.resume import BEST, LAST
 from engine.signals import StopRequest
@@ -120,7 +120,7 @@ def fit(
         Interrupted: a signal came where nothing is lost by it: before the first step, or during an evaluation, which
             the resumed run does again.
     """
-    with log, StopRequest() as stop:
+    with log, StopRequest() as stop, lost_processes():  # innermost: torchrun's SIGTERM must not cut the message off
         plan = _plan(cfg, batches)
         state = _build_state(prepared, cfg, groups, plan, meta or {})
         work = _Work(prepared, cfg, loss, evaluate, state, log, Path(work_dir), plan, stop)
@@ -257,11 +257,13 @@ class _Work:
         """One update of the weights; returns whether all processes should stop now."""
         state, names, losses = self.state, [], []
         for number in range(self.plan.accumulation):
+            distributed.at(f"reading data for step {state.step + 1}")
             batch = next(stream, None)
             if batch is None:
                 raise RuntimeError(f"the epoch ended early, in step {state.step} of {self.plan.per_epoch} an epoch")
             names.append(list(batch["name"]))
             last = number == self.plan.accumulation - 1
+            distributed.at(f"computing step {state.step + 1}")
             losses.append(self.backward(self.to_device(batch), synchronise=last))
         keys = list(losses[0].parts)
         rows = [torch.stack([one.total, one.weight, *(one.parts[key] for key in keys)]) for one in losses]
@@ -301,6 +303,7 @@ class _Work:
                 # will do, since `update` takes it out again, and a power of two rounds nothing.
                 elements = max(distributed.gather(batch["target"].numel()))
                 self.scale = 2.0 ** -round(math.log2(elements))
+            distributed.at(f"in the backward of step {self.state.step + 1}")
             self.state.scaler.scale(found.total * self.scale).backward()
         return Loss(found.total.detach(), found.weight.detach(), {k: v.detach() for k, v in found.parts.items()})
 
@@ -350,6 +353,7 @@ class _Work:
         self.watch.check(advice=self.advice())
         self.check_weights()
         self.state.unreported = self.watch.unreported()
+        distributed.at(f"saving step {self.state.step}")
         with self.log.pause():
             self.state.save(*paths)
 
@@ -358,6 +362,7 @@ class _Work:
 
     def evaluation(self, max_batches: int | None) -> Evaluation:
         assert self.evaluate is not None
+        distributed.at(f"evaluating step {self.state.step}")
         model = self.state.evaluated
         distributed.broadcast_buffers(model)  # between two steps each process has its own running statistics
         model.eval()

@@ -1,7 +1,8 @@
 """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning before the time is up) as a request to stop, without losing a step.
 
 A program that a signal has stopped ends with 128 + its number, as a shell reports a process that died of it: 143, 130
-and 138. So the status is the same whether the signal came before Python could listen, or later.
+and 138. So the status is the same where no handler is set: before the training, where nothing can be lost and a
+process may wait in a call that no handler interrupts, the system's own way is best.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self, where: str = "") -> Iterator[None]:
-        """For work that loses nothing when it is broken off: a signal, also one that came before, raises Interrupted."""
+        """For work that loses nothing when it is broken off: a signal, even one from before, raises Interrupted."""
         before, self._at_once = self._at_once, where
         try:
             if self.signal is not None:

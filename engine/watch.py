@@ -70,8 +70,8 @@ class Watch:
         return Means(means[0], dict(zip(names[1:], means[1:], strict=True)))
 
     def unreported(self) -> dict[str, float] | None:
-        """The sums since the last `means`, by name ("sum/" is the loss, "weight" counts its elements), for `restore`; waits for the
-        device."""
+        """The sums since the last `means`, for `restore`: "weight" of the elements, "sum/" of the loss, "sum/NAME" of a
+        part. Waits for the device."""
         if self._weight is None:
             return None
         return {"weight": self._weight.item(), **{f"sum/{name}": one.item() for name, one in self._sums.items()}}
