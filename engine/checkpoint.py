@@ -228,3 +228,14 @@ def _listing(title: str, names: list[str], most: int = 10) -> list[str]:
 
 def _some(names: list[Any], most: int = 5) -> str:
     return ", ".join(map(str, names[:most])) + (" ..." if len(names) > most else "")
+
+
+def differing(a: Any, b: Any, path: str = "") -> list[str]:
+    """The places (".model.conv.weight") where two checkpoints, or parts of them, are not bit for bit equal."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [one for key in a for one in differing(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [one for i, (x, y) in enumerate(zip(a, b, strict=True)) for one in differing(x, y, f"{path}[{i}]")]
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    return [] if type(a) is type(b) and a == b else [path]

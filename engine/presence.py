@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from uuid import uuid4
@@ -24,7 +23,7 @@ from torch import distributed as dist
 from engine.errors import LostProcess
 
 WATCHERS = 2  # the first processes look after all: one more than needed, since it may be the one that is lost
-_LOOK = 0.5  # seconds
+_LOOK = 0.1  # seconds
 ADVICE = "--resume auto goes on from the last checkpoint"
 
 
@@ -142,12 +141,12 @@ class Presence:
         until, mine = time.monotonic() + self.timeout, uuid4().hex
         if self.rank > 0:
             while time.monotonic() < until:
-                with suppress(dist.DistStoreError):  # not yet, or an old name: look again
-                    store.wait(["start"], timedelta(seconds=_LOOK))
+                if store.check(["start"]):
                     token = store.get("start").decode()
                     store.set(f"{token}/asks/{self.rank}", mine)
-                    store.wait([f"{token}/holds/{mine}"], timedelta(seconds=_LOOK))
-                    return token
+                    if store.check([f"{token}/holds/{mine}"]):
+                        return token
+                time.sleep(_LOOK)  # not there yet, or the name of an earlier start
             raise self._missing([0], where)
         store.set("start", mine)
         others = {rank: f"{mine}/asks/{rank}" for rank in range(1, self.world)}

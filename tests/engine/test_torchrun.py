@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from engine import checkpoint
+from engine.checkpoint import differing
 from engine.report import read_metrics
-from tests.engine.test_loop import differing
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +31,7 @@ def story(folder: Path) -> list[tuple[object, ...]]:
 def test_a_hang_a_death_and_a_warning_and_the_end_is_as_if_nothing_had_happened(two: Path, tmp_path: Path) -> None:
     """`two` holds the same training, uninterrupted. One test, since each start takes seconds."""
     done = torchrun(tmp_path, "5:1:hang", "5:1:die", "7:0:stop", restarts=2)
-    process = r"error \(process 0\): process 1 \(process id \d+ on \S+\)"
+    process = r"error \(process \d\): process 1 \(process id \d+ on \S+\)"
     for told in (rf"{process} hangs: it has been computing step 5 for \d+ s\. The", rf"{process} is gone"):
         assert re.search(told, done.stderr), done.stderr
     assert done.stdout.count("resumed after step 3 of 8") == 2  # what torchrun started anew

@@ -1,7 +1,7 @@
 """What test_torchrun.py starts with torchrun: the toy experiment of `two_processes.training`, and its accidents.
 
-torchrun_toy.py WORK_DIR [accident ...], one for each attempt of torchrun, as `STEP:RANK:KIND`. The kinds: `hang`, `die`,
-and `stop` (torchrun itself gets SIGUSR1).
+torchrun_toy.py WORK_DIR [accident ...], one for each attempt of torchrun, as `STEP:RANK:KIND`. The kinds: `hang`,
+`die`, and `stop` (torchrun itself gets SIGUSR1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.errors import program
 from engine.resume import open_work_dir
 from tests.engine import toy
 
-TIMEOUT = 0.05  # minutes
+TIMEOUT = 0.15  # minutes
 
 
 def accident(kind: str) -> None:
