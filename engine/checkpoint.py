@@ -75,15 +75,27 @@ def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
         finally:
             os.close(folder)
     except Exception as error:  # torch and safetensors turn a full disk into errors of their own
+        full = None if isinstance(error, OSError) else _why_not_more(temporary)
         with suppress(OSError):
             temporary.unlink()
         ours = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
         if not ours or is_lost_worker(error):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else full or _first_line(error)
         raise UserError(
             f"{path}: cannot write: {reason}; check the permissions and the free space of {path.parent}"
         ) from error
+
+
+def _why_not_more(path: Path) -> str | None:
+    """What the system says to a few more bytes: `No space left on device`, a quota ...; None if it takes them."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            file.write(bytes(1 << 16))
+            file.write(bytes(1))  # the first of them may have been written in part
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def task(path: str | Path) -> str:

@@ -134,10 +134,10 @@ def fit(
                 if stopped:
                     break
                 work.after_step()
-        if not stopped:
+        if not stopped or plan.due(state.step, cfg.report.log_every):
             work.report()
-            if state.score is None:
-                work.evaluate_and_keep()
+        if not stopped and state.score is None:
+            work.evaluate_and_keep()
         work.check_and_save(work.dir / LAST)
         log.curves()
         if stopped:

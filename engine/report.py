@@ -181,7 +181,8 @@ class Log:
     def close(self) -> None:
         """Close the files; may be called twice."""
         if self._on:
-            self._metrics.close()
+            with _told(self._dir / METRICS):  # what a full disk did not take is tried again
+                self._metrics.close()
             if self._board is not None:
                 self._board.close()
 
