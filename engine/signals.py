@@ -38,6 +38,7 @@ class StopRequest:
         self._count = 0
         self._at_once: str | None = None
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     @property
     def requested(self) -> bool:
@@ -67,6 +68,8 @@ class StopRequest:
             self._at_once = before
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a loader process that has just been forked, and inherits this until `shield_worker`
         self.signal = number
         self._count += 1
         if self._at_once is not None or self._count > PATIENCE:

@@ -89,6 +89,7 @@ class TrainingState:
         """
         rng = distributed.gather(rng_state())
         if not distributed.is_main():
+            self.saved = f"the last good checkpoint is {paths[-1]} (step {self.step})"
             return
         epoch, step_in_epoch = divmod(self.step, self.steps_per_epoch)
         content = {

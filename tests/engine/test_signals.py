@@ -52,6 +52,17 @@ def test_at_once() -> None:
             pytest.fail("went on")
 
 
+def test_a_worker_that_has_just_been_forked_is_not_broken_off() -> None:
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    with StopRequest() as stop, stop.at_once():
+        worker = multiprocessing.get_context("fork").Process(target=work)
+        worker.start()
+        worker.join(20)
+    assert worker.exitcode == 0 and not stop.requested
+
+
 def test_a_worker_lives_until_its_parent_ends_it() -> None:
     def work(ready: Connection) -> None:
         shield_worker()
