@@ -31,8 +31,7 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
         info = describe(cfg.data)
         training = train_batches(cfg, device, distributed.world_size(), distributed.rank())
         validation = eval_batches(cfg, device, world=distributed.world_size(), rank=distributed.rank())
-        state = open_work_dir(work_dir, loaded, resume)
-        with Log(work_dir, cfg.report, resume_step=state["step"] if state else 0) as log:
+        with open_work_dir(work_dir, loaded, resume) as state, Log(work_dir, cfg.report, resume=state) as log:
             later = state is None and network.fits_converted(cfg)
             model, weights = network.build(cfg.model, info, pretrained=state is None and not later)
             images = network.blank_images(info) if state else (batch["image"] for batch in training.epoch(0))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
+from engine.errors import UserError, is_lost_worker
 
 FORMAT = 1
 KEYS = (
@@ -75,14 +75,27 @@ def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
         finally:
             os.close(folder)
     except Exception as error:  # torch and safetensors turn a full disk into errors of their own
+        full = None if isinstance(error, OSError) else _why_not_more(temporary)
         with suppress(OSError):
             temporary.unlink()
-        if not isinstance(error, OSError | RuntimeError) and type(error).__name__ != "SafetensorError":
+        ours = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
+        if not ours or is_lost_worker(error):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else full or _first_line(error)
         raise UserError(
             f"{path}: cannot write: {reason}; check the permissions and the free space of {path.parent}"
         ) from error
+
+
+def _why_not_more(path: Path) -> str | None:
+    """What the system says to a few more bytes: `No space left on device`, a quota ...; None if it takes them."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            file.write(bytes(1 << 16))
+            file.write(bytes(1))  # the first of them may have been written in part
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def task(path: str | Path) -> str:
@@ -227,3 +240,14 @@ def _listing(title: str, names: list[str], most: int = 10) -> list[str]:
 
 def _some(names: list[Any], most: int = 5) -> str:
     return ", ".join(map(str, names[:most])) + (" ..." if len(names) > most else "")
+
+
+def differing(a: Any, b: Any, path: str = "") -> list[str]:
+    """The places (".model.conv.weight") where two checkpoints, or parts of them, are not bit for bit equal."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [one for key in a for one in differing(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [one for i, (x, y) in enumerate(zip(a, b, strict=True)) for one in differing(x, y, f"{path}[{i}]")]
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    return [] if type(a) is type(b) and a == b else [path]

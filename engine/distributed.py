@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from engine.errors import UserError
+from engine.presence import Presence
+from engine.signals import StopRequest
 
+_presence: Presence | None = None
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -25,21 +28,27 @@ def setup(device: str = "auto", timeout_minutes: float = 30.0) -> torch.device:
 
     Raises:
         UserError: the environment names some of torchrun's variables but not all, or nonsense; no GPU where one is
-            asked for; more processes than GPUs.
+            asked for; more processes than GPUs; the others cannot be joined.
+        LostProcess: some did not come in time; they are named.
     """
+    global _presence
     ranks = _environment()
     local = ranks["LOCAL_RANK"] if ranks else 0
     chosen = _pick(device, local)
     if ranks and not dist.is_initialized():
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         try:
+            _presence = Presence(host, int(port), ranks["RANK"], ranks["WORLD_SIZE"], 60 * timeout_minutes)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-                timeout=timedelta(minutes=timeout_minutes),
+                store=_presence.group,
+                rank=_presence.rank,
+                world_size=_presence.world,
+                timeout=timedelta(seconds=60 * timeout_minutes + _presence.grace),
                 device_id=chosen if chosen.type == "cuda" else None,
             )
         except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(f"could not join the other processes at {where}: {error}") from None
+            raise UserError(f"could not join the other processes at {host}:{port}: {error}") from None
     return chosen
 
 
@@ -84,8 +93,37 @@ def is_joined() -> bool:
     return dist.is_initialized()
 
 
+def at(what: str) -> None:
+    """Tell the other processes what this one is at, should they have to wait for it; see `engine.presence`."""
+    if _presence is not None:
+        _presence.at(what)
+
+
+def _meet() -> None:
+    """Each collective operation is a mark: who has not come to it is the one that the others wait for."""
+    if _presence is not None:
+        _presence.at()
+
+
+def leave(reason: str) -> None:
+    """Tell the others why this process takes part no longer; does nothing for a single one."""
+    if _presence is not None:
+        _presence.leave(reason)
+
+
+def explained(error: RuntimeError) -> Exception:
+    """`error`, or the clear one in its place if torch raised it since another process did not take part."""
+    if _presence is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        return error
+    with StopRequest():  # torchrun ends the others at once when one has died, and gives them time to say why
+        return _presence.explain(error)
+
+
 def cleanup() -> None:
     """Leave the other processes; does nothing for a single one."""
+    global _presence
+    leave("has finished")
+    _presence = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -108,6 +146,7 @@ def is_main() -> bool:
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
+        _meet()
         dist.barrier()
 
 
@@ -115,6 +154,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over all processes, of the same shape and dtype; `tensor` is left as it is."""
     total = tensor.detach().clone()
     if dist.is_initialized():
+        _meet()
         dist.all_reduce(total)
     return total
 
@@ -123,6 +163,7 @@ def gather(value: Any) -> list[Any]:
     """A picklable value of every process, in the order of the ranks, on all of them."""
     values = [value] * world_size()
     if dist.is_initialized():
+        _meet()
         dist.all_gather_object(values, value)
     return values
 
@@ -130,5 +171,6 @@ def gather(value: Any) -> list[Any]:
 def broadcast_buffers(model: nn.Module) -> None:
     """Give all processes the buffers (running statistics) of rank 0."""
     if dist.is_initialized():
+        _meet()
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

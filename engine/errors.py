@@ -2,9 +2,12 @@
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
+
+from engine.signals import Interrupted
 
 P = ParamSpec("P")
 
@@ -13,12 +16,28 @@ class UserError(Exception):
     """Bad input, a bad configuration or a broken environment.
 
     The message names the file or key, what was found, what was expected and what to do. The programs in `tools/`
-    print it as one line `error: ...` and end with status 2; it is never shown as a traceback.
+    print it as one line `error: ...` and end with `status`; it is never shown as a traceback.
     """
+
+    status = 2
+
+
+class LostProcess(UserError):
+    """Another process of this run is gone or hangs: nothing is wrong with the input, the same command may go on.
+
+    Programs end with status 75 (EX_TEMPFAIL of sysexits.h).
+    """
+
+    status = 75
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether torch says that a process of a DataLoader has died. It may do so anywhere: a signal handler raises it."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def program(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorator for a program's `main`: a UserError becomes one line and status 2, Ctrl-C status 130."""
+    """Decorator for a program's `main`: a UserError and `Interrupted` become one line and their status, Ctrl-C 130."""
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -27,9 +46,9 @@ def program(main: Callable[P, int]) -> Callable[P, int]:
         except UserError as error:
             rank = os.environ.get("RANK")  # of several processes, the one that has the error
             print(f"error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+            return error.status
+        except KeyboardInterrupt as error:
+            print(error if isinstance(error, Interrupted) else "interrupted", file=sys.stderr, flush=True)
+            return error.status if isinstance(error, Interrupted) else 128 + signal.SIGINT
 
     return run

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.config import ExperimentConfig
 from engine.errors import UserError
-from engine.signals import ignore_interrupt
+from engine.signals import shield_worker
 
 
 class Order:
@@ -114,5 +114,5 @@ def loader(
 
 def start_worker(worker: int) -> None:
     """Workers are the parallelism; more threads in each would fight for the cores."""
-    ignore_interrupt(worker)  # Ctrl-C is for the training loop, which finishes its step and needs its workers for it
+    shield_worker()
     cv2.setNumThreads(0)

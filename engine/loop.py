@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from engine import distributed
 from engine.config import ExperimentConfig, Length
 from engine.errors import UserError
 from engine.optim import build_ema, build_optimizer, build_schedule, learning_rates
-from engine.prepare import Prepared, seed_all
+from engine.prepare import Prepared, lost_processes, seed_all
 from engine.report import Evaluation, Log
 from engine.resume import BEST, LAST
 from engine.signals import StopRequest
@@ -70,8 +71,13 @@ class Result:
     """Score at the end."""
     step: int
     """Steps done."""
-    stopped: bool
-    """Whether a signal ended it early; `last.pt` then holds all that is needed to go on."""
+    signal: int | None = None
+    """The signal that ended it early, or None; `last.pt` then holds all that is needed to go on."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal ended it early."""
+        return self.signal is not None
 
 
 LossFunction = Callable[[nn.Module, Batch], Loss]
@@ -112,22 +118,25 @@ def fit(
     Raises:
         UserError: the loss or the weights are not finite; the training set is smaller than a batch; the checkpoint does
             not fit; a file cannot be written.
+        Interrupted: a signal came where nothing is lost by it: before the first step, or during an evaluation, which
+            the resumed run does again.
     """
-    with log, StopRequest() as stop:
+    with log, StopRequest() as stop, lost_processes():  # innermost: torchrun's SIGTERM must not cut the message off
         plan = _plan(cfg, batches)
         state = _build_state(prepared, cfg, groups, plan, meta or {})
-        work = _Work(prepared, cfg, batches, loss, evaluate, state, log, Path(work_dir), plan)
+        work = _Work(prepared, cfg, batches, loss, evaluate, state, log, Path(work_dir), plan, stop)
         work.begin(resume)
         stopped = False
         while state.step < plan.total and not stopped:
             epoch, done = divmod(state.step, plan.per_epoch)
             stream = _stream(batches, epoch, done * plan.accumulation, cfg.runtime.seed)
             for _ in range(min(plan.per_epoch - done, plan.total - state.step)):
-                stopped = work.step(stream, stop)
+                stopped = work.step(stream)
                 if stopped:
                     break
                 work.after_step()
-        work.report()
+        if not stopped or plan.due(state.step, cfg.report.log_every):
+            work.report()
         if not stopped and state.score is None:
             work.evaluate_and_keep()
         work.check_and_save(work.dir / LAST)
@@ -136,7 +145,8 @@ def fit(
             log.message(
                 f"stopped by a signal after step {state.step}; {work.dir / LAST} is saved, --resume auto goes on"
             )
-        return Result(state.best_score, state.best_step, state.score, state.step, stopped)
+        number = (stop.signal or signal.SIGTERM) if stopped else None  # another process may have had it, not this one
+        return Result(state.best_score, state.best_step, state.score, state.step, number)
 
 
 @dataclass(frozen=True)
@@ -209,10 +219,11 @@ class _Work:
         log: Log,
         work_dir: Path,
         plan: _Plan,
+        stop: StopRequest,
     ) -> None:
         self.prepared, self.cfg, self.batches = prepared, cfg, batches
         self.loss, self.evaluate = loss, evaluate
-        self.state, self.log, self.dir, self.plan = state, log, work_dir, plan
+        self.state, self.log, self.dir, self.plan, self.stop = state, log, work_dir, plan, stop
         self.watch = Watch(work_dir)
         self.world = distributed.world_size()
         self.precise: list[Batch] = []
@@ -228,6 +239,7 @@ class _Work:
         if resume is not None:
             path = Path(resume.get("path", "checkpoint"))
             remark = state.restore(resume, str(path))
+            self.watch.restore(resume.get("unreported"))
             if path.resolve().parent != self.dir.resolve():
                 state.best_score, state.best_step = None, 0  # its best.pt is elsewhere; this folder gets one of its own
             self.log.message(f"resumed after step {state.step} of {plan.total}" + (f"; {remark}" if remark else ""))
@@ -249,20 +261,22 @@ class _Work:
         dtype = torch.float16 if self.cfg.runtime.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.prepared.device.type, dtype, enabled=self.cfg.runtime.amp != "none")
 
-    def step(self, stream: Iterator[Batch], stop: StopRequest) -> bool:
+    def step(self, stream: Iterator[Batch]) -> bool:
         """One update of the weights; returns whether all processes should stop now."""
         state, names, losses = self.state, [], []
         for number in range(self.plan.accumulation):
+            distributed.at(f"reading data for step {state.step + 1}")
             batch = next(stream, None)
             if batch is None:
                 raise RuntimeError(f"the epoch ended early, in step {state.step} of {self.plan.per_epoch} an epoch")
             names.append(list(batch["name"]))
             last = number == self.plan.accumulation - 1
+            distributed.at(f"computing step {state.step + 1}")
             losses.append(self.backward(self.to_device(batch), synchronise=last))
         keys = list(losses[0].parts)
         rows = [torch.stack([one.total, one.weight, *(one.parts[key] for key in keys)]) for one in losses]
         local = torch.stack([row.detach().double() for row in rows])
-        asked = local.new_tensor([float(stop.requested)])
+        asked = local.new_tensor([float(self.stop.requested)])
         total, weight, *parts, asked = distributed.all_reduce_sum(torch.cat([local.sum(0), asked])).unbind()
         self.update(weight)
         state.step += 1
@@ -271,7 +285,7 @@ class _Work:
             Seen(state.step, names, list(local[:, 0].unbind()), total), weight, dict(zip(keys, parts, strict=True))
         )
         if self.world == 1:
-            return stop.requested
+            return self.stop.requested
         # All must stop after the same step. The sum of the step before is read, so that none waits for its GPU.
         stopping = self.asked_before is not None and self.asked_before.item() > 0
         self.asked_before = asked
@@ -297,6 +311,7 @@ class _Work:
                 # will do, since `update` takes it out again, and a power of two rounds nothing.
                 elements = max(distributed.gather(batch["target"].numel()))
                 self.scale = 2.0 ** -round(math.log2(elements))
+            distributed.at(f"in the backward of step {self.state.step + 1}")
             self.state.scaler.scale(found.total * self.scale).backward()
         return Loss(found.total.detach(), found.weight.detach(), {k: v.detach() for k, v in found.parts.items()})
 
@@ -345,6 +360,8 @@ class _Work:
         """Never over a good checkpoint with a bad one: first the losses up to here, then the weights."""
         self.watch.check(advice=self.advice())
         self.check_weights()
+        self.state.unreported = self.watch.unreported()
+        distributed.at(f"saving step {self.state.step}")
         with self.log.pause():
             self.state.save(*paths)
 
@@ -353,8 +370,10 @@ class _Work:
 
     def evaluation(self, max_batches: int | None) -> Evaluation:
         assert self.evaluate is not None
+        distributed.at(f"evaluating step {self.state.step}")
         model = self.state.evaluated
-        with isolated_rng(self.cfg.runtime.seed), torch.no_grad(), self.autocast():
+        where = f"while step {self.state.step} was evaluated; {self.state.saved}"
+        with isolated_rng(self.cfg.runtime.seed), torch.no_grad(), self.autocast(), self.stop.at_once(where):
             if max_batches is None and self.precise:
                 precise_statistics(model, (self.to_device(batch)["image"] for batch in self.precise))
             distributed.broadcast_buffers(model)  # between two steps each process has its own running statistics
@@ -367,8 +386,7 @@ class _Work:
         """Evaluate everything; the best one so far becomes best.pt."""
         if self.evaluate is None:
             return
-        self.watch.check(advice=self.advice())
-        self.check_weights()
+        self.check_and_save(self.dir / LAST)  # a signal may break the evaluation off, and need not be agreed on
         state, start = self.state, time.monotonic()
         with self.log.pause():
             found = self.evaluation(None)

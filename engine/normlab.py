@@ -167,7 +167,7 @@ def make(wanted: Request, schema: Schema[Any], program: Sequence[str]) -> bool:
 
 def _train(program: Sequence[str], stop: StopRequest, cell: Cell) -> tuple[Outcome, bool]:
     status, said = run_program([*program, *cell.arguments], stop)
-    if status in (0, 1):
+    if status == 0 or stop.requested:
         found = grid.look(cell)
         if found.state == "done" or stop.requested:
             return found, stop.requested

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import distributed, traffic
 from engine.config import ExperimentConfig, NormConfig, RuntimeConfig
-from engine.errors import UserError
+from engine.errors import LostProcess, UserError, is_lost_worker
 from engine.recompute import recompute_blocks
 from engine.single_values import allow_single_values
 
@@ -40,6 +40,7 @@ def session(runtime: RuntimeConfig) -> Iterator[torch.device]:
 
     Raises:
         UserError: see `distributed.setup`.
+        LostProcess: inside the block another process, or one that loads data, was lost.
     """
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -52,13 +53,40 @@ def session(runtime: RuntimeConfig) -> Iterator[torch.device]:
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
         seed_all(runtime.seed)
-        yield device
+        with lost_processes():
+            yield device
+    except BaseException as error:
+        if joined:
+            distributed.leave(f"has ended: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        raise
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
         torch.set_num_threads(before[2])
         if joined:
             distributed.cleanup()
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Torch's errors about other processes, in words that say which one and what to do.
+
+    Raises:
+        LostProcess: in their place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_lost_worker(error):
+            raise LostProcess(
+                f"runtime.workers: a process that loads data has died ({str(error).splitlines()[0].rstrip('. ')}); if "
+                "memory is short (dmesg tells), lower runtime.workers or the batch; --resume auto goes on from the "
+                "last checkpoint"
+            ) from error
+        told = distributed.explained(error)
+        if told is error:
+            raise
+        raise told from error
 
 
 def seed_all(seed: int) -> None:

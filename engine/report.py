@@ -43,19 +43,26 @@ class Evaluation:
 class Log:
     """The reports of one run; on all ranks but the first it does nothing.
 
-    A `with` block around the training closes the files. `stream` takes the console lines.
+    A `with` block around the training closes the files. `stream` takes the console lines. `resume` is the checkpoint
+    from which the run goes on (of which "step" and "score" are read): what it will do again is taken out of the files.
 
     Raises:
         UserError: the work directory cannot be written.
     """
 
     def __init__(
-        self, work_dir: str | Path, cfg: ReportConfig, *, resume_step: int = 0, stream: TextIO | None = None
+        self,
+        work_dir: str | Path,
+        cfg: ReportConfig,
+        *,
+        resume: Mapping[str, Any] | None = None,
+        stream: TextIO | None = None,
     ) -> None:
         self._dir = Path(work_dir)
         self._on = distributed.is_main()
         self._stream = stream or sys.stdout
         self._total = self._per_epoch = self._images_per_step = 0
+        resume_step = resume["step"] if resume else 0
         self._step = self._first_step = resume_step
         self._began = self._last = time.monotonic()
         self._paused = 0.0
@@ -64,7 +71,7 @@ class Log:
             return
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
-            _drop_rows_past(self._dir / METRICS, resume_step)
+            _drop_rows_past(self._dir / METRICS, resume_step, evaluated=bool(resume and resume["score"] is not None))
             self._metrics = open(self._dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise UserError(f"{self._dir}: cannot write the work directory: {error.strerror}") from None
@@ -174,7 +181,8 @@ class Log:
     def close(self) -> None:
         """Close the files; may be called twice."""
         if self._on:
-            self._metrics.close()
+            with _told(self._dir / METRICS):  # what a full disk did not take is tried again
+                self._metrics.close()
             if self._board is not None:
                 self._board.close()
 
@@ -209,11 +217,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_rows_past(path: Path, step: int) -> None:
+def _drop_rows_past(path: Path, step: int, *, evaluated: bool) -> None:
     """What a run did after its last checkpoint is done again: its rows would be there twice."""
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    kept = [row for row in rows if evaluated or row["step"] < step or row["kind"] != "eval"]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept if step), encoding="utf-8")
     os.replace(temporary, path)

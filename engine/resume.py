@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from engine.errors import UserError
 LAST = "last.pt"
 BEST = "best.pt"
 CONFIG = "config.yaml"
+LOCK = ".lock"
 FREE = (  # may differ when a run goes on ...
     "runtime.",
     "report.",
@@ -95,24 +101,63 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def open_work_dir(work_dir: str | Path, loaded: Loaded[Any], resume: str | Path | None) -> dict[str, Any] | None:
-    """Make the work directory, write the resolved configuration into it, and return what `find_resume` finds.
+@contextmanager
+def open_work_dir(
+    work_dir: str | Path, loaded: Loaded[Any], resume: str | Path | None
+) -> Iterator[dict[str, Any] | None]:
+    """Make the work directory, write the resolved configuration into it, and yield what `find_resume` finds.
+
+    The directory belongs to this run alone until the `with` block ends.
 
     Raises:
-        UserError: as `find_resume`; the directory cannot be made or written.
+        UserError: as `find_resume`; another run works in it; it cannot be made or written.
     """
-    state = find_resume(work_dir, resume, loaded.config)
-    if distributed.is_main():
-        folder = Path(work_dir)
+    folder = Path(work_dir)
+    with ExitStack() as held:
+        if distributed.is_main():
+            with _told(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_alone_in(folder))  # before its last.pt is read
+        distributed.barrier()
+        state = find_resume(folder, resume, loaded.config)
+        if distributed.is_main():
+            with _told(folder):
+                temporary = folder / f".{CONFIG}.tmp"
+                temporary.write_text(loaded.text, encoding="utf-8")
+                os.replace(temporary, folder / CONFIG)
+        distributed.barrier()
+        yield state
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write the work directory: {error.strerror}; choose another --work-dir, or check its "
+            "permissions and free space"
+        ) from None
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Holds a lock that the system takes back when the process ends, however it ends.
+
+    A POSIX lock, since it is not inherited: loader processes that outlive a killed run for a moment do not hold it.
+    """
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".{CONFIG}.tmp"
-            temporary.write_text(loaded.text, encoding="utf-8")
-            os.replace(temporary, folder / CONFIG)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise OSError(error.errno, f"its file system gives no lock ({error.strerror})") from None
+            file.seek(0)
             raise UserError(
-                f"{folder}: cannot write the work directory: {error.strerror}; choose another --work-dir, or check its "
-                "permissions"
+                f"{folder}: another run works in this directory ({file.read().strip() or 'it has just started'}); wait "
+                "for its end or stop it, or choose another --work-dir"
             ) from None
-    distributed.barrier()
-    return state
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield

@@ -72,6 +72,8 @@ class TrainingState:
     score: float | None = None
     best_score: float | None = None
     best_step: int = 0
+    unreported: dict[str, float] | None = None
+    """Sums over the steps since the last row of the log, see `engine.watch`."""
     saved: str = field(default="no checkpoint has been written yet")
 
     @property
@@ -87,6 +89,7 @@ class TrainingState:
         """
         rng = distributed.gather(rng_state())
         if not distributed.is_main():
+            self.saved = f"the last good checkpoint is {paths[-1]} (step {self.step})"
             return
         epoch, step_in_epoch = divmod(self.step, self.steps_per_epoch)
         content = {
@@ -108,6 +111,7 @@ class TrainingState:
             "score": self.score,
             "best_score": self.best_score,
             "best_step": self.best_step,
+            "unreported": self.unreported,  # not among the KEYS that a checkpoint must have: older ones lack it
         }
         for path in paths:
             checkpoint.save(path, content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +68,20 @@ class Watch:
         means = [value / weight if weight else 0.0 for value in values]
         self._sums, self._weight = {}, None
         return Means(means[0], dict(zip(names[1:], means[1:], strict=True)))
+
+    def unreported(self) -> dict[str, float] | None:
+        """The sums since the last `means`, for `restore`: "weight" of the elements, "sum/" of the loss, "sum/NAME" of a
+        part. Waits for the device."""
+        if self._weight is None:
+            return None
+        return {"weight": self._weight.item(), **{f"sum/{name}": one.item() for name, one in self._sums.items()}}
+
+    def restore(self, sums: Mapping[str, float] | None) -> None:
+        """Go on from what `unreported` gave, so that a resumed run logs the mean that an uninterrupted one would."""
+        if sums is not None:
+            values = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+            self._weight = values.pop("weight")
+            self._sums = {name.removeprefix("sum/"): value for name, value in values.items()}
 
     def _report(self) -> str:
         bad = next((one for one in self._seen if not math.isfinite(one.total.item())), self._seen[-1])

@@ -32,10 +32,9 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
         labels = table(cfg.data)
         training = train_batches(cfg, world_size(), rank(), cache=Path(work_dir))
         validation = eval_batches(cfg, world=world_size(), rank=rank())
-        state = open_work_dir(work_dir, loaded, resume)
-        if state:
-            scored_table(cfg.data, state["meta"], state["path"])  # the file of labels may have changed meanwhile
-        with Log(work_dir, cfg.report, resume_step=state["step"] if state else 0) as log:
+        with open_work_dir(work_dir, loaded, resume) as state, Log(work_dir, cfg.report, resume=state) as log:
+            if state:
+                scored_table(cfg.data, state["meta"], state["path"])  # the file of labels may have changed meanwhile
             model = models.build(cfg.model, labels.num_classes, pretrained=state is None)
             images = models.blank_images() if state else (batch["image"] for batch in training.epoch(0))
             prepared = prepare(model, cfg, images=images)

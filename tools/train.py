@@ -9,7 +9,8 @@ torchrun --nproc-per-node 8 tools/train.py CONFIG ...
 
 --plan trains nothing: it measures two small steps and tells which micro_batch and runtime.checkpointing fit into that
 memory (of the GPU, or of the process on a CPU) with the same batch_size.
-Exit status: 0 trained, 1 stopped by a signal (go on with --resume auto) or no plan fits, 2 a mistake in the input.
+Exit status: 0 trained; 143, 130, 138 stopped by SIGTERM, SIGINT, SIGUSR1, go on with --resume auto; 75 another process
+or a loader was lost, the same; 2 a mistake in the input; 1 no plan fits.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def main() -> int:
         return _plan(loaded, args.plan)
     trainer = importlib.import_module(f"{loaded.config.task}.train")
     result = trainer.run(loaded, args.work_dir or Path("runs", args.config.stem), args.resume)
-    return 1 if result.stopped else 0
+    return 128 + result.signal if result.signal else 0
 
 
 if __name__ == "__main__":

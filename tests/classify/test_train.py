@@ -95,6 +95,24 @@ def test_a_folder_of_images_with_a_broken_one(image_root: Path, tmp_path: Path, 
     assert scores is not None and scores[0].images == 8 and len(scores[0].problems) == 1
 
 
+def test_files_that_vanish_meanwhile_are_named_and_the_checkpoint_stays(
+    image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root, save = tmp_path / "data", checkpoint.save
+    shutil.copytree(image_root, root)
+
+    def save_and_remove(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        shutil.rmtree(root / "train", ignore_errors=True)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_remove)
+    options = ["data.size=32", "batch_size=6", "report.checkpoint_every=1 step"]
+    experiment = loaded(root, *options, name="folder", val_split="val")
+    with pytest.raises(UserError, match=r"train/\w+/\d\.png: "):
+        train.run(experiment, tmp_path / "run")
+    assert checkpoint.load(tmp_path / "run/last.pt")["step"] >= 1
+
+
 def test_weights_of_another_number_of_classes_start_the_classifier_anew(
     cifar_root: Path, image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

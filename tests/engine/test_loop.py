@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint, distributed
+from engine.checkpoint import differing
 from engine.config import Length
 from engine.errors import UserError
 from engine.loop import Batch, Evaluation, Loss
@@ -32,17 +33,6 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -
     assert list(a) == list(b)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def differing(a: Any, b: Any, path: str = "") -> list[str]:
-    """Paths in which two checkpoints are not bit for bit equal."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [one for key in a for one in differing(a[key], b[key], f"{path}.{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [one for i, (x, y) in enumerate(zip(a, b, strict=True)) for one in differing(x, y, f"{path}[{i}]")]
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
-    return [] if type(a) is type(b) and a == b else [path]
 
 
 def learn(cfg: ToyConfig, work_dir: Path) -> dict[str, Tensor]:
@@ -373,7 +363,7 @@ def test_periodic_checkpoints_are_kept_on_request(tmp_path: Path) -> None:
 # ---- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_and_ends_and_the_rest_is_as_if_nothing_had_happened(
     tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -392,7 +382,7 @@ def test_signal_saves_and_ends_and_the_rest_is_as_if_nothing_had_happened(
     handlers = signal.getsignal(number)
     result = train(cfg, folder, loss=interrupted)
     assert signal.getsignal(number) is handlers
-    assert (result.stopped, result.step, checkpoint.load(folder / "last.pt")["step"]) == (True, 4, 4)
+    assert (result.signal, result.step, checkpoint.load(folder / "last.pt")["step"]) == (number, 4, 4)
     out = capsys.readouterr().out
     assert f"stopped by a signal after step 4; {folder}/last.pt is saved, --resume auto goes on" in out
     train(cfg, folder, resume=find_resume(folder, "auto", cfg))

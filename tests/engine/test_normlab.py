@@ -1,6 +1,7 @@
 """The norm lab: its cells, its files, failures, and going on after a stop; cells are trained in this process."""
 
 import json
+import signal
 import sys
 import threading
 import time
@@ -51,9 +52,9 @@ class Trainer:
         cfg = loaded.config
         if run.name == self.stop_at:
             cfg = cfg.model_copy(update={"length": type(cfg.length)(2, "steps")})
-            stop.requested = True
+            stop.signal = signal.SIGTERM
         toy.train(cfg, run, resume=find_resume(run, "auto", cfg), hook=_with_norm)
-        return int(stop.requested), []
+        return 143 if stop.requested else 0, []
 
 
 def _with_norm(net: Any) -> None:
@@ -215,6 +216,6 @@ def test_a_stop_is_passed_on_once():
     )
     stop = StopRequest()
     started = time.monotonic()
-    threading.Timer(1.0, lambda: setattr(stop, "requested", True)).start()
+    threading.Timer(1.0, lambda: setattr(stop, "signal", signal.SIGTERM)).start()
     assert run_program(program(code), stop) == (1, ["ready", "stopping"])
     assert time.monotonic() - started < 30

@@ -78,7 +78,7 @@ def test_resume_drops_what_is_done_again(tmp_path: Path) -> None:
     run(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "tra')  # cut off by a crash
-    with Log(tmp_path, QUIET, resume_step=60) as log:
+    with Log(tmp_path, QUIET, resume={"step": 60, "score": None}) as log:
         log.begin(total_steps=1000, steps_per_epoch=100, images_per_step=8)
         log.train(80, 1.0, {}, {"lr": 0.1})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [20, 40, 60, 80]

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,11 +84,15 @@ def test_what_may_differ(tmp_path: Path) -> None:
     assert differences(then, now) == ["data.name: was a, now b"]
 
 
+def opened(folder: Path, resume: str | None = None) -> AbstractContextManager[Any]:
+    return open_work_dir(folder, Loaded(config(), {}, "task: toy\n"), resume)
+
+
 def test_open_work_dir_writes_the_configuration(tmp_path: Path) -> None:
-    loaded = Loaded(config(), {}, "task: toy\n")
-    assert open_work_dir(tmp_path / "a" / "b", loaded, None) is None
+    with opened(tmp_path / "a" / "b") as state:
+        assert state is None
     assert (tmp_path / "a" / "b" / "config.yaml").read_text() == "task: toy\n"
-    assert [one.name for one in (tmp_path / "a" / "b").iterdir()] == ["config.yaml"]
+    assert sorted(one.name for one in (tmp_path / "a" / "b").iterdir()) == [".lock", "config.yaml"]
 
 
 def test_work_dir_that_cannot_be_made(tmp_path: Path) -> None:
@@ -91,4 +100,37 @@ def test_work_dir_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"file/x: cannot write the work directory: Not a directory; choose another --work"
     ):
-        open_work_dir(tmp_path / "file" / "x", Loaded(config(), {}, ""), None)
+        opened(tmp_path / "file" / "x").__enter__()
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)  # even root cannot write a file over a folder
+    with pytest.raises(UserError, match=r"run: cannot write the work directory: Is a directory; choose another --work"):
+        opened(tmp_path / "run").__enter__()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from engine.config import Loaded
+from engine.resume import open_work_dir
+from tests.engine.toy import config
+with open_work_dir(Path({folder!r}), Loaded(config(), {{}}, ""), None):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_directory_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    code = HOLD.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path))
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        with pytest.raises(
+            UserError,
+            match=rf"another run works in this directory \(process {first.pid} on \S+, since 20.*\); wait for",
+        ):
+            opened(tmp_path, "auto").__enter__()
+    finally:
+        first.kill()  # so that it cannot tidy up
+        first.wait()
+    with opened(tmp_path, "auto"):
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()

@@ -145,7 +145,7 @@ def train(
         if hook:
             hook(net)
         prepared = prepare(net, cfg)
-        log = (Log if curves else LogWithoutCurves)(work_dir, cfg.report, resume_step=resume["step"] if resume else 0)
+        log = (Log if curves else LogWithoutCurves)(work_dir, cfg.report, resume=resume)
         groups = parameter_groups(prepared.raw, cfg.optim, lambda name: name.startswith("backbone"))
         return fit(
             prepared,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import cv2
@@ -180,6 +181,22 @@ def test_missing_data_is_one_clear_error_before_anything_is_written(tmp_path: Pa
     with pytest.raises(UserError, match=r"none.*make_sample.py"):
         train.run(config, tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+def test_files_that_vanish_meanwhile_are_named_and_the_checkpoint_stays(
+    loaded, sample_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root, save = tmp_path / "data", checkpoint.save
+    shutil.copytree(sample_root, root)
+
+    def save_and_remove(path: Path, state: dict) -> None:
+        save(path, state)
+        shutil.rmtree(root / "leftImg8bit/train", ignore_errors=True)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_remove)
+    with pytest.raises(UserError, match=r"leftImg8bit/train/\S+\.png: (?!.*Traceback)"):
+        train.run(loaded(f"data.root={root}", "runtime.workers=1"), tmp_path / "run")
+    assert checkpoint.load(tmp_path / "run/last.pt")["step"] >= 1
 
 
 def test_broken_label_in_validation_shows_before_the_first_step(loaded, sample_root: Path, tmp_path: Path):
