@@ -342,7 +342,7 @@ def test_tool_exit_status(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert tool.main(["best.pt", str(tmp_path / "a.png"), *out, "--save", "colour"]) == 2
     assert "Cannot save colour; choose from labels, color, overlay" in capsys.readouterr().err
     assert tool.main(["best.pt", str(tmp_path / "a.png"), *out, "--max-megapixels", "0.001"]) == 1
-    assert "50 x 40 = 0.002 megapixels, the limit is 0.001" in capsys.readouterr().out
+    assert "a.png: 0.002 megapixels, the limit is 0.001" in capsys.readouterr().out
 
 
 def test_help_loads_no_heavy_library() -> None:
