@@ -193,11 +193,9 @@ def _formats() -> list[str]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation wants it; one with a damaged EXIF block as it is stored, as viewers show it."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # whatever a wrong byte leads to
-        return image
+    """The image as its EXIF orientation wants it. Pillow's own function also writes the other entries anew, and fails
+    when one of them is damaged."""
+    orientation = image.getexif().get(_ORIENTATION)
     way = _WAYS.get(orientation) if isinstance(orientation, int) else None
     return image if way is None else image.transpose(way)
 

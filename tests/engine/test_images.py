@@ -207,10 +207,14 @@ def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             read_image(tmp_path / name)
 
 
-def test_damaged_exif_leaves_the_image_as_stored(tmp_path: Path) -> None:
-    exif = b"Exif\x00\x00XX\x00*\x00\x00\x00\x08"  # no byte order is called XX
-    read = read_image(save(tmp_path / "x.jpg", exif=exif))
-    assert read.shape == RGB.shape and np.abs(read.astype(int) - RGB).mean() < 20
+def test_a_damaged_entry_in_the_exif_costs_no_image(tmp_path: Path) -> None:
+    """The orientation is sound; another tag's name was changed to one whose value has another type."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a maker of cameras"
+    damaged = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x00\x00\x02")
+    assert damaged != exif.tobytes()
+    read = read_image(save(tmp_path / "x.jpg", exif=damaged))
+    assert read.shape == (25, 12, 3) and np.abs(read.astype(int) - np.rot90(RGB, -1)).mean() < 20
 
 
 def test_a_place_before_the_start_of_the_file_is_damage(tmp_path: Path) -> None:
