@@ -60,7 +60,7 @@ ROAD = "- {id: 0, name: road, color: [1, 2, 3], train_id: 0}\n"
         ("- [0, road]", r"entry 1: found list .* expected keys and values"),
         ("road: 0", r"expected a list of labels, such as `- \{id: 0, name: road.*found dict"),
         ("", "expected a list of labels.*found nothing"),
-        ("- {id: 0", "is no YAML"),
+        ("- {id: 0", "not valid YAML: line 1"),
     ],
 )  # fmt: skip
 def test_mistakes_name_file_and_entry(tmp_path: Path, text: str, said: str) -> None:
