@@ -36,6 +36,7 @@ def main() -> int:
     from tools import convert_masks, evaluate, inspect, predict, train
 
     programs = {one.__name__.rpartition(".")[2]: one.main for one in (convert_masks, evaluate, inspect, predict, train)}
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # failures are told as they come
     report = fuzz(programs, args.cases, args.seed, args.work_dir, args.only, limit=args.limit)
     print(report)
     return 1 if report.failures else 0

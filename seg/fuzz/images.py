@@ -43,7 +43,7 @@ class _File:
 
 
 _LOSSLESS = {
-    "png": ("1", "L", "LA", "P", "P+", "RGB", "RGB+", "RGBA", "I;16", "I"),
+    "png": ("1", "L", "LA", "P", "P+", "RGB", "RGB+", "RGBA", "I;16"),
     "apng": ("RGB", "RGBA"),
     "bmp": ("1", "L", "P", "RGB"),
     "tif": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"),
