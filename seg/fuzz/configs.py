@@ -69,7 +69,7 @@ def make(rng: Generator, folder: Path, count: int, ground: Ground) -> Call:
     else:
         data, what = _value(CONFIG, rng, folder) if trained else changed_text(CONFIG, rng, folder)
     path.write_bytes(data)
-    names = ("config.yaml", "override", "data.", "/etc/passwd")
+    names = ("config.yaml", "override", "data.", "task: ", "/etc/passwd")
     if trained:
         work = folder / "out/run"
         small = ["length=1 steps", "batch_size=2", f"data.root={ground.data}", "model.name=lraspp_mobilenet_v3_large"]

@@ -46,12 +46,15 @@ class Report:
     """By kind."""
     right: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    processor: Counter[str] = field(default_factory=Counter)
+    """Seconds of the processor."""
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def __str__(self) -> str:
         lines = [
-            f"{kind:<12}{count:>6} cases: {self.right[kind]} right results, {self.refused[kind]} clear errors"
+            f"{kind:<12}{count:>6} cases: {self.right[kind]} right results, {self.refused[kind]} clear errors, "
+            f"{self.processor[kind]:.0f} s of the processor"
             for kind, count in self.cases.items()
         ]
         lines.append(f"{self.cases.total()} cases in {self.seconds:.0f} s, {len(self.failures)} failures")
@@ -102,6 +105,7 @@ def fuzz(
                 ending = worker.call(kind, number, count, seed, folder)
                 report.cases[kind] += count
                 report.refused[kind] += ending.refused
+                report.processor[kind] += ending.seconds  # type: ignore[assignment]
                 if ending.failure:
                     text = _keep(ending, f"{kind}-{number}", folder, failures)
                     report.failures.append(text)

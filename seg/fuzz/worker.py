@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import io
 import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,8 @@ class Ending:
     arguments: tuple[str, ...] = ()
     what: str = ""
     details: str = ""
+    seconds: float = 0.0
+    """Of the processor, the check included."""
 
 
 class _Guard:
@@ -93,7 +97,7 @@ def work(
     home = work_dir / "home"
     home.mkdir(exist_ok=True)
     # caches, fonts, temporary files: whatever the libraries keep lies there
-    os.environ |= {name: str(home) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCH_HOME")}
+    os.environ |= {"TMPDIR": str(home), "TORCH_HOME": str(home)}
     os.environ |= {"NO_ALBUMENTATIONS_UPDATE": "1", "OPENCV_FFMPEG_LOGLEVEL": "-8", "OPENCV_LOG_LEVEL": "SILENT"}
     sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
@@ -103,9 +107,12 @@ def work(
         faulthandler.register(signal.SIGUSR1, file)
         guard = _Guard()
         ground.lay()
+        importlib.import_module("matplotlib.font_manager")  # the first time it asks a program for the fonts
         pipe.send("ready")
         while (job := pipe.recv()) is not None:
-            pipe.send(_one(*job, programs=programs, ground=ground, guard=guard, home=home))
+            start = time.process_time()
+            ending = _one(*job, programs=programs, ground=ground, guard=guard, home=home)
+            pipe.send(replace(ending, seconds=time.process_time() - start))
 
 
 def _one(
@@ -136,12 +143,12 @@ def _one(
             failure = f"wrong: {error}"
         except Exception:  # what the check looks at is not there, or not as it should be
             failure = "wrong: the output can't be checked: " + traceback.format_exc()
-    if not failure and _listing(folder) != before:
+    if _listing(folder) != before:
         changed = set(_listing(folder).items()) ^ set(before.items())
         seen = [*seen, f"changed {sorted({name for name, _ in changed})[:3]}"]
     if (folder / "ran").exists():
         seen = [*seen, "ran code from the file"]
-    failure = failure or "; ".join(seen[:3])
+    failure = "; ".join([*seen[:3], *[failure] * bool(failure)])
     refused = 0 if failure else count if ran.status == 2 else call.refused(ran)
     details = f"status {ran.status}\n{ran.out}\n{ran.err}"
     return Ending(failure, refused, call.program, tuple(call.arguments), call.what, details)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -51,3 +52,12 @@ def says_nothing() -> int:
 
 def does_nothing() -> int:
     return 0
+
+
+TURNS = (breaks, writes_beside, writes_elsewhere, runs_code, says_nothing, does_nothing, hangs)
+_turns = itertools.cycle(TURNS)
+
+
+def misbehaves() -> int:
+    """In another way each time."""
+    return next(_turns)()
