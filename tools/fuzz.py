@@ -29,7 +29,7 @@ def main() -> int:
         "--only", nargs="+", default=[], metavar="KIND", help="images videos labels configs checkpoints"
     )
     parser.add_argument(
-        "--limit", type=float, default=60, metavar="S", help="seconds that a call may take (%(default)s)"
+        "--limit", type=float, default=60, metavar="S", help="seconds that a case may take (%(default)s)"
     )
     args = parser.parse_args()
     from seg.fuzz.run import fuzz

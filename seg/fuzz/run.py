@@ -79,7 +79,7 @@ def fuzz(
         seed: another one gives other cases.
         work_dir: what is made lies there; `failures/` in it holds the input of each failure, and how it ended.
         only: kinds of KINDS; default all.
-        limit: seconds that a call may take.
+        limit: seconds that a call of one case may take; one of six cases twice as long, and so on.
         say: takes a line for each failure.
 
     Raises:
@@ -152,8 +152,9 @@ class _Worker:
         assert pipe is not None
         maker = KINDS[kind][0]
         pipe.send((maker, [seed, sorted(KINDS).index(kind), number], folder, count))
-        if not pipe.poll(self._limit):
-            return Ending(failure=f"a hang: no end after {self._limit:g} s", details=self._stop_hanging())
+        limit = self._limit * (1 + (count - 1) / 5)
+        if not pipe.poll(limit):
+            return Ending(failure=f"a hang: no end after {limit:g} s", details=self._stop_hanging())
         try:
             ending: Ending = pipe.recv()
             return ending
