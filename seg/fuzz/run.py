@@ -168,8 +168,10 @@ class _Worker:
         self._process = context.Process(target=work, args=(other, *self._arguments, self._traces), daemon=True)
         self._process.start()
         other.close()
-        if not self._pipe.poll(300) or self._pipe.recv() != "ready":
-            raise UserError("fuzz: the process of the cases did not start")
+        while not self._pipe.poll(1):  # a busy machine may take minutes
+            if not self._process.is_alive():
+                raise UserError("fuzz: the process of the cases did not start; its error stands above")
+        self._pipe.recv()
         return self._pipe
 
     def _stop_hanging(self) -> str:

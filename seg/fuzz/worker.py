@@ -102,12 +102,12 @@ def work(
     sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what C libraries say of damaged files; ours goes through sys.stderr
     with open(traces, "w") as file:
         faulthandler.register(signal.SIGUSR1, file)
         guard = _Guard()
         ground.lay()
         importlib.import_module("matplotlib.font_manager")  # the first time it asks a program for the fonts
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C libraries talk of damaged files; ours goes through sys.stderr
         pipe.send("ready")
         while (job := pipe.recv()) is not None:
             start = time.process_time()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import time
@@ -54,8 +53,8 @@ def does_nothing() -> int:
     return 0
 
 
-TURNS = (breaks, writes_beside, writes_elsewhere, runs_code, says_nothing, does_nothing, hangs)
-_turns = itertools.cycle(TURNS)
+TURNS = (breaks, writes_beside, writes_elsewhere, runs_code, says_nothing, does_nothing, hangs, dies)
+_turns = iter(TURNS[int(os.environ.get("BAD_PROGRAMS_TURN", 0)) :])  # a process that is started later goes on there
 
 
 def misbehaves() -> int:
