@@ -53,7 +53,7 @@ _MILD = {
     "name: bn": ("name: gn", "name: deconv", "name: none", "name: frozen_bn"),
     "flip: 0.5": ("flip: 0", "flip: 1.0", "color_jitter: 0.3", "base_size: 64"),
     "crop: [64, 64]": ("crop: [32, 96]", "crop: [64,64]   # a remark", "crop:\n    - 64\n    - 32"),
-    "seed: 1": ("seed: 0", "seed: 12345678901", "deterministic: true"),
+    "seed: 1": ("seed: 0", "seed: 4294967295", "deterministic: true"),
     "length: 1 steps": ("length: 1 epochs", "length: '2 steps'"),
 }
 """Other values that are right too."""

@@ -62,7 +62,7 @@ def _scored(rng: Generator, folder: Path, ground: Ground) -> Call:
         [*arguments, "--json", str(result)],
         f"{bad}: {what or how}",
         check,
-        names=tuple(path.name for path in paths.values()) + (str(folder / "in/found"),),
+        names=tuple(path.name for path in paths.values()) + (str(folder / "in/found"), str(folder / "in/truth")),
         good=how == "sound",
     )
 
