@@ -112,9 +112,7 @@ def from_checkpoint(
     Raises:
         UserError: no such file, damaged, of another task, or weights that do not fit the config.
     """
-    content = checkpoint.load(path)
-    if content["task"] != "classify":
-        raise UserError(f"{path}: a checkpoint of the task {content['task']!r}, expected one of 'classify'")
+    content = checkpoint.load_trained(path, "classify")
     cfg = from_dict(content["config"], overrides, ClassifyConfig, str(path), allow_imports).config
     meta = content["meta"]
     info = DataInfo(

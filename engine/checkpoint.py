@@ -107,7 +107,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     """Read a checkpoint that `save` wrote, without running any code that it may hold.
 
     Raises:
-        UserError: missing, truncated, not a checkpoint, of another format, or with code in it.
+        UserError: missing, truncated, changed by a bit, not a checkpoint, of another format, or with code in it.
     """
     state = read(path, map_location)
     if not isinstance(state, dict) or "format" not in state:
@@ -115,7 +115,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
             f" with the keys {_some(list(state))}" if isinstance(state, dict) else ""
         )
         raise UserError(f"{path}: found {found}, expected a checkpoint written by tools/train.py")
-    if state["format"] != FORMAT:
+    if not isinstance(state["format"], int) or state["format"] != FORMAT:
         raise UserError(
             f"{path}: a checkpoint of format {state['format']!r}, this version reads format {FORMAT}; load it with the "
             "version that wrote it"
@@ -123,7 +123,39 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     missing = [key for key in KEYS if key not in state]
     if missing:
         raise UserError(f"{path}: the checkpoint lacks {', '.join(missing)}; it was not written whole")
+    _check_sums(Path(path))
     return state
+
+
+def load_trained(path: str | Path, task: str) -> dict[str, Any]:
+    """`load` a checkpoint of a task whose network is to be used.
+
+    Raises:
+        UserError: as `load`, of another task, or with a part of another kind than `save` was given.
+    """
+    state = load(path)
+    if state["task"] != task:
+        raise UserError(f"{path}: a checkpoint of the task {state['task']!r}, expected one of {task!r}")
+    for key, kind in {"config": (dict,), "meta": (dict,), "model": (dict,), "ema": (dict, type(None))}.items():
+        if not isinstance(state[key], kind):
+            found, expected = type(state[key]).__name__, kind[0].__name__
+            raise UserError(f"{path}: {key}: found a {found}, expected a {expected}; the checkpoint was tampered with")
+    return state
+
+
+def _check_sums(path: Path) -> None:
+    """Raises UserError unless the bytes are those that were written: torch does not look at the checksums in the file,
+    and weights with a turned bit would be used without a word."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises whatever a wrong byte leads to: BadZipFile, NotImplementedError, ...
+        raise UserError(f"{path}: the checkpoint is damaged: {_first_line(error)}") from None
+    if damaged is not None:
+        raise UserError(
+            f"{path}: the checkpoint is damaged: {damaged} in it is not what was written (wrong checksum); take "
+            "another one, or copy it again"
+        )
 
 
 def read(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
@@ -202,6 +234,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str |
             is left as it was.
     """
     here = model.state_dict()
+    for name, tensor in state_dict.items():
+        _check_weight(name, tensor, here.get(name), path)
     shapes = {
         name: (tuple(here[name].shape), tuple(tensor.shape))
         for name, tensor in state_dict.items()
@@ -219,6 +253,17 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str |
     lines += _listing("unexpected in the file", unexpected)
     lines.append(f"  {_hint(list(here), list(shapes), missing, unexpected)}")
     raise UserError("\n".join(lines))
+
+
+def _check_weight(name: Any, tensor: Any, here: Tensor | None, path: str | Path) -> None:
+    """Raises UserError for what torch would refuse in words of its own, or take with a loss (complex numbers)."""
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        found = f"a {type(tensor).__name__}" if isinstance(name, str) else f"the name {name!r}"
+        raise UserError(f"{path}: {name}: found {found} among the weights, expected tensors by name")
+    if tensor.layout != torch.strided:
+        raise UserError(f"{path}: {name}: found a tensor of layout {tensor.layout}, expected a dense one")
+    if here is not None and (tensor.is_floating_point(), tensor.is_complex()) != (here.is_floating_point(), False):
+        raise UserError(f"{path}: {name}: found numbers of type {tensor.dtype}, expected {here.dtype}")
 
 
 def _hint(here: list[str], shapes: list[str], missing: list[str], unexpected: list[str]) -> str:

@@ -20,7 +20,7 @@ def explain(error: ErrorDetails, kind: type[BaseModel], layer: Layer, data: dict
     path: list[str] = []
     at: Any = data
     for part in error["loc"]:
-        known = (isinstance(at, dict) and part in at) or (isinstance(at, list) and isinstance(part, int))
+        known = part in at if isinstance(at, dict) else isinstance(at, list) and part in range(len(at))
         if not known and not missing:
             break  # the tag of a union's member, not a key
         at = at[part] if known else None  # type: ignore[index, call-overload]

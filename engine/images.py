@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
+import re
 import stat
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from engine.errors import UserError
 
 Array = NDArray[np.uint8]
 
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif"}
+    f".{ending}"
+    for ending in (
+        *("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "avif", "heic", "heif", "gif", "bmp", "dib"),
+        *("tif", "tiff", "jp2", "j2k", "jpf", "jpx", "ppm", "pgm", "pbm", "pnm", "pfm", "tga", "sgi", "pcx", "ico"),
+        *("icns", "dds", "psd", "qoi"),
+    )
 )
-"""Endings of the files that are taken from folders, in lower case; a file named by itself may have any."""
+"""Endings of the files that are taken from folders, in lower case; a file named by itself may have any. Some that
+cannot be read (.heic) are among them: a photo that is reported is better than one that is passed over."""
 MAX_PIXELS = 128_000_000
 """Images with more pixels are refused before they are decoded, unless told otherwise."""
+
+
+_ORIENTATION = 0x0112
+_WAYS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +67,24 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Array:
     Grey, palette, CMYK and 1-bit images are converted, 16-bit ones lose their lower byte, transparent pixels show
     white, the EXIF orientation is applied, an animation gives its first frame. Float images must lie in [0, 1].
     Raises UserError (naming the file) if it can't be opened, isn't an image, is cut off, or has more than `max_pixels`.
+    PostScript (EPS) is refused: it is a program, and showing it would run it.
     """
     path = Path(path)
     try:
-        with _open(path) as file, _without_pil_limit(), Image.open(file) as image:
-            pixels = image.width * image.height
-            if pixels > max_pixels:
-                found = f"{image.width} x {image.height} = {pixels / 1e6:.4g} megapixels"
-                limit = f"the limit is {max_pixels / 1e6:g}; raise it if you trust the file"
-                raise UserError(f"{show(path)}: {found}, {limit}.")
-            return _rgb(ImageOps.exif_transpose(image), path)
+        with _open(path) as file, _pil_limit(max_pixels), Image.open(file, formats=_formats()) as image:
+            image.load()
+            return _rgb(_upright(image), path)
+    except Image.DecompressionBombError as error:
+        size = re.search(r"\((\d+) pixels\)", str(error))
+        found = f"{int(size[1]) / 1e6:.4g} megapixels" if size else "too many pixels"
+        limit = f"the limit is {max_pixels / 1e6:g}; raise it if you trust the file"
+        raise UserError(f"{show(path)}: {found}, {limit}.") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{show(path)}: not an image of a known format, or cut off at its start.") from error
     except OSError as error:
-        reason = error.strerror or f"damaged or cut off: {error}"
+        # Pillow seeks to where a damaged file says, which may be no place: "invalid argument" tells the user nothing
+        known = error.strerror if error.errno != errno.EINVAL else None
+        reason = known or f"damaged or cut off: {error}"
         raise UserError(f"{show(path)}: cannot be read ({reason}).") from error
     except UserError:
         raise
@@ -134,18 +161,43 @@ def _open(path: Path) -> IO[bytes]:
         raise UserError(f"{show(path)}: not a regular file.")
     if info.st_size == 0:
         raise UserError(f"{show(path)}: the file is empty (0 bytes).")
-    return open(path, "rb")
+    file = open(path, "rb")  # noqa: SIM115
+    start = file.read(4)
+    file.seek(0)
+    if start == b"%!PS" or start == b"\xc5\xd0\xd3\xc6":
+        file.close()
+        raise UserError(f"{show(path)}: is PostScript (EPS), a program that is not run here; convert it to PNG.")
+    return file
 
 
 @contextmanager
-def _without_pil_limit() -> Iterator[None]:
-    """Pillow's own limit is one for the whole program; `max_pixels`, checked before decoding, takes its place."""
+def _pil_limit(max_pixels: int) -> Iterator[None]:
+    """Pillow's own limit is one for the whole program; `max_pixels` takes its place, for images within images too (ICO,
+    ICNS). Its warnings are silent: what is wrong with a file is told by one error of ours."""
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+    Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]  # it warns above and refuses above the double
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
+
+
+@cache
+def _formats() -> list[str]:
+    """Pillow's formats but for those that are no pictures by themselves: it has another program run PostScript, and
+    hands the others to whatever was registered for them."""
+    Image.init()
+    return [name for name in Image.ID if name not in ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation wants it. Pillow's own function also writes the other entries anew, and fails
+    when one of them is damaged."""
+    orientation = image.getexif().get(_ORIENTATION)
+    way = _WAYS.get(orientation) if isinstance(orientation, int) else None
+    return image if way is None else image.transpose(way)
 
 
 def _rgb(image: Image.Image, path: Path) -> Array:

@@ -18,6 +18,7 @@ from engine.errors import UserError
 
 DEEPEST_BASE = 2
 DEEPEST_NESTING = 20
+MOST_VALUES = 100_000
 
 
 class Leaf(NamedTuple):
@@ -138,14 +139,56 @@ def merge(below: Layer, above: Layer) -> Layer:
     return merged
 
 
-def _compose(text: str, where: str) -> yaml.Node | None:
-    loader = _Loader(text)
+def load_plain(text: str, where: str) -> Any:
+    """The plain containers in a YAML text; `where` names it in errors.
+
+    Raises:
+        UserError: not YAML, a value of another kind than plain ones, or a document that `_check_size` refuses.
+    """
+    node = _compose(text, where)
+    loader = _Loader("")
     try:
-        return loader.get_single_node()
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{where}: not valid YAML: {_reason(error)}") from None
+        return None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise UserError(f"{where}: not a value that may stand here: {_reason(error)}") from None
     finally:
         loader.dispose()
+
+
+def _compose(text: str, where: str) -> yaml.Node | None:
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {_reason(error)}") from None
+    try:
+        node = loader.get_single_node()
+        if node is not None:
+            _check_size(node, where, {})
+        return node
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {_reason(error)}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deep to be read") from None
+    finally:
+        loader.dispose()
+
+
+def _check_size(node: yaml.Node, where: str, sizes: dict[yaml.Node, int]) -> int:
+    """How many values a node has once its anchors are unfolded. Raises UserError for one that holds itself, and for
+    more than MOST_VALUES: a few lines can stand for billions."""
+    if node not in sizes:
+        sizes[node] = 0  # being counted
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for pair in inner for part in pair] if isinstance(node, yaml.MappingNode) else inner
+        sizes[node] = 1 + sum(_check_size(part, where, sizes) for part in parts)
+    line = node.start_mark.line + 1
+    if not sizes[node]:
+        raise UserError(f"{where}: line {line}: this value holds itself through an anchor (&) of its own")
+    if sizes[node] > MOST_VALUES:
+        raise UserError(
+            f"{where}: line {line}: stands for more than {MOST_VALUES} values, by anchors (&) within anchors"
+        )
+    return sizes[node]
 
 
 def _reason(error: Exception) -> str:

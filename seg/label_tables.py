@@ -158,14 +158,9 @@ class LabelTable:
         )
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain containers, for a checkpoint; `from_plain` reads them back."""
+        """Plain containers, for a checkpoint; `seg.label_yaml.stored_table` reads them back."""
         rows = [[x.id, x.name, list(x.color), x.train_id, x.category, x.has_instances] for x in self.labels]
         return {"name": self.name, "labels": rows}
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> LabelTable:
-        rows = (Label(row[0], row[1], tuple(row[2]), *row[3:]) for row in plain["labels"])
-        return cls(str(plain["name"]), tuple(rows))
 
 
 def _ranges(ids: Sequence[int]) -> str:

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from engine.errors import UserError
+from engine.yaml_layers import load_plain
 from seg.label_tables import IGNORE, MAX_CLASSES, Label, LabelTable
 
 _KEYS = ("id", "name", "color", "train_id", "ignore", "category")
@@ -36,17 +35,36 @@ def read_table(path: Path) -> LabelTable:
     Raises:
         UserError: no such file, no YAML list of entries, or the first thing wrong in one, with file and entry.
     """
-    try:
-        entries = yaml.safe_load(_text(path, f"expected a list of labels, {_EXAMPLE}"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
+    entries = load_plain(_text(path, f"expected a list of labels, {_EXAMPLE}"), str(path))
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: expected a list of labels, {_EXAMPLE}; found {_kind(entries)}.")
     labels = [_label(path, number, entry) for number, entry in enumerate(entries, 1)]
     return LabelTable(f"{path.parent.name}/{path.name}", checked(path, labels))
 
 
-def checked(path: Path, labels: Sequence[Label]) -> tuple[Label, ...]:
+def stored_table(plain: Any, source: Path | str) -> LabelTable:
+    """The table that `LabelTable.to_plain` made, from the checkpoint `source`.
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    where = f"{source}: its label table"
+    if not isinstance(plain, dict) or not isinstance(plain.get("labels"), list):
+        raise UserError(f"{where}: found {_kind(plain)}, expected a name and a list of labels.")
+    labels = []
+    for number, row in enumerate(plain["labels"], 1):
+        if not isinstance(row, list) or [type(value) for value in row] != [int, str, list, int, str, bool]:
+            raise UserError(f"{where}: entry {number}: found {_kind(row)}, expected id, name, colour, train id, ...")
+        try:
+            color = _rgb(row[2])
+        except ValueError as error:
+            raise UserError(f"{where}: entry {number}: colour: {error}.") from None
+        ids = (_byte(f"{where}: entry {number}", key, value) for key, value in (("id", row[0]), ("train_id", row[3])))
+        labels.append(Label(next(ids), row[1], color, next(ids), row[4], row[5]))
+    return LabelTable(str(plain.get("name")), checked(where, labels))
+
+
+def checked(path: Path | str, labels: Sequence[Label]) -> tuple[Label, ...]:
     """The labels in the order of their ids.
 
     Raises:

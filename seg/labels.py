@@ -63,9 +63,17 @@ def table(cfg: DataConfig) -> LabelTable:
     return label_yaml.read_table(cfg.labels or cfg.root / "labels.yaml")
 
 
-def table_of(meta: Mapping[str, Any]) -> LabelTable:
-    """The table that a network was trained with, from the meta data of its checkpoint; Cityscapes' if there is none."""
-    return LabelTable.from_plain(meta["labels"]) if "labels" in meta else CITYSCAPES
+def table_of(meta: Mapping[str, Any], source: Path | str = "checkpoint") -> LabelTable:
+    """The table that a network was trained with, from the meta data of its checkpoint; Cityscapes' if there is none.
+
+    Raises:
+        UserError: what is stored is no table; `source` is named.
+    """
+    if "labels" not in meta:
+        return CITYSCAPES
+    from seg import label_yaml
+
+    return label_yaml.stored_table(meta["labels"], source)
 
 
 def scored_table(cfg: DataConfig, meta: Mapping[str, Any], source: Path | str) -> LabelTable:

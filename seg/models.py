@@ -93,15 +93,14 @@ def from_checkpoint(
     Raises:
         UserError: no such file, damaged, of another task, or weights that do not fit the config.
     """
-    content = checkpoint.load(path)
-    if content["task"] != "seg":
-        raise UserError(f"{path}: a checkpoint of the task {content['task']!r}, expected one of 'seg'")
+    content = checkpoint.load_trained(path, "seg")
     cfg = from_dict(content["config"], overrides, SegConfig, str(path), allow_imports).config
-    labels = table_of(content["meta"])
-    classes = list(content["meta"].get("classes", labels.classes))
+    labels = table_of(content["meta"], path)
+    classes = content["meta"].get("classes", list(labels.classes))
     if classes != list(labels.classes):
+        names = list(map(str, classes)) if isinstance(classes, list) else [f"stored as {classes!r}"]
         raise UserError(
-            f"{path}: predicts {len(classes)} classes ({', '.join(classes[:3])}, ...), this version scores the "
+            f"{path}: predicts {len(names)} classes ({', '.join(names[:3])}, ...), this version scores the "
             f"{labels.num_classes} of {labels.name}"
         )
     model = build(cfg.model, labels.num_classes, pretrained=False)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from engine.checkpoint import KEYS, export_weights, load, load_weights, read, save
+from engine.checkpoint import KEYS, export_weights, load, load_trained, load_weights, read, save
 from engine.errors import UserError
 
 
@@ -150,6 +150,60 @@ def test_other_bad_files(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"1234567890")
     with pytest.raises(UserError, match=r"a.safetensors: not a whole safetensors file: "):
         read(tmp_path / "a.safetensors")
+
+
+def test_a_turned_bit_is_found(tmp_path: Path) -> None:
+    """torch.load itself takes the changed weights without a word."""
+    path = tmp_path / "a.pt"
+    save(path, state(task="seg"))
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.arange(6.0).numpy().tobytes()) + 6] ^= 1
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["model"]["w"][0, 1] != 1
+    with pytest.raises(UserError, match=r"a.pt: the checkpoint is damaged: .*data/0 in it is not what was written"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ({"config": 3}, "config: found a int, expected a dict"),
+        ({"meta": None}, "meta: found a NoneType, expected a dict"),
+        ({"ema": [1]}, "ema: found a list, expected a dict"),
+        ({"task": "paint"}, "a checkpoint of the task 'paint', expected one of 'seg'"),
+    ],
+)
+def test_parts_of_another_kind(tmp_path: Path, part: dict[str, Any], text: str) -> None:
+    good = state(task="seg", config={}, meta={})
+    save(tmp_path / "a.pt", good)
+    assert load_trained(tmp_path / "a.pt", "seg")["task"] == "seg"
+    save(tmp_path / "a.pt", {**good, **part})
+    with pytest.raises(UserError, match=f"a.pt: {text}"):
+        load_trained(tmp_path / "a.pt", "seg")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("weight", 3, "weight: found a int among the weights, expected tensors by name"),
+        (7, torch.zeros(2), "7: found the name 7 among the weights"),
+        (
+            "weight",
+            torch.zeros(2, 2).to_sparse(),
+            "weight: found a tensor of layout torch.sparse_coo, expected a dense",
+        ),
+        (
+            "weight",
+            torch.zeros(2, 2, dtype=torch.complex64),
+            "weight: found numbers of type torch.complex64, expected",
+        ),
+        ("weight", torch.zeros(2, 2, dtype=torch.int32), "weight: found numbers of type torch.int32, expected"),
+    ],
+)
+def test_weights_that_are_none(name: Any, value: Any, text: str) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=f"w.pt: {text}"):
+        load_weights(model, {**model.state_dict(), name: value}, "w.pt")
 
 
 def test_zip_that_is_no_checkpoint(tmp_path: Path) -> None:

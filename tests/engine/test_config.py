@@ -288,6 +288,27 @@ def test_bad_value(tmp_path: Path, text: str, expected: str) -> None:
     assert error(tmp_path, MINIMAL + text).startswith(expected)
 
 
+BILLIONS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("imports: &i [*i]\n", "line 4: this value holds itself through an anchor"),
+        ("norm: &n {name: bn, x: *n}\n", "line 4: this value holds itself through an anchor"),
+        (BILLIONS, "stands for more than 100000 values, by anchors (&) within anchors"),
+        ("optim: " + "[" * 20_000, "nested too deep to be read"),
+        ("optim: {lr: 1\0}\n", "not valid YAML"),
+        ("data: {crop: [32]}\n", "data.crop[1]: missing"),
+    ],
+)
+def test_documents_that_would_hang_or_break_the_reader(tmp_path: Path, text: str, expected: str) -> None:
+    said = error(tmp_path, MINIMAL + text)
+    assert said.startswith("x.yaml") and expected in said
+
+
 def test_all_problems_in_one_message(tmp_path: Path) -> None:
     text = error(tmp_path, "task: toy\nbatch_size: many\noptim: {lrr: 1}\n", "report.images=-1")
     assert text.splitlines() == [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 from typing import Any
@@ -163,19 +164,68 @@ def test_unreadable_files_say_why(tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 50_000, 1, 0, 0, 0, 0)
-    data = b"IDAT" + zlib.compress(bytes(50))
     bomb = tmp_path / "bomb.png"
-    parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, data)]
-    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    with pytest.raises(UserError, match=r"bomb.png: 60000 x 50000 = 3000 megapixels, the limit is 128"):
+    bomb.write_bytes(png_of(60_000, 50_000))
+    with pytest.raises(UserError, match=r"bomb.png: 3000 megapixels, the limit is 128"):
         read_image(bomb)
     small = save(tmp_path / "small.png")
-    with pytest.raises(UserError, match=r"25 x 12 = 0.0003 megapixels, the limit is 0.0001; raise it"):
+    with pytest.raises(UserError, match=r"small.png: 0.0003 megapixels, the limit is 0.0001; raise it"):
         read_image(small, max_pixels=100)
     before = Image.MAX_IMAGE_PIXELS
     assert read_image(small, max_pixels=300).shape == (12, 25, 3)
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that says it has so many pixels and holds next to nothing."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(bytes(50))
+    parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, data)]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("suffix", ["ico", "icns"])
+def test_a_bomb_within_a_small_image_is_refused(tmp_path: Path, suffix: str) -> None:
+    bomb = png_of(60_000, 50_000)
+    place = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(bomb), 22)
+    icon = b"ic07" + struct.pack(">I", len(bomb) + 8) + bomb
+    whole = {"ico": place + bomb, "icns": b"icns" + struct.pack(">I", len(icon) + 8) + icon}
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(whole[suffix])
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(UserError, match=rf"x.{suffix}: 3000 megapixels, the limit is 128"):
+        read_image(path)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would start Ghostscript, whatever the file is called."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    for name in ("x.eps", "x.png"):
+        save(tmp_path / name, format="EPS")
+        with pytest.raises(UserError, match=rf"{name}: is PostScript \(EPS\), a program that is not run here"):
+            read_image(tmp_path / name)
+
+
+def test_a_damaged_entry_in_the_exif_costs_no_image(tmp_path: Path) -> None:
+    """The orientation is sound; another tag's name was changed to one whose value has another type."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a maker of cameras"
+    damaged = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x00\x00\x02")
+    assert damaged != exif.tobytes()
+    read = read_image(save(tmp_path / "x.jpg", exif=damaged))
+    assert read.shape == (25, 12, 3) and np.abs(read.astype(int) - np.rot90(RGB, -1)).mean() < 20
+
+
+def test_a_place_before_the_start_of_the_file_is_damage(tmp_path: Path) -> None:
+    """Told as such, not as the system's "invalid argument"."""
+    words = [
+        0
+    ] * 65  # a McIDAS file: lines 9, columns 10, bytes 11, bands 14, prefix 15, and where the pixels begin, 34
+    words[2], words[9], words[10], words[11], words[14], words[34] = 4, 8, 8, 1, 1, -999
+    (tmp_path / "x.bin").write_bytes(struct.pack(">64i", *words[1:]) + bytes(100))
+    with pytest.raises(UserError, match="x.bin: cannot be read .damaged or cut off"):
+        read_image(tmp_path / "x.bin")
 
 
 def test_the_limit_may_be_above_pillows_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

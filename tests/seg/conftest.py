@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from engine import checkpoint
 from seg.config import SegConfig
@@ -37,21 +36,11 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory, report_config: Ca
     """best.pt of a network that was not trained but knows its statistics, so that its predictions differ from place to
     place; to be read only."""
     from seg.data import Cityscapes, normalize, read_rgb
-    from seg.labels import TRAIN_CLASSES
-    from seg.models import build
+    from seg.fuzz.ground import untrained_state
 
     cfg = report_config()
-    torch.manual_seed(0)
-    model = build(cfg.model, pretrained=False).train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # plain means over what is shown
     samples = Cityscapes(cfg.data.root, "train").samples
-    with torch.no_grad():
-        model(torch.stack([normalize(read_rgb(sample.image), cfg.data) for sample in samples]))
-    state: dict[str, Any] = dict.fromkeys(checkpoint.KEYS)
-    state |= {"format": checkpoint.FORMAT, "task": "seg", "config": cfg.model_dump(mode="json"), "step": 7}
-    state |= {"meta": {"classes": list(TRAIN_CLASSES)}, "model": model.state_dict()}
+    state = untrained_state(cfg, torch.stack([normalize(read_rgb(sample.image), cfg.data) for sample in samples]))
     path = tmp_path_factory.mktemp("run") / "best.pt"
     checkpoint.save(path, state)
     return path

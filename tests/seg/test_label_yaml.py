@@ -60,7 +60,7 @@ ROAD = "- {id: 0, name: road, color: [1, 2, 3], train_id: 0}\n"
         ("- [0, road]", r"entry 1: found list .* expected keys and values"),
         ("road: 0", r"expected a list of labels, such as `- \{id: 0, name: road.*found dict"),
         ("", "expected a list of labels.*found nothing"),
-        ("- {id: 0", "is no YAML"),
+        ("- {id: 0", "not valid YAML: line 1"),
     ],
 )  # fmt: skip
 def test_mistakes_name_file_and_entry(tmp_path: Path, text: str, said: str) -> None:
@@ -94,3 +94,24 @@ def test_mapillarys_configuration(tmp_path: Path) -> None:
     path.write_text(json.dumps({"labels": twins}))
     with pytest.raises(UserError, match=r"entry 2 \('Car'\): the name is that of entry 1"):
         label_yaml.read_mapillary(path)
+
+
+ROW = [0, "road", [1, 2, 3], 0, "", False]
+
+
+@pytest.mark.parametrize(
+    ("plain", "text"),
+    [
+        (None, "found nothing, expected a name and a list of labels"),
+        ({"name": "x", "labels": 3}, "expected a name and a list of labels"),
+        ({"name": "x", "labels": [ROW, {"id": 1}]}, "entry 2: found dict"),
+        ({"name": "x", "labels": [[True, *ROW[1:]]]}, "entry 1: found list"),
+        ({"name": "x", "labels": [[999, *ROW[1:]]]}, "entry 1: id: found 999"),
+        ({"name": "x", "labels": [[0, "road", [1, 2], 0, "", False]]}, r"entry 1: colour: found \[1, 2\]"),
+        ({"name": "x", "labels": [ROW, ROW]}, "id 0 is that of entry 1"),
+    ],
+)
+def test_a_stored_table_that_is_none(plain: object, text: str) -> None:
+    assert label_yaml.stored_table({"name": "x", "labels": [ROW]}, "best.pt").classes == ("road",)
+    with pytest.raises(UserError, match=f"best.pt: its label table: .*{text}"):
+        label_yaml.stored_table(plain, "best.pt")

@@ -21,34 +21,7 @@ from engine.errors import UserError
 from seg import predict
 from seg.config import SegConfig
 from seg.predict import Predictor
-
-ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-CLASSES = 19
-
-
-class Echo(nn.Module):
-    """Its class at a pixel is the red value there; notes the sizes that it is given."""
-
-    def __init__(self, multiple: int = 1, as_dict: bool = False) -> None:
-        super().__init__()
-        self.multiple, self.as_dict = multiple, as_dict
-        self.sizes: list[tuple[int, ...]] = []
-
-    def forward(self, images: Tensor) -> Any:
-        self.sizes.append(tuple(images.shape))
-        assert images.shape[-1] % self.multiple == 0 and images.shape[-2] % self.multiple == 0
-        red = (images[:, 0] * 255).round()
-        logits = -(red[:, None] - torch.arange(CLASSES).view(1, -1, 1, 1)).abs()
-        return {"out": logits, "aux": logits * 0} if self.as_dict else logits
-
-
-def echo(multiple: int = 1, **options: Any) -> Predictor:
-    return Predictor(Echo(multiple).eval(), ZERO, ONE, multiple=multiple, **options)
-
-
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, CLASSES, (height, width, 3), dtype=np.uint8)
-
+from tests.seg.echo import CLASSES, ONE, ZERO, Echo, echo, picture
 
 SIZES = [(1, 1), (1, 40), (2, 3), (31, 33), (32, 64), (65, 97), (128, 100)]
 
@@ -342,7 +315,7 @@ def test_tool_exit_status(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert tool.main(["best.pt", str(tmp_path / "a.png"), *out, "--save", "colour"]) == 2
     assert "Cannot save colour; choose from labels, color, overlay" in capsys.readouterr().err
     assert tool.main(["best.pt", str(tmp_path / "a.png"), *out, "--max-megapixels", "0.001"]) == 1
-    assert "50 x 40 = 0.002 megapixels, the limit is 0.001" in capsys.readouterr().out
+    assert "a.png: 0.002 megapixels, the limit is 0.001" in capsys.readouterr().out
 
 
 def test_help_loads_no_heavy_library() -> None:

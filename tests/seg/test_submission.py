@@ -79,6 +79,32 @@ def test_the_official_evaluation_finds_the_predictions(small_checkpoint: Path, r
         assert Path(found).name == f"{one.name}_labelIds.png"
 
 
+@pytest.mark.filterwarnings("ignore:.in1d.:DeprecationWarning")
+def test_the_official_evaluation_reads_the_predictions(small_checkpoint: Path, root: Path, tmp_path: Path) -> None:
+    """Against a truth made of the same predictions, with void in a corner: everything that is scored is right."""
+    official = importlib.import_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    submission.submit(small_checkpoint, tmp_path / "s.zip", [f"data.root={root}"])
+    with zipfile.ZipFile(tmp_path / "s.zip") as archive:
+        archive.extractall(tmp_path / "results")
+    args = official.args
+    args.predictionPath, args.predictionWalk = str(tmp_path / "results"), None
+    args.quiet, args.JSONOutput, args.evalInstLevelScore = True, False, False
+    truths, present = [], set[int]()
+    for one in Cityscapes(root, "test").samples:
+        truths.append(str(tmp_path / f"{one.name}_gtFine_labelIds.png"))
+        ids = np.array(Image.open(tmp_path / "results" / f"{one.name}_labelIds.png"))
+        ids[:9, :9] = 0
+        present |= set(np.unique(ids).tolist()) - {0}
+        Image.fromarray(ids).save(truths[-1])
+    try:
+        found = official.evaluateImgLists([official.getPrediction(args, path) for path in truths], truths, args)
+    finally:
+        args.predictionPath, args.predictionWalk = None, None
+    assert sum(map(sum, found["confMatrix"])) == 3 * 64 * 128
+    scored = {name: value for name, value in found["classScores"].items() if value == value}
+    assert len(scored) == len(present) > 1 and set(scored.values()) == {1.0}
+
+
 def test_what_was_interrupted_goes_on(
     small_checkpoint: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,68 @@
+"""200 cases of damaged and strange input without a failure, and that the fuzzer finds every kind of failure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from seg.fuzz import run
+from seg.fuzz.run import fuzz
+from tests.seg import bad_programs
+from tools import convert_masks, evaluate, inspect, predict, train
+
+PROGRAMS = {
+    "predict": predict.main,
+    "evaluate": evaluate.main,
+    "train": train.main,
+    "inspect": inspect.main,
+    "convert_masks": convert_masks.main,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory in which the small network and data set are made once."""
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def test_two_hundred_cases_end_well(place: Path) -> None:
+    report = fuzz(PROGRAMS, 200, 0, place)
+    assert not report.failures, "\n".join(report.failures)
+    assert report.cases.total() == 200 and set(report.cases) == set(run.KINDS)
+    for kind in run.KINDS:
+        assert report.right[kind] > 0 and report.refused[kind] > 0, str(report)
+
+
+def test_every_failure_is_found_and_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [
+        "a traceback: IndexError: list index out of range",
+        "wrote outside of the output folder: open ",
+        "wrote outside of the output folder: open ",
+        "started a program: os.system",
+        "the error names none of config.yaml",
+        "not a resolved config",
+        "a hang: no end after 3 s",
+        "the process died with status 7",
+    ]
+    said: list[str] = []
+
+    def say(failure: str) -> None:
+        said.append(failure)
+        monkeypatch.setenv("BAD_PROGRAMS_TURN", str(len(said)))
+
+    report = fuzz({"train": bad_programs.misbehaves}, len(expected), 0, place, ["configs"], limit=3, say=say)
+    assert said == report.failures and len(said) == len(expected) == report.cases["configs"], said
+    for number, (failure, text) in enumerate(zip(said, expected, strict=True)):
+        kept = place / f"failures/configs-{number}"
+        assert text in failure and text in (kept / "what.txt").read_text() and (kept / "in/config.yaml").is_file()
+    assert "in hangs" in (place / "failures/configs-6/what.txt").read_text()
+    assert not report.right["configs"] and not report.refused["configs"]
+
+
+def test_mistakes_in_the_call(place: Path) -> None:
+    with pytest.raises(UserError, match="--only: found 'sounds', expected some of images, labels"):
+        fuzz(PROGRAMS, 10, 0, place, ["sounds"])
+    with pytest.raises(UserError, match="--cases: found 1, expected at least one for each of images, videos"):
+        fuzz(PROGRAMS, 1, 0, place, ["images", "videos"])
