@@ -55,7 +55,7 @@ def test_one_step_is_the_mean_over_valid_pixels(tmp_path: Path) -> None:
     train(cfg, tmp_path, hook=lambda net: before.update({k: v.clone() for k, v in net.state_dict().items()}))
     net = toy.Net(False).double()
     net.load_state_dict(before)
-    batch = next(toy.ToyBatches(cfg).epoch(0))
+    batch = next(toy.toy.ToyBatches(cfg).epoch(0))
     nn.functional.cross_entropy(net(batch["image"]), batch["target"], ignore_index=255).backward()
     expected = {name: (one - 0.5 * one.grad).detach() for name, one in net.named_parameters()}
     assert_close(weights(tmp_path), expected, 1e-12)
@@ -91,7 +91,7 @@ def test_logged_loss_is_the_mean_over_the_interval(tmp_path: Path) -> None:
     cfg = config(steps=4, optim__lr=1e-12, report__log_every=Length(4, "steps"))
     net: list[nn.Module] = []
     train(cfg, tmp_path, hook=net.append)
-    stream = toy.ToyBatches(cfg).epoch(0)
+    stream = toy.toy.ToyBatches(cfg).epoch(0)
     with torch.no_grad():
         found = [toy.loss(net[0], next(stream)) for _ in range(4)]
     row = read_metrics(tmp_path / "metrics.jsonl")[0]
@@ -172,8 +172,9 @@ EVERYTHING: Tree = {
         {"runtime__amp": "bf16"},
         {"runtime__amp": "fp16"},
         {"norm__name": "deconv"},
+        {"norm__name": "deconv_fast", "norm__precise_batches": 2},
     ],
-    ids=["sgd", "adamw", "bf16", "fp16", "deconv"],
+    ids=["sgd", "adamw", "bf16", "fp16", "deconv", "precise"],
 )
 def test_resume_is_bit_identical(tmp_path: Path, more: Tree) -> None:
     cfg = config(steps=8, **EVERYTHING, **more)
@@ -319,6 +320,23 @@ def test_best_and_last(tmp_path: Path) -> None:
     assert not differing(best["model"], recorder.states[3])
     assert (last["task"], last["meta"], last["config"]["batch_size"]) == ("toy", {"classes": ["a", "b", "c"]}, 8)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["best.pt", "curves.png", "last.pt", "metrics.jsonl"]
+
+
+def test_running_statistics_are_averaged_anew_before_an_evaluation(tmp_path: Path) -> None:
+    cfg = config(steps=5, dropout=True, norm__precise_batches=3)
+    found: list[Tensor] = []
+
+    def looking(model: nn.Module, max_batches: int | None) -> Evaluation:
+        if max_batches is None:
+            images = [batch["image"] for batch, _ in zip(toy.ToyBatches(cfg).epoch(0), range(3), strict=False)]
+            with torch.no_grad():
+                outputs = [model.backbone[0](image) for image in images]  # type: ignore[index, union-attr]
+            means = torch.stack([one.mean((0, 2, 3)) for one in outputs]).mean(0)
+            found.append(model.backbone[1].running_mean - means)  # type: ignore[index, union-attr]
+        return toy.evaluate(model, max_batches)
+
+    train(cfg, tmp_path, evaluate=looking)
+    assert len(found) == 1 and found[0].abs().max() < 1e-6
 
 
 def test_end_is_not_evaluated_twice(tmp_path: Path) -> None:
