@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -32,8 +33,16 @@ class LostProcess(UserError):
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Whether torch says that a process of a DataLoader has died. It may do so anywhere: a signal handler raises it."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+    """Whether a process of a DataLoader has died.
+
+    Torch says so anywhere, from a signal handler; but who was just fetching a batch from that process finds the
+    connection gone first.
+    """
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    fetching = "torch.utils.data.dataloader" in names and any(name.startswith("multiprocessing.") for name in names)
+    return fetching and isinstance(error, ConnectionError | EOFError | FileNotFoundError)
 
 
 def program(main: Callable[P, int]) -> Callable[P, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,14 +78,16 @@ def lost_processes() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
         if is_lost_worker(error):
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise the news again, over this
             raise LostProcess(
                 f"runtime.workers: a process that loads data has died ({str(error).splitlines()[0].rstrip('. ')}); if "
                 "memory is short (dmesg tells), lower runtime.workers or the batch; --resume auto goes on from the "
                 "last checkpoint"
             ) from error
-        told = distributed.explained(error)
+        told = distributed.explained(error) if isinstance(error, RuntimeError) else error
         if told is error:
             raise
         raise told from error

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from engine import checkpoint
-from engine.checkpoint import differing
 from engine.report import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -23,23 +22,15 @@ def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
-def story(folder: Path) -> list[tuple[object, ...]]:
-    rows = read_metrics(folder / "metrics.jsonl")
-    return [(row["kind"], row["step"], row.get("loss"), row.get("score")) for row in rows]
-
-
-def test_a_hang_a_death_and_a_warning_and_the_end_is_as_if_nothing_had_happened(two: Path, tmp_path: Path) -> None:
-    """`two` holds the same training, uninterrupted. One test, since each start takes seconds."""
-    done = torchrun(tmp_path, "5:1:hang", "5:1:die", "7:0:stop", restarts=2)
+def test_a_hang_a_death_and_a_warning_of_the_scheduler(tmp_path: Path) -> None:
+    """One test, since each start takes seconds. test_loop.py compares a resumed run of two with a whole one."""
+    done = torchrun(tmp_path, "5:1:hang", "5:1:die", "6:0:stop", restarts=2)
     process = r"error \(process \d\): process 1 \(process id \d+ on \S+\)"
     for told in (rf"{process} hangs: it has been computing step 5 for \d+ s\. The", rf"{process} is gone"):
         assert re.search(told, done.stderr), done.stderr
     assert done.stdout.count("resumed after step 3 of 8") == 2  # what torchrun started anew
     assert "stopped by a signal after step" in done.stdout, done.stderr
     saved = checkpoint.load(tmp_path / "last.pt")["step"]
-    assert saved in (7, 8)  # the processes agree one step later than the first of them knows
-    done = torchrun(tmp_path)
-    assert done.returncode == 0, done.stderr
-    a, b = (checkpoint.load(folder / "last.pt") for folder in (two / "whole", tmp_path))
-    assert [path for path in differing(a, b) if not path.startswith(".config.runtime")] == []
-    assert story(two / "whole") == story(tmp_path) and len(story(tmp_path)) == 6
+    assert saved in (6, 7)  # the processes agree one step later than the first of them knows
+    rows = [(row["kind"], row["step"]) for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rows == [("train", 2), ("train", 4), ("eval", 5), ("train", 6)]
