@@ -197,7 +197,7 @@ def read(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
             f"{path}: refused, because the file {held} and loading it could run anything; expected tensors and plain "
             "containers only"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
+    except Exception as error:  # torch's unpickler raises whatever a wrong byte leads to: IndexError, TypeError, ...
         raise UserError(f"{path}: the checkpoint is damaged: {_first_line(error)}") from None
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import pickle
 import resource
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,15 @@ def test_a_turned_bit_is_found(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True)["model"]["w"][0, 1] != 1
     with pytest.raises(UserError, match=r"a.pt: the checkpoint is damaged: .*data/0 in it is not what was written"):
         load(path)
+
+
+@pytest.mark.parametrize("instructions", [b"\x80\x02.", b"\x80\x02}}K\x01s."])  # nothing on the stack; a dict for a key
+def test_instructions_that_make_no_sense(tmp_path: Path, instructions: bytes) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", instructions)
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(UserError, match="a.pt: the checkpoint is damaged: "):
+        load(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(
