@@ -1,9 +1,12 @@
-"""What several tests of reports use."""
+"""What several tests of segmentation use."""
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +14,15 @@ import torch
 
 from engine import checkpoint
 from seg.config import SegConfig
+
+
+@pytest.fixture(scope="session")
+def referee() -> ModuleType:
+    """The official scorer; it reads the environment when it is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("CITYSCAPES_")]:
+            patch.delenv(name)
+        return importlib.import_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import os
 from types import ModuleType
 from typing import Any
 
@@ -18,15 +16,6 @@ from engine import distributed
 from engine.errors import UserError
 from seg import labels, metrics
 from seg.metrics import ConfusionMatrix, Scores
-
-
-@pytest.fixture(scope="module")
-def referee() -> ModuleType:
-    """The official scorer; it reads the environment when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("CITYSCAPES_")]:
-            patch.delenv(name)
-        return importlib.import_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
 
 
 def scene(seed: int, ids: list[int], size: tuple[int, int] = (48, 96)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

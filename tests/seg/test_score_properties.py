@@ -6,7 +6,6 @@ PROPERTY_CASES=1000 tries that many data sets in place of 200, and a quarter of 
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections.abc import Mapping
@@ -76,15 +75,6 @@ def scenes(draw: st.DrawFn, palette: st.SearchStrategy[list[int]] = palettes) ->
     single = np.isin(truth, INSTANCE_LABEL_IDS) & draw(maps(shape, [1, 1, 0])).astype(bool)  # the others: crowds
     instances = np.where(single, truth.astype(np.uint16) * 1000 + numbers, truth)
     return Scene(prediction, truth, instances.astype(np.uint16))
-
-
-@pytest.fixture(scope="module")
-def referee() -> ModuleType:
-    """The official scorer; it reads the environment when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("CITYSCAPES_")]:
-            patch.delenv(name)
-        return importlib.import_module("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
 
 
 def official(referee: ModuleType, found: list[Scene], folder: Path, instances: bool) -> Mapping[str, Any]:
