@@ -92,12 +92,23 @@ def test_sound_gives_the_first_error() -> None:
     assert loading.stack([{"image": torch.zeros(1)}, first]) is first
 
 
-def test_a_worker_leaves_interrupts_to_the_loop_and_has_one_thread() -> None:
-    handler, threads = signal.getsignal(signal.SIGINT), cv2.getNumThreads()
+class Told(Dataset[list[Any]]):
+    """What the process that reads an item has set."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, key: int) -> list[Any]:
+        ignored = [signal.getsignal(one) is signal.SIG_IGN for one in (signal.SIGINT, signal.SIGUSR1)]
+        return [*ignored, signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []), cv2.getNumThreads()]
+
+
+def test_a_worker_leaves_signals_to_the_loop_and_has_one_thread() -> None:
+    threads = cv2.getNumThreads()
     try:
         cv2.setNumThreads(3)
-        loading.start_worker(0)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN and cv2.getNumThreads() == 1
+        (told,) = loading.loader(Told(), config(workers=1), batch_size=None)
+        assert told == [True, True, True, 1]
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     finally:
-        signal.signal(signal.SIGINT, handler)
         cv2.setNumThreads(threads)
