@@ -55,7 +55,7 @@ def test_one_step_is_the_mean_over_valid_pixels(tmp_path: Path) -> None:
     train(cfg, tmp_path, hook=lambda net: before.update({k: v.clone() for k, v in net.state_dict().items()}))
     net = toy.Net(False).double()
     net.load_state_dict(before)
-    batch = next(toy.toy.ToyBatches(cfg).epoch(0))
+    batch = next(toy.ToyBatches(cfg).epoch(0))
     nn.functional.cross_entropy(net(batch["image"]), batch["target"], ignore_index=255).backward()
     expected = {name: (one - 0.5 * one.grad).detach() for name, one in net.named_parameters()}
     assert_close(weights(tmp_path), expected, 1e-12)
@@ -91,7 +91,7 @@ def test_logged_loss_is_the_mean_over_the_interval(tmp_path: Path) -> None:
     cfg = config(steps=4, optim__lr=1e-12, report__log_every=Length(4, "steps"))
     net: list[nn.Module] = []
     train(cfg, tmp_path, hook=net.append)
-    stream = toy.toy.ToyBatches(cfg).epoch(0)
+    stream = toy.ToyBatches(cfg).epoch(0)
     with torch.no_grad():
         found = [toy.loss(net[0], next(stream)) for _ in range(4)]
     row = read_metrics(tmp_path / "metrics.jsonl")[0]

@@ -113,7 +113,8 @@ def test_a_step_moves_by_no_more_than_a_pixel_of_the_coarser_grid(
     ):
         assert found.shape == size
         moved = found.sum(0 if across else 1).astype(int) - (size[0 if across else 1] - edge)
-        assert np.abs(moved).max() <= most and (moved == moved[0]).all()
+        # straight, but where a pixel lies on the threshold to the last bit
+        assert np.abs(moved).max() <= most and np.ptp(moved) <= 1
 
 
 def coded(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
