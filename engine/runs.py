@@ -48,14 +48,19 @@ def evaluations(run: Path) -> list[Row]:
     return [row for row in read_metrics(run / METRICS) if row.get("kind") == "eval" and row.get("score") is not None]
 
 
-def best_evaluation(run: Path) -> Row:
-    """The evaluation with the highest score, the first of equal ones. Raises UserError if there is none."""
+def scored(run: Path) -> list[Row]:
+    """As `evaluations`. Raises UserError if there is none."""
     rows = evaluations(run)
     if not rows:
         raise UserError(
             f"{run}: no evaluation in {run / METRICS}; expected the work directory of a run that was scored"
         )
-    return max(rows, key=lambda row: float(row["score"]))
+    return rows
+
+
+def best_evaluation(run: Path) -> Row:
+    """The evaluation with the highest score, the first of equal ones. Raises UserError if there is none."""
+    return max(scored(run), key=lambda row: float(row["score"]))
 
 
 def timed(rows: Sequence[Row], images_per_step: int) -> list[Row]:

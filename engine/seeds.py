@@ -12,7 +12,7 @@ import numpy as np
 
 from engine import plots
 from engine.errors import UserError
-from engine.runs import Row, evaluations
+from engine.runs import Row, scored
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,7 @@ def groups(runs: Sequence[Path], names: Sequence[str]) -> dict[str, list[Path]]:
 
 def course(name: str, runs: Sequence[Path]) -> Course:
     """Raises UserError for a run without evaluations, or runs that were never evaluated at the same step."""
-    rows: list[dict[int, Row]] = []
-    for run in runs:
-        rows.append({int(row["step"]): row for row in evaluations(run)})
-        if not rows[-1]:
-            raise UserError(f"{run}: no evaluation in its metrics.jsonl; expected a run that was scored")
+    rows: list[dict[int, Row]] = [{int(row["step"]): row for row in scored(run)} for run in runs]
     steps = sorted(set.intersection(*(set(each) for each in rows)))
     if not steps:
         listed = ", ".join(str(run) for run in runs)
