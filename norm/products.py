@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def _fused(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+def fused(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
     """beta c + alpha a b in one kernel."""
     return (torch.baddbmm if a.ndim == 3 else torch.addmm)(c, a, b, beta=beta, alpha=alpha)
 
@@ -31,7 +31,7 @@ class Products(torch.autograd.Function):
         kept = [y, t]
         for _ in range(n_iter - 1):
             y = y @ t
-            t = _fused(eye, z, y, 1.5, -0.5)
+            t = fused(eye, z, y, 1.5, -0.5)
             kept += [z, y, t]
             z = t @ z
         ctx.save_for_backward(size, z, *kept)
@@ -48,9 +48,9 @@ class Products(torch.autograd.Function):
         dz = dt
         while kept:
             z, new_y, new_t, *kept = kept
-            dy = _fused(dy @ t, y, dt, 1.0, 1.0)
+            dy = fused(dy @ t, y, dt, 1.0, 1.0)
             y, t = new_y, new_t
-            dt = _fused(dz @ y, z, dy, -0.5, -0.5)
-            dz = _fused(dt @ z, t, dz, 1.0, 1.0)
+            dt = fused(dz @ y, z, dy, -0.5, -0.5)
+            dz = fused(dt @ z, t, dz, 1.0, 1.0)
         through_x = (dz * first).sum((-2, -1), keepdim=True)  # |A|_F below A, times |A|_F
         return torch.addcmul(dz, through_root - through_x, first) / size, None

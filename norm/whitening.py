@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from norm import leading, moments, processes
-from norm.products import Products
+from norm.products import Products, fused
 from norm.sampling import Grouping, Sampler
 
 _SPECTRAL_SIZE, _SPECTRAL_STEPS = 128, 8
@@ -44,9 +44,7 @@ def mean_and_covariance(patches: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     mean = patches.mean(-1)
     centred = patches - mean.unsqueeze(-1)
     eye = torch.eye(patches.shape[-2], dtype=patches.dtype, device=patches.device)
-    product = torch.addmm if patches.ndim == 2 else torch.baddbmm
-    eye = eye if patches.ndim == 2 else eye.expand(len(patches), *eye.shape)
-    return mean, product(eye, centred, centred.mT, beta=eps, alpha=1 / patches.shape[-1])
+    return mean, fused(eye, centred, centred.mT, eps, 1 / patches.shape[-1])
 
 
 def over_processes(patches: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
