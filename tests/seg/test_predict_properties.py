@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,6 +28,12 @@ CASES = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 sides = st.integers(1, 80)
+STEPS: dict[str, Any] = {
+    "size": st.tuples(st.integers(30, 90), st.integers(30, 90)),
+    "place": st.floats(0.3, 0.7),
+    "across": st.booleans(),
+}
+"""A picture of two halves: its size, where they meet, and whether beside or above each other."""
 
 
 @CASES
@@ -93,9 +100,7 @@ def test_a_step_stays_where_it_is_at_scales_that_sample_it_evenly(
 
 @CASES
 @given(
-    size=st.tuples(st.integers(30, 90), st.integers(30, 90)),
-    place=st.floats(0.3, 0.7),
-    across=st.booleans(),
+    **STEPS,
     scale=st.floats(0.5, 3),
     base=st.none() | st.integers(24, 120),
 )
@@ -152,9 +157,7 @@ def test_a_crop_holds_each_pixel_with_its_label_and_in_order(
 
 @CASES
 @given(
-    size=st.tuples(st.integers(30, 90), st.integers(30, 90)),
-    place=st.floats(0.3, 0.7),
-    across=st.booleans(),
+    **STEPS,
     scale=st.floats(0.5, 2),
     base=st.none() | st.integers(30, 120),
     seed=st.integers(0, 2**32),
