@@ -12,11 +12,8 @@ from torch import Tensor, nn
 from norm import leading, processes, whitening
 from norm.processes import Traffic
 from norm.sampling import Grouping, Sampler
+from norm.shape import Averages, Pace, follow, follow_in_a_graph
 from norm.whitening import Statistics
-
-_FIRST_PASSES = 4
-"""Steps towards the leading directions in the first training step, which starts from none."""
-
 
 _TINY = 1e-12
 """A filter of zeros has no direction; its output is zero."""
@@ -24,14 +21,6 @@ _TINY = 1e-12
 
 def _norms(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.flatten(1), dim=1)
-
-
-def _everywhere(basis: Tensor, values: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rank 0's: eigenvectors have no sign of their own, and products of unlike ones must not be summed."""
-    parts = (basis, values, rest)
-    found = processes.same_(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
-    basis, values, rest = (each.view_as(part) for each, part in zip(found, parts, strict=True))
-    return basis, values, rest
 
 
 class NormError(ValueError):
@@ -106,7 +95,7 @@ class Deconvolving(Whitening):
             self.register_buffer("gains", torch.ones(*lead, self.rank + 1))
         else:
             self.register_buffer("running_deconv", torch.eye(features).repeat(*lead, 1, 1))
-        self._steps = 0
+        self._clock = torch.zeros((), dtype=torch.int64, device="cpu")
         if every or self.freeze:
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_parameter("gain", None)
@@ -131,7 +120,8 @@ class Deconvolving(Whitening):
                 self.running_deconv.copy_(whitening.inverse_sqrt(covariance, self.n_iter))
                 return
             self.running_scale.copy_(covariance.diagonal(dim1=-2, dim2=-1).mean(-1))
-            self._lead(*leading.directions(covariance / self.running_scale[..., None, None], self.rank))
+            shape = covariance / self.running_scale[..., None, None]
+            self._averages().lead(*leading.directions(shape, self.rank), self.n_iter)
             if not self.freeze:  # the averages go on from here, they do not start anew
                 self._steps = self.every * math.ceil(1 / max(self.momentum, 1e-3))
                 self.steps.fill_(self._steps)
@@ -175,62 +165,64 @@ class Deconvolving(Whitening):
         """Since the next call may move the averages before the gradient of this one is taken."""
         return Statistics(*(None if each is None else each.clone() for each in self._held_statistics()))  # type: ignore[arg-type]
 
+    def _cycle(self) -> tuple[int, int]:
+        """Steps of a freeze cycle, and in how many of them, the first ones, the statistics move."""
+        return 10 * self.freeze_iter, self.freeze_iter + 1 if self.grouping == "published" else self.freeze_iter
+
     def _held(self, steps: Any) -> Any:
         """Whether the statistics of the training step after `steps` others are held; an int or a tensor."""
-        limit = self.freeze_iter + 1 if self.grouping == "published" else self.freeze_iter
-        return steps % (10 * self.freeze_iter) >= limit
+        cycle, moving = self._cycle()
+        return self.freeze and steps % cycle >= moving
 
     def _training_statistics(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
         """x, for the layer to go on with, and the statistics of this step, from its patches or held; the running
         averages move."""
-        if torch.compiler.is_compiling() and (self.every or self._joint()):
-            # it counts steps on the host, or waits for other processes: its own piece, which is not traced
-            return torch.compiler.disable(Deconvolving._training_statistics)(self, x, sampler)
+        if torch.compiler.is_compiling():
+            if self._joint():  # it waits for other processes: its own piece, which is not traced
+                return torch.compiler.disable(Deconvolving._training_statistics)(self, x, sampler)
+            return x, self._traced_statistics(sampler.gather(x))
+        if (self.every or self.freeze) and self._held(self._count()):
+            return x, self._held_copies()
         if self.every:
-            return self._running_shape(x, sampler)
-        if self.freeze and not torch.compiler.is_compiling():
-            held = self._held(self._count())
-            if held:
-                return x, self._held_copies()
+            x, mean, scale = whitening.mean_and_scale(x, sampler, self.eps, self._joint())
+            pace, steps = self._pace(), self._steps - 1
+            follow(self._averages(), pace, steps, mean, scale, lambda: sampler.gather(x), self._joint())
+            return x, Statistics(mean, self.basis.clone(), self.gains.clone(), scale)
         x, mean, deconv = whitening.statistics(x, sampler, self.eps, self.n_iter, self._joint())
-        if self.freeze and torch.compiler.is_compiling():  # a branch on the count would cut the graph in two
-            mask = self._held(self.steps)
-            self.steps.add_(1)
-            mean = torch.where(mask, self.running_mean, mean)
-            deconv = torch.where(mask, self.running_deconv, deconv)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_deconv.lerp_(deconv.to(self.running_deconv.dtype), self.momentum)
+        self._average(mean, deconv)
         return x, Statistics(mean, deconv)
 
-    def _running_shape(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
-        steps = self._count()
-        if self.freeze and self._held(steps):
-            return x, self._held_copies()
-        x, mean, scale = whitening.mean_and_scale(x, sampler, self.eps, self._joint())
-        with torch.no_grad():  # an average that starts as the mean of what it has seen, and never slower than momentum
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), max(self.momentum, 1 / (steps + 1)))
-            self.running_scale.lerp_(scale.to(self.running_mean.dtype), max(self.momentum, 1 / (steps + 1)))
-            if steps % self.every == 0:
-                rate = max(1 - (1 - self.momentum) ** self.every, 1 / (steps // self.every + 1))
-                self._renew(x, sampler, mean, scale, rate)
-        return x, Statistics(mean, self.basis.clone(), self.gains.clone(), scale)
+    def _traced_statistics(self, patches: Tensor) -> Statistics:
+        """`_training_statistics` in a compiled graph, which a branch on the count would cut in two."""
+        held = self._held(self.steps) if self.freeze else None
+        if self.every:
+            mean, scale = whitening.patch_scale(patches, self.eps)
+            detached = (each.detach() for each in (patches, mean, scale))
+            cycle, moving = self._cycle() if self.freeze else (0, 0)
+            follow_in_a_graph(*detached, *self._averages(), self.steps, self._clock, *self._pace(), cycle, moving)
+            if held is not None:
+                mean, scale = (
+                    torch.where(held, *each) for each in ((self.running_mean, mean), (self.running_scale, scale))
+                )
+            return Statistics(mean, self.basis, self.gains, scale)
+        mean, deconv = whitening.patch_statistics(patches, self.eps, self.n_iter)
+        if held is not None:
+            self.steps.add_(1)
+            mean = torch.where(held, self.running_mean, mean)
+            deconv = torch.where(held, self.running_deconv, deconv)
+        self._average(mean, deconv)
+        return Statistics(mean, deconv)
 
-    def _renew(self, x: Tensor, sampler: Sampler, mean: Tensor, scale: Tensor, rate: float) -> None:
-        """Move the leading directions towards those of this batch."""
-        dtype = self.basis.dtype
-        with torch.autocast(x.device.type, enabled=False):
-            patches = sampler.gather(x).to(dtype)  # perhaps a view of x
-            centred = patches - mean.to(dtype).view(*patches.shape[:-1], 1)
-            rows, joint = torch.full_like(scale, patches.shape[-1], dtype=dtype), self._joint()
-            rows = processes.total_(rows) if joint else rows
-            centred.mul_((scale.to(dtype) * rows).rsqrt()[..., None, None])
-            passes = 1 if rate < 1 else _FIRST_PASSES
-            held = (self.basis, self.values[..., :-1], self.values[..., -1])
-            found = leading.renew(
-                *held, centred, self.eps / scale.to(dtype), rate, passes, processes.total_ if joint else None
-            )
-            self._lead(*(_everywhere(*found) if joint else found))
+    @torch.no_grad()
+    def _average(self, mean: Tensor, deconv: Tensor) -> None:
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_deconv.lerp_(deconv.to(self.running_deconv.dtype), self.momentum)
+
+    def _averages(self) -> Averages:
+        return Averages(self.running_mean, self.running_scale, self.basis, self.values, self.gains)
+
+    def _pace(self) -> Pace:
+        return Pace(self.every, self.momentum, self.eps, self.n_iter)
 
     def _joint(self) -> bool:
         """Whether the statistics are those of all processes."""
@@ -249,17 +241,20 @@ class Deconvolving(Whitening):
         sums = groups * (passes * features * self.rank + self.rank**2 + 1)
         return moments.plus(Traffic(3 + passes, wide * (shape + sums)), 1 / self.every)
 
-    def _lead(self, basis: Tensor, values: Tensor, rest: Tensor) -> None:
-        self.basis.copy_(basis)
-        self.values.copy_(torch.cat([values, rest[..., None]], -1))
-        self.gains.copy_(leading.gains(values, rest, self.features, self.n_iter))
-
     def _count(self) -> int:
         """The training steps before this one, counted on the host as well, so that no step waits for the device."""
         steps = self._steps
-        self._steps += 1
-        self.steps.fill_(self._steps)
+        self._steps = steps + 1
+        self.steps.fill_(steps + 1)
         return steps
+
+    @property
+    def _steps(self) -> int:
+        return int(self._clock)
+
+    @_steps.setter
+    def _steps(self, steps: int) -> None:
+        self._clock.fill_(steps)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.every or self.freeze:

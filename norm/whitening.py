@@ -214,12 +214,10 @@ def statistics(
     x: Tensor, sampler: Sampler, eps: float, n_iter: int, joint: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, for the layer to go on with, and mean (F,) or (G F,) and deconv D of its patches, those of all processes if
-    `joint` (which is not for the compiler).
+    `joint`. Not for the compiler, which decides itself what is kept: `patch_statistics`.
 
     float32 under autocast, float64 stays float64.
     """
-    if torch.compiler.is_compiling():  # the compiler saves what it likes and cuts the products itself
-        return x, *patch_statistics(sampler.gather(x), eps, n_iter)
     with torch.autocast(device_type=x.device.type, enabled=False):
         x, mean, covariance = _Moments.apply(x, sampler, eps, joint)  # type: ignore[no-untyped-call]
         return x, mean.flatten(), inverse_sqrt(covariance, n_iter)
@@ -234,6 +232,13 @@ def patch_statistics(patches: Tensor, eps: float, n_iter: int, joint: bool = Fal
         else:
             mean, covariance = mean_and_covariance(_wide(patches), eps)
         return mean.flatten(), inverse_sqrt(covariance, n_iter)
+
+
+def patch_scale(patches: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `mean_and_scale`, from patches (F, rows) or (G, F, rows), with torch's own gradients."""
+    with torch.autocast(device_type=patches.device.type, enabled=False):
+        variance, mean = torch.var_mean(_wide(patches), -1, correction=0)
+        return mean.flatten(), variance.mean(-1) + eps
 
 
 def split_weight(weight: Tensor, features: int, groups: int, grouping: Grouping) -> Tensor:
