@@ -56,12 +56,13 @@ class _FoldedConv(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         deconv: Tensor,
-        gains: Tensor | None,
+        tilted: Tensor | None,
+        last: Tensor | None,
         scale: Tensor | None,
         how: Geometry,
         anew: bool,
     ) -> Tensor:
-        found = Statistics(mean, deconv, gains, scale)
+        found = Statistics(mean, deconv, tilted, last, scale)
         folded, new_bias = whitening.fold_weight(weight, bias, found, how.groups, how.grouping)
         ctx.save_for_backward(x, weight, None if anew else folded, *found)
         ctx.how, ctx.dtypes = how, (weight.dtype, None if bias is None else bias.dtype)
@@ -90,10 +91,10 @@ class _FoldedConv(torch.autograd.Function):
             [ctx.needs_input_grad[0], wanted, wanted],
         )
         if not wanted:
-            return (to_x, *[None] * 8)
+            return (to_x, *[None] * 9)
         wide, (dtype, bias_dtype) = folded.dtype, ctx.dtypes
         to = whitening.fold_gradient(
             to_folded.to(wide), to_bias.to(wide), weight.to(wide), folded, found, how.groups, how.grouping
         )
         bias_grad = None if bias_dtype is None else to_bias.to(bias_dtype)
-        return to_x, to.weight.to(dtype), bias_grad, to.mean, to.deconv, None, to.scale, None, None
+        return to_x, to.weight.to(dtype), bias_grad, to.mean, to.deconv, None, None, to.scale, None, None

@@ -143,6 +143,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         return self.windows(x.shape, padding).gather(x)
 
     def _refolds(self, x: Tensor, how: Geometry) -> bool:
+        if x.device.type != "cpu":  # it is the start of kernels that takes time there
+            return False
         size, kernel = (x.shape[-2], x.shape[-1]), cast(Pair, self.kernel_size)
         positions = sampling.output_size(size, kernel, how.stride, how.padding, how.dilation)
         products = 3 * self.rank if self.every else self.features  # two thin products take the time of three

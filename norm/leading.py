@@ -87,19 +87,22 @@ def gains(values: Tensor, rest: Tensor, features: int, n_iter: int) -> Tensor:
     return z * norm.rsqrt()
 
 
-def matrix(basis: Tensor, gains: Tensor, scale: Tensor) -> Tensor:
-    """D = (rest's gain I + V diag(gains - rest's gain) V^T) / sqrt(scale), (..., F, F)."""
+def tilt(basis: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    """tilted (..., F, r) and the rest's gain, (): the shape is rest (I + tilted basis^T)."""
+    last = gains[..., -1]
+    return basis * (gains[..., :-1] / last[..., None] - 1).unsqueeze(-2), last
+
+
+def matrix(basis: Tensor, tilted: Tensor, factor: Tensor) -> Tensor:
+    """D = factor (I + tilted basis^T), (..., F, F), with factor = rest's gain / sqrt(scale)."""
     eye = torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device)
-    last = gains[..., -1:, None]
-    return ((basis * (gains[..., None, :-1] - last)) @ basis.mT + last * eye) * scale.rsqrt()[..., None, None]
+    return (tilted @ basis.mT + eye) * factor[..., None, None]
 
 
-def times(rows: Tensor, basis: Tensor, gains: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
+def times(rows: Tensor, basis: Tensor, tilted: Tensor, factor: Tensor, in_place: bool = False) -> Tensor:
     """rows D, (m, F) or (G, m, F), without D: two thin products."""
-    last = gains[..., -1:, None]
-    inner = (rows @ basis) * (gains[..., None, :-1] / last - 1)
-    factor = last * scale.rsqrt()[..., None, None]
+    inner = rows @ tilted
     if in_place:
         product = rows.baddbmm_ if rows.ndim == 3 else rows.addmm_
-        return product(inner, basis.mT).mul_(factor)
-    return (torch.baddbmm if rows.ndim == 3 else torch.addmm)(rows, inner, basis.mT).mul_(factor)
+        return product(inner, basis.mT).mul_(factor[..., None, None])
+    return (torch.baddbmm if rows.ndim == 3 else torch.addmm)(rows, inner, basis.mT).mul_(factor[..., None, None])

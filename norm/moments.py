@@ -2,7 +2,8 @@
 
 A window's pixel (channel c, kernel place i, j) lies at the map's place (h, w) where marks_i[h] marks_j[w] = 1
 (`Windows.marks`). So a sum over windows is one over the map, weighted by those marks, after the images and the blocks
-of channels are summed up: two passes over the input, where patches would copy most pixels several times.
+of channels are summed up: two passes over the input, where patches would copy most pixels several times. A GPU copies
+faster than it starts all that: there, unless they are many, patches are taken as `F.unfold` leaves them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ from norm.sampling import Sampler, Windows
 
 _COVERED = 0.25
 """Sum over the map where the sampled windows hold at least this share of its pixels, counted with repetition."""
+_MANY = 2**24
+"""Values of all patches, from which a GPU sums over the map as well."""
+
+
+def _over_the_map(x: Tensor, sampler: Sampler) -> bool:
+    if not isinstance(sampler, Windows) or sampler.covered(x.shape) < _COVERED or sampler.rows(x.shape) == 0:
+        return False
+    return x.device.type == "cpu" or sampler.rows(x.shape) * sampler.features * sampler.groups > _MANY
 
 
 def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
@@ -23,12 +32,15 @@ def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     In float32, or float64 if x is; zeros where no patch is taken, since other processes have all of them.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if not isinstance(sampler, Windows) or sampler.covered(x.shape) < _COVERED or sampler.rows(x.shape) == 0:
+    if not _over_the_map(x, sampler):
+        if sampler.rows(x.shape) and x.device.type != "cpu":
+            return of_pieces(x, sampler, dtype)
         patches = sampler.gather(x).to(dtype)
         if patches.shape[-1] == 0:
             return patches.sum(-1), patches.sum((-2, -1))
         mean = patches.mean(-1)
         return mean, (patches - mean.unsqueeze(-1)).square_().mean((-2, -1))
+    assert isinstance(sampler, Windows)  # said by _over_the_map
     x = sampler.blocks(x)
     images, blocks, _, height, width = x.shape
     down, across = sampler.marks((height, width), x.device, dtype)
@@ -46,6 +58,13 @@ def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
         return mean.flatten(), spread.sum() / sampler.features
     # einsum chooses the layout of its result
     return mean.reshape(sampler.groups, -1), spread.reshape(sampler.groups, -1).sum(-1) / sampler.features
+
+
+def of_pieces(x: Tensor, sampler: Sampler, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`mean_and_variance`, in few kernels."""
+    apart, others = sampler.apart(sampler.pieces(x).to(dtype))
+    each, mean = torch.var_mean(apart, others, correction=0)
+    return mean, each.mean(-1)
 
 
 def over_processes(mean: Tensor, variance: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,10 +87,14 @@ def add_scaled_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift
 
     factor () or (G,), shift (F,) or (G, F).
     """
-    if not isinstance(sampler, Windows) or sampler.covered(x.shape) < _COVERED:
+    if not _over_the_map(x, sampler):
+        if sampler.rows(x.shape) and x.device.type != "cpu":
+            add_to_pieces_(grad, x, sampler, factor, shift)
+            return
         patches = sampler.gather(x).to(shift.dtype)
         sampler.scatter_add_(grad, torch.addcmul(shift.unsqueeze(-1), patches, factor[..., None, None]))
         return
+    assert isinstance(sampler, Windows)  # said by _over_the_map
     x, grad = sampler.blocks(x), sampler.blocks(grad)
     channels, height, width = x.shape[2:]
     down, across = sampler.marks((height, width), x.device, shift.dtype)
@@ -80,3 +103,12 @@ def add_scaled_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift
         factor = factor.repeat_interleave(channels // sampler.groups)[:, None, None]
     constant = torch.einsum("cij,ih,jw->chw", shift.reshape(channels, len(down), len(across)), down, across)
     grad.addcmul_(x.to(grad.dtype), (times * factor).to(grad.dtype)).add_(constant.to(grad.dtype))
+
+
+def add_to_pieces_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift: Tensor) -> None:
+    """`add_scaled_`, in few kernels."""
+    pieces = sampler.pieces(x).to(shift.dtype)
+    apart, others = sampler.apart(pieces)
+    behind = 3 - max({1, 2} - set(others))  # dimensions after the features
+    each = torch.addcmul(shift.view(*shift.shape, *[1] * behind), apart, factor.view(-1, 1, 1))
+    sampler.add_pieces_(grad, each.reshape(pieces.shape))

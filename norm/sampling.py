@@ -30,6 +30,15 @@ class Sampler(Protocol):
     def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
         """Add each value of `patches` to where `gather` would take it from x; the adjoint of `gather`."""
 
+    def pieces(self, x: Tensor) -> Tensor:
+        """The patches as they are unfolded, (N, C k_h k_w, rows of an image), which `apart` reads."""
+
+    def add_pieces_(self, x: Tensor, pieces: Tensor) -> None:
+        """The adjoint of `pieces`, added to x."""
+
+    def apart(self, pieces: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """A view of pieces with four dimensions, among them features (and conv groups); which ones are not those."""
+
     def rows(self, shape: torch.Size) -> int:
         """How many patches `gather` takes from an x of this shape."""
 
@@ -100,14 +109,23 @@ class Windows:
     """Images that other processes have before these: all of them are counted together, to take every so many-th."""
 
     def gather(self, x: Tensor) -> Tensor:
+        whole = self.kernel_size == (1, 1) or self._interleaved(x.shape[1]) or x.device.type != "cpu"
+        if whole or torch.compiler.is_compiling():
+            return group_patches(self.pieces(x), self.features, self.groups, self.grouping)
+        return self._copied(self._taken(x))
+
+    def pieces(self, x: Tensor) -> Tensor:
         x = self._taken(x)
         if self.kernel_size == (1, 1):
-            found = self._pixels(x)
-        elif x.device.type != "cpu" or torch.compiler.is_compiling() or self._interleaved(x.shape[1]):
-            found = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.strides)
-        else:
-            return self._copied(x)
-        return group_patches(found, self.features, self.groups, self.grouping)
+            return self._pixels(x)
+        return F.unfold(x, self.kernel_size, self.dilation, self.padding, self.strides)
+
+    def apart(self, pieces: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        if self.groups > 1:
+            return pieces.unflatten(1, (self.groups, self.features)), (0, 3)
+        if self.grouping == "channel":
+            return pieces.unflatten(1, (-1, self.features)), (0, 1, 3)
+        return pieces.unflatten(1, (self.features, -1)), (0, 2, 3)
 
     def _copied(self, x: Tensor) -> Tensor:
         """As `F.unfold` and `group_patches`, in one pass: im2col on a CPU takes several times as long."""
@@ -121,20 +139,25 @@ class Windows:
         return rows.view(*([self.groups] if self.groups > 1 else []), self.features, -1)
 
     def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
-        x = self._taken(x)
+        images, channels = self._taken(x).shape[:2]
         if patches.shape[-1] == 0:  # other processes have all images that are taken
             return
+        if self.kernel_size == (1, 1) and not self._whole_images(x):
+            images = 1
+        total = channels * math.prod(self.kernel_size)
+        self.add_pieces_(x, ungroup_patches(patches, images, total, self.groups, self.grouping))
+
+    def add_pieces_(self, x: Tensor, pieces: Tensor) -> None:
+        x, pieces = self._taken(x), pieces.to(x.dtype)
         n, c, height, width = x.shape
         if self.kernel_size == (1, 1):
-            self._add_pixels(x, patches)
+            self._add_pixels(x, pieces)
+            return
+        if x.device.type != "cpu":  # fewer kernels to start
+            x.add_(F.fold(pieces, (height, width), self.kernel_size, self.dilation, self.padding, self.strides))
             return
         counts = self._counts((height, width))
-        each = ungroup_patches(patches, n, c * math.prod(self.kernel_size), self.groups, self.grouping)
-        if x.device.type != "cpu":  # fewer kernels to start
-            size = (height, width)
-            x.add_(F.fold(each.to(x.dtype), size, self.kernel_size, self.dilation, self.padding, self.strides))
-            return
-        each = each.view(n, c, *self.kernel_size, *counts).to(x.dtype)
+        each = pieces.view(n, c, *self.kernel_size, *counts)
         for top, rows in self._inside(0, height, counts[0]):
             for left, columns in self._inside(1, width, counts[1]):
                 x[:, :, rows[1], columns[1]].add_(each[:, :, top, left, rows[0], columns[0]])
@@ -208,29 +231,43 @@ class Windows:
                 start = first * step + offset
                 yield place, (slice(first, last), slice(start, start + (last - first - 1) * step + 1, step))
 
+    def _whole_images(self, x: Tensor) -> bool:
+        """Whether 1x1 windows are at the same places in each image."""
+        return x.shape[2] * x.shape[3] % math.prod(self.strides) == 0
+
     def _pixels(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        every = math.prod(self.strides)
-        if (h * w) % every == 0:
-            if x.is_contiguous(memory_format=torch.channels_last):
-                return x.permute(0, 2, 3, 1).reshape(n, h * w, c)[:, ::every].transpose(1, 2)
-            return x.flatten(2)[:, :, ::every]
+        n, _, h, w = x.shape
+        if self._channels_last(x):
+            return self._listed(x).transpose(1, 2)
+        if self._whole_images(x):
+            return x.flatten(2)[:, :, :: math.prod(self.strides)]
         image, row, column = self._places(n, h, w, x.device)
         return x[image, :, row, column].t().unsqueeze(0)
 
-    def _add_pixels(self, x: Tensor, patches: Tensor) -> None:
+    def _add_pixels(self, x: Tensor, pieces: Tensor) -> None:
         n, c, h, w = x.shape
-        every = math.prod(self.strides)
-        if (h * w) % every:
+        if self._channels_last(x):
+            self._listed(x).add_(pieces.transpose(1, 2))
+        elif not self._whole_images(x):
             image, row, column = self._places(n, h, w, x.device)
-            x[image, :, row, column] += ungroup_patches(patches, 1, c, self.groups, self.grouping)[0].t().to(x.dtype)
-            return
-        each = ungroup_patches(patches, n, c, self.groups, self.grouping).to(x.dtype)
-        if x.is_contiguous():
-            x.view(n, c, h * w)[:, :, ::every].add_(each)
+            x[image, :, row, column] += pieces[0].t()
+        elif x[:1].is_contiguous():
+            x.view(n, c, h * w)[:, :, :: math.prod(self.strides)].add_(pieces)
         else:
             _, row, column = self._places(1, h, w, x.device)
-            x[:, :, row, column] += each
+            x[:, :, row, column] += pieces
+
+    def _channels_last(self, x: Tensor) -> bool:
+        """Whether `_listed` is a view: of each image, or of all of them as one list."""
+        return (x[:1] if self._whole_images(x) else x).is_contiguous(memory_format=torch.channels_last)
+
+    def _listed(self, x: Tensor) -> Tensor:
+        """The pixels that are taken, as a view (N or 1, pixels, C)."""
+        n, c, h, w = x.shape
+        every = math.prod(self.strides)
+        if self._whole_images(x):
+            return x.permute(0, 2, 3, 1).view(n, h * w, c)[:, ::every]
+        return x.permute(0, 2, 3, 1).view(1, n * h * w, c)[:, self._first_pixel(h, w) :: every]
 
     def _places(self, images: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         pixels, first = images * height * width, self._first_pixel(height, width)
@@ -253,6 +290,15 @@ class Rows:
 
     def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
         x.add_(patches.t().reshape(x.shape).to(x.dtype))
+
+    def pieces(self, x: Tensor) -> Tensor:
+        return self.gather(x).unsqueeze(0)
+
+    def add_pieces_(self, x: Tensor, pieces: Tensor) -> None:
+        self.scatter_add_(x, pieces[0])
+
+    def apart(self, pieces: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        return pieces.unsqueeze(0), (0, 1, 3)
 
 
 def group_patches(patches: Tensor, features: int, groups: int, grouping: Grouping) -> Tensor:

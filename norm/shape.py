@@ -72,9 +72,7 @@ def follow(
             _renew(held, pace, rate, mean, scale, gather(), joint)
 
 
-def _renew(
-    held: Averages, pace: Pace, rate: float, mean: Tensor, scale: Tensor, patches: Tensor, joint: bool
-) -> None:
+def _renew(held: Averages, pace: Pace, rate: float, mean: Tensor, scale: Tensor, patches: Tensor, joint: bool) -> None:
     """Move the leading directions towards those of these patches."""
     dtype = held.basis.dtype
     patches = patches.to(dtype)  # perhaps a view of the layer's input

@@ -158,7 +158,7 @@ class Deconvolving(Whitening):
 
     def _held_statistics(self) -> Statistics:
         if self.every:
-            return Statistics(self.running_mean, self.basis, self.gains, self.running_scale)
+            return Statistics.of_directions(self.running_mean, self.basis, self.gains, self.running_scale)
         return Statistics(self.running_mean, self.running_deconv)
 
     def _held_copies(self) -> Statistics:
@@ -187,7 +187,7 @@ class Deconvolving(Whitening):
             x, mean, scale = whitening.mean_and_scale(x, sampler, self.eps, self._joint())
             pace, steps = self._pace(), self._steps - 1
             follow(self._averages(), pace, steps, mean, scale, lambda: sampler.gather(x), self._joint())
-            return x, Statistics(mean, self.basis.clone(), self.gains.clone(), scale)
+            return x, Statistics.of_directions(mean, self.basis.clone(), self.gains.clone(), scale)
         x, mean, deconv = whitening.statistics(x, sampler, self.eps, self.n_iter, self._joint())
         self._average(mean, deconv)
         return x, Statistics(mean, deconv)
@@ -204,7 +204,7 @@ class Deconvolving(Whitening):
                 mean, scale = (
                     torch.where(held, *each) for each in ((self.running_mean, mean), (self.running_scale, scale))
                 )
-            return Statistics(mean, self.basis, self.gains, scale)
+            return Statistics.of_directions(mean, self.basis, self.gains, scale)
         mean, deconv = whitening.patch_statistics(patches, self.eps, self.n_iter)
         if held is not None:
             self.steps.add_(1)

@@ -269,32 +269,46 @@ class Gradients(NamedTuple):
 class Statistics(NamedTuple):
     """What whitens: the patches' mean (F,) or (G F,), and D (F, F) or (G, F, F).
 
-    With `gains`, D is `leading.matrix` of them: `deconv` is the basis (F, r) or (G, F, r) of the leading directions.
+    With `tilted`, D is `leading.matrix`: `deconv` is then the basis (F, r) or (G, F, r) of the leading directions,
+    `last` the gain of the rest, and `scale` the patches', both () or (G,).
     """
 
     mean: Tensor
     deconv: Tensor
-    gains: Tensor | None = None
+    tilted: Tensor | None = None
+    last: Tensor | None = None
     scale: Tensor | None = None
+
+    @classmethod
+    def of_directions(cls, mean: Tensor, basis: Tensor, gains: Tensor, scale: Tensor) -> Statistics:
+        return cls(mean, basis, *leading.tilt(basis, gains), scale)
+
+    def factor(self) -> Tensor:
+        assert self.last is not None and self.scale is not None
+        return self.last * self.scale.rsqrt()
 
     def matrix(self) -> Tensor:
         """D itself."""
-        if self.gains is None or self.scale is None:
-            return self.deconv
-        return leading.matrix(self.deconv, self.gains, self.scale)
+        return self.deconv if self.tilted is None else leading.matrix(self.deconv, self.tilted, self.factor())
+
+    def times(self, rows: Tensor, in_place: bool = False) -> Tensor:
+        """rows D, (m, F) or (G, m, F); `in_place` only with `tilted`, where D is symmetric."""
+        return (
+            rows @ self.deconv
+            if self.tilted is None
+            else leading.times(rows, self.deconv, self.tilted, self.factor(), in_place)
+        )
 
 
 def fold_weight(
     weight: Tensor, bias: Tensor | None, found: Statistics, groups: int, grouping: Grouping
 ) -> tuple[Tensor, Tensor]:
     """Weight W D and bias b - W D mu of the ordinary convolution or linear layer, in the dtype of the statistics."""
-    mean, deconv, gains, scale = found
+    mean, deconv = found.mean, found.deconv
     features = deconv.shape[-2]
     with torch.autocast(device_type=weight.device.type, enabled=False):
-        rows = split_weight(weight.to(deconv.dtype), features, groups, grouping)
+        rows = found.times(split_weight(weight.to(deconv.dtype), features, groups, grouping))
         mean = mean.view(groups, features) if groups > 1 else mean
-        full = gains is None or scale is None
-        rows = rows @ deconv if full else leading.times(rows, deconv, gains, scale)  # type: ignore[arg-type]
         offset = (rows @ mean[..., None]).reshape(weight.shape[0], -1).sum(1)
         new_bias = -offset if bias is None else bias.to(deconv.dtype) - offset
         return merge_weight(rows, weight.shape, groups, grouping), new_bias
@@ -316,7 +330,7 @@ def fold_gradient(
         weight: what was folded, in the dtype of the statistics.
         folded: the weight that `fold_weight` returned.
     """
-    mean, deconv, gains, scale = found
+    mean, deconv, scale = found.mean, found.deconv, found.scale
     features = deconv.shape[-2]
     rows = split_weight(to_folded, features, groups, grouping)
     products = split_weight(folded, features, groups, grouping)
@@ -326,12 +340,12 @@ def fold_gradient(
         rows.baddbmm_(to_offset, mean.view(groups, 1, features))
     else:
         rows.addr_(to_offset[:, 0], mean)
-    if gains is None or scale is None:
+    if scale is None:
         to_deconv = split_weight(weight, features, groups, grouping).mT @ rows
         return Gradients(merge_weight(rows @ deconv.mT, weight.shape, groups, grouping), to_mean, to_deconv, None)
     flat = (-1,) if groups == 1 else (groups, -1)
     to_scale = torch.linalg.vecdot(rows.reshape(flat), products.reshape(flat)) * (-0.5 / scale)
-    rows = leading.times(rows, deconv, gains, scale, in_place=True)
+    rows = found.times(rows, in_place=True)
     return Gradients(merge_weight(rows, weight.shape, groups, grouping), to_mean, None, to_scale)
 
 

@@ -28,6 +28,16 @@ def start(features: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return leading.first_basis(features, rank).to(D64), torch.ones(rank, dtype=D64), torch.ones((), dtype=D64)
 
 
+def matrix_of(basis: Tensor, gains: Tensor, scale: Tensor) -> Tensor:
+    """(rest's gain I + V diag(gains - rest's gain) V^T) / sqrt(scale), written out and as the module has it."""
+    last = gains[..., -1:, None]
+    plain = last * torch.eye(basis.shape[-2]).to(basis) + (basis * (gains[..., None, :-1] - last)) @ basis.mT
+    want = plain / scale.sqrt()[..., None, None]
+    tilted, rest = leading.tilt(basis, gains)
+    torch.testing.assert_close(leading.matrix(basis, tilted, rest * scale.rsqrt()), want)
+    return want
+
+
 def test_all_directions_are_the_running_average_itself():
     basis, values, rest = start(20, 20)
     held, now = torch.eye(20, dtype=D64), covariance()
@@ -60,7 +70,7 @@ def test_gains_are_those_of_the_inverse_root(n_iter: int):
     matrix = covariance()
     basis, values, rest = leading.directions(matrix, 20)
     gains = leading.gains(values, rest, 20, n_iter)
-    found = leading.matrix(basis, gains, torch.ones((), dtype=D64))
+    found = matrix_of(basis, gains, torch.ones((), dtype=D64))
     torch.testing.assert_close(found, whitening.inverse_sqrt(matrix, n_iter), rtol=1e-9, atol=1e-9)
 
 
@@ -71,8 +81,9 @@ def test_the_thin_products_are_the_product_with_d(groups: int | None, in_place: 
     gains = leading.gains(values, rest, 20, 5)
     scale = torch.tensor(4.0, dtype=D64) if groups is None else torch.tensor([4.0, 1.0, 0.5], dtype=D64)
     rows = torch.randn(*basis.shape[:-2], 7, 20, dtype=D64)
-    want = rows @ leading.matrix(basis, gains, scale)
-    found = leading.times(rows, basis, gains, scale, in_place)
+    want = rows @ matrix_of(basis, gains, scale)
+    tilted, last = leading.tilt(basis, gains)
+    found = leading.times(rows, basis, tilted, last * scale.rsqrt(), in_place)
     torch.testing.assert_close(found, want)
     assert (found.data_ptr() == rows.data_ptr()) == in_place
 
@@ -91,7 +102,7 @@ def test_a_layer_of_few_directions_is_the_plain_convolution_with_its_d(
     patches = layer.patches(x, (1, 1)).view(groups, layer.features, -1)
     mean = patches.mean(-1)
     scale = (patches - mean[..., None]).square().mean((-2, -1)) + layer.eps
-    shape = leading.matrix(layer.basis, layer.gains, torch.ones_like(layer.running_scale))
+    shape = matrix_of(layer.basis, layer.gains, torch.ones_like(layer.running_scale))
     deconv = shape.view(groups, layer.features, -1) * scale.rsqrt()[:, None, None]
     rows = layer.weight.view(groups, -1, layer.features) @ deconv
     bias = layer.bias - (rows @ mean[..., None]).view(6, -1).sum(1)

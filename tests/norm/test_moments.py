@@ -1,5 +1,7 @@
 """Sums over the map against the patches themselves, for windows of every kind."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -35,27 +37,31 @@ def images() -> torch.Tensor:
     return torch.randn(3, 6, 11, 14, dtype=D64).cumsum(-1) + 5
 
 
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("case", CASES)
-def test_mean_and_variance_are_those_of_the_patches(case: str, layout: torch.memory_format):
+def test_mean_and_variance_are_those_of_the_patches(case: str, layout: torch.memory_format, on_gpu: bool):
     sampler, x = CASES[case], images().to(memory_format=layout)
     patches = sampler.gather(x)
-    mean, variance = moments.mean_and_variance(x, sampler)
+    mean, variance = moments.of_pieces(x, sampler, D64) if on_gpu else moments.mean_and_variance(x, sampler)
     torch.testing.assert_close(mean, patches.mean(-1))
     torch.testing.assert_close(variance, (patches - patches.mean(-1, keepdim=True)).square().mean((-2, -1)))
     assert sampler.rows(x.shape) == patches.shape[-1]
 
 
+@pytest.mark.parametrize("add", [moments.add_scaled_, moments.add_to_pieces_], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_added_goes_where_the_patches_come_from(case: str, layout: torch.memory_format):
+def test_what_is_added_goes_where_the_patches_come_from(
+    case: str, layout: torch.memory_format, add: Callable[..., None]
+):
     sampler, x = CASES[case], images().to(memory_format=layout).requires_grad_()
     patches = sampler.gather(x)
     shape = patches.shape[:-1]
     factor, shift = torch.randn(shape[:-1], dtype=D64), torch.randn(shape, dtype=D64)
     want = torch.autograd.grad(patches, x, factor[..., None, None] * patches.detach() + shift[..., None])[0]
     found = torch.ones_like(x)
-    moments.add_scaled_(found, x.detach(), sampler, factor, shift)
+    add(found, x.detach(), sampler, factor, shift)
     torch.testing.assert_close(found, want + 1)
 
 
