@@ -75,7 +75,7 @@ def thin_out(images: int, blocks: int, positions: Pair, strides: Pair, most_rows
     """
 
     def windows(each: Pair) -> int:
-        return math.prod(-(-side // step) for side, step in zip(positions, each, strict=True))
+        return -(-positions[0] // each[0]) * -(-positions[1] // each[1])
 
     if windows(strides) > _SMALL_MAP:
         while images * blocks * windows(strides) > most_rows:
