@@ -75,7 +75,7 @@ class _FoldedConv(torch.autograd.Function):
         x, weight, folded, *statistics = ctx.saved_tensors
         how, found = ctx.how, Statistics(*statistics)
         if folded is None:
-            folded, _ = whitening.fold_weight(weight, None, found, how.groups, how.grouping)
+            folded = whitening.times_deconv(weight, found, how.groups, how.grouping)
         wanted = any(ctx.needs_input_grad[1:])
         to_x, to_folded, to_bias = torch.ops.aten.convolution_backward(
             grad,

@@ -187,7 +187,7 @@ class Deconvolving(Whitening):
             x, mean, scale = whitening.mean_and_scale(x, sampler, self.eps, self._joint())
             pace, steps = self._pace(), self._steps - 1
             follow(self._averages(), pace, steps, mean, scale, lambda: sampler.gather(x), self._joint())
-            return x, Statistics.of_directions(mean, self.basis.clone(), self.gains.clone(), scale)
+            return x, Statistics.of_directions(mean, self.basis, self.gains, scale)
         x, mean, deconv = whitening.statistics(x, sampler, self.eps, self.n_iter, self._joint())
         self._average(mean, deconv)
         return x, Statistics(mean, deconv)

@@ -267,10 +267,11 @@ class Gradients(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What whitens: the patches' mean (F,) or (G F,), and D (F, F) or (G, F, F).
+    """What whitens: the patches' mean (F,) or (G F,), and D.
 
-    With `tilted`, D is `leading.matrix`: `deconv` is then the basis (F, r) or (G, F, r) of the leading directions,
-    `last` the gain of the rest, and `scale` the patches', both () or (G,).
+    Without `scale`, D is `deconv` (F, F) or (G, F, F). With the patches' `scale`, () or (G,), `deconv` is D's shape, and
+    D = deconv / sqrt(scale). With `tilted` and `last` too, D is `leading.matrix` of few leading directions:
+    `deconv` is their basis (F, r) or (G, F, r), `last` the gain of the rest, () or (G,).
     """
 
     mean: Tensor
@@ -281,37 +282,48 @@ class Statistics(NamedTuple):
 
     @classmethod
     def of_directions(cls, mean: Tensor, basis: Tensor, gains: Tensor, scale: Tensor) -> Statistics:
-        return cls(mean, basis, *leading.tilt(basis, gains), scale)
-
-    def factor(self) -> Tensor:
-        assert self.last is not None and self.scale is not None
-        return self.last * self.scale.rsqrt()
+        tilted, last = leading.tilt(basis, gains)
+        features, rank = basis.shape[-2:]
+        if 2 * rank < features:
+            return cls(mean, basis.clone(), tilted, last.clone(), scale)
+        return cls(mean, leading.matrix(basis, tilted, last), scale=scale)  # one product with it is less than two
 
     def matrix(self) -> Tensor:
         """D itself."""
-        return self.deconv if self.tilted is None else leading.matrix(self.deconv, self.tilted, self.factor())
+        if self.scale is None:
+            return self.deconv
+        if self.tilted is None:
+            return self.deconv * self.scale.rsqrt()[..., None, None]
+        return leading.matrix(self.deconv, self.tilted, self._factor())
 
     def times(self, rows: Tensor, in_place: bool = False) -> Tensor:
-        """rows D, (m, F) or (G, m, F); `in_place` only with `tilted`, where D is symmetric."""
-        return (
-            rows @ self.deconv
-            if self.tilted is None
-            else leading.times(rows, self.deconv, self.tilted, self.factor(), in_place)
-        )
+        """rows D, (m, F) or (G, m, F); `in_place`: rows may be overwritten."""
+        if self.tilted is None:
+            return rows @ self.matrix()
+        return leading.times(rows, self.deconv, self.tilted, self._factor(), in_place)
+
+    def _factor(self) -> Tensor:
+        assert self.last is not None and self.scale is not None
+        return self.last * self.scale.rsqrt()
 
 
 def fold_weight(
     weight: Tensor, bias: Tensor | None, found: Statistics, groups: int, grouping: Grouping
 ) -> tuple[Tensor, Tensor]:
     """Weight W D and bias b - W D mu of the ordinary convolution or linear layer, in the dtype of the statistics."""
-    mean, deconv = found.mean, found.deconv
-    features = deconv.shape[-2]
+    mean, features = found.mean, found.deconv.shape[-2]
     with torch.autocast(device_type=weight.device.type, enabled=False):
-        rows = found.times(split_weight(weight.to(deconv.dtype), features, groups, grouping))
+        folded = times_deconv(weight, found, groups, grouping)
+        rows = split_weight(folded, features, groups, grouping)
         mean = mean.view(groups, features) if groups > 1 else mean
         offset = (rows @ mean[..., None]).reshape(weight.shape[0], -1).sum(1)
-        new_bias = -offset if bias is None else bias.to(deconv.dtype) - offset
-        return merge_weight(rows, weight.shape, groups, grouping), new_bias
+        return folded, -offset if bias is None else bias.to(folded.dtype) - offset
+
+
+def times_deconv(weight: Tensor, found: Statistics, groups: int, grouping: Grouping) -> Tensor:
+    """W D, in the dtype of the statistics."""
+    rows = split_weight(weight.to(found.deconv.dtype), found.deconv.shape[-2], groups, grouping)
+    return merge_weight(found.times(rows), weight.shape, groups, grouping)
 
 
 def fold_gradient(
