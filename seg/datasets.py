@@ -9,6 +9,7 @@ comes without. The labels' tables are in `seg.label_tables` and `seg.label_yaml`
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -193,6 +194,8 @@ def voc(cfg: DataConfig, split: str) -> Listing:
         there = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
         raise UserError(f"{path}: no such list (lists there: {there}). {GET_VOC}")
     names = path.read_text().split()
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise UserError(f"{path}: names {twice} {names.count(twice)} times; expected each image once.")
     top, masks = _folder(cfg, root / "JPEGImages", GET_VOC), root / "SegmentationClass"
     images = {("", name): top / f"{name}.jpg" for name in names}
     if split == "test":

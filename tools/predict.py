@@ -5,7 +5,7 @@ python tools/predict.py runs/x/best.pt drive.mp4 --out drive_seg.mp4 [--save col
 python tools/predict.py runs/classifier/best.pt photos/ --topk 5 [--out predicted]
 
 A segmentation network writes labelled/labels/..._labelIds.png (8-bit label ids, as the test server and
-`tools/evaluate.py --predictions labelled/labels` take them), labelled/color/..._color.png and
+`tools/evaluate.py --predictions labelled/labels ...` take them), labelled/color/..._color.png and
 labelled/overlay/..._overlay.png. Of a video it writes a video, by default the overlay, data.eval_batch_size frames
 going through the network together; label ids need an .mkv or .avi, which keep them exactly. A folder of frames is
 labelled as images. A classifier prints the likeliest classes and, with --out, writes predictions.csv and

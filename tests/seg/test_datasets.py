@@ -204,6 +204,11 @@ def test_lists_of_voc(tmp_path: Path) -> None:
     cfg = config("voc", tmp_path).data
     with pytest.raises(UserError, match=r"trainaug\.txt: no such list \(lists there: test, train, val\)"):
         datasets.samples(cfg, "trainaug")
+    own = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/own.txt"
+    own.write_text("2007_train1\n2007_train0\n2007_train1\n")
+    with pytest.raises(UserError, match=r"own\.txt: names 2007_train1 2 times; expected each image once"):
+        datasets.samples(cfg, "own")
+    own.unlink()
     (tmp_path / "VOCdevkit/VOC2012/SegmentationClass/2007_train1.png").unlink()
     with pytest.raises(UserError, match=r"names 4 images; 1 files are missing, the first .*2007_train1\.png"):
         datasets.samples(cfg, "train")
