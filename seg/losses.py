@@ -37,8 +37,8 @@ def build(cfg: SegConfig, cache: Path | None = None, count: bool = True) -> Call
     Args:
         cfg: the experiment.
         cache: folder for the counted classes of loss.class_weights=auto, see `seg.rare.class_counts`.
-        count: False weighs all classes alike in place of loss.class_weights=auto, and reads no label file: for who needs
-            the loss's cost alone.
+        count: False weighs all classes alike in place of loss.class_weights=auto, and reads no label file: for who
+            needs the cost of the loss alone.
 
     Raises:
         UserError: an unknown name; an option that none of the losses uses; class weights that are not one for each

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, program
+from engine.errors import UserError, one_process, program
 from seg.view_options import add_view_options, views
 
 
@@ -74,6 +74,8 @@ def parse() -> argparse.Namespace:
 @program
 def main() -> int:
     args = parse()
+    if args.predictions or args.card:
+        one_process(f"tools/evaluate.py --{'predictions' if args.predictions else 'card'}")
     if args.predictions:
         _score_folder(args)
         return 0

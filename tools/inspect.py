@@ -28,7 +28,7 @@ else:
 
     sys.path.insert(0, os.path.dirname(_HERE))
 
-    from engine.errors import UserError, program
+    from engine.errors import UserError, one_process, program
 
     @program
     def main() -> int:
@@ -38,6 +38,7 @@ else:
         args = parser.parse_intermixed_args()
         if not args.words:
             parser.error("give data.root=FOLDER, or a config")
+        one_process("tools/inspect.py")
         from engine.images import check_writable
         from seg.config import data_config
 

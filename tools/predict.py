@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, program
+from engine.errors import UserError, one_process, program
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -117,6 +117,7 @@ def _classify(args: argparse.Namespace, max_pixels: int) -> Any:
 @program
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    one_process("tools/predict.py")
     from engine.checkpoint import task
 
     for name, quiet in (("OPENCV_FFMPEG_LOGLEVEL", "-8"), ("OPENCV_LOG_LEVEL", "SILENT")):
