@@ -72,10 +72,10 @@ def folded(title: str, text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; cells that are numbers, percentages or '-' are set to the right."""
-    top = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
-    body = "\n".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>\n{body}</table>"
+    """A table, without a head that has no words; cells that are numbers, percentages or '-' are set to the right."""
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)] if any(head) else []
+    lines += ["".join(_cell(cell) for cell in row) for row in rows]
+    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def picture(pixels: Array, caption: str = "", photo: bool = False, max_width: int = 640) -> str:
