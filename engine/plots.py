@@ -47,6 +47,10 @@ def figure(path: Path | str, size: tuple[float, float]) -> Iterator[Figure]:
     drawn = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(drawn)
     yield drawn
+    for axes in drawn.axes:  # a name with dollar signs is no formula
+        legend = axes.get_legend()
+        for text in (axes.title, *(legend.get_texts() if legend else ())):
+            text.set_parse_math(False)
     data = io.BytesIO()
     drawn.savefig(data, format=kind)
     write_bytes(path, data.getvalue())
