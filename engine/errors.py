@@ -45,6 +45,27 @@ def is_lost_worker(error: BaseException) -> bool:
     return fetching and isinstance(error, ConnectionError | EOFError | FileNotFoundError)
 
 
+def one_process(what: str) -> None:
+    """For work that is not divided among processes: end unless this process is the only one.
+
+    Args:
+        what: the program, and the option that asks for the work.
+
+    Raises:
+        UserError: in the first of several processes that torchrun has started.
+        SystemExit: in the others, with status 0. torchrun ends all as soon as one has failed: failing too, they could
+            keep the first one from telling why.
+    """
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "")
+    if rank is None or not world.isdigit() or int(world) < 2:
+        return
+    if rank != "0":
+        raise SystemExit(0)
+    raise UserError(
+        f"{what}: works in one process, and torchrun has started {world}; start it without torchrun: python {what} ..."
+    )
+
+
 def program(main: Callable[P, int]) -> Callable[P, int]:
     """Decorator for a program's `main`: a UserError and `Interrupted` become one line and their status, Ctrl-C 130."""
 

@@ -47,6 +47,10 @@ def figure(path: Path | str, size: tuple[float, float]) -> Iterator[Figure]:
     drawn = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(drawn)
     yield drawn
+    for axes in drawn.axes:  # a name with dollar signs is no formula
+        legend = axes.get_legend()
+        for text in (axes.title, *(legend.get_texts() if legend else ())):
+            text.set_parse_math(False)
     data = io.BytesIO()
     drawn.savefig(data, format=kind)
     write_bytes(path, data.getvalue())
@@ -116,7 +120,7 @@ def bars(axes: Axes, runs: Mapping[str, Mapping[str, float | None]], classes: Se
         for y, value in zip(places, values, strict=True):
             words = f"{value:.1f}" if math.isfinite(value) else "–"
             axes.text((value if math.isfinite(value) else 0) + 1, y, words, va="center", fontsize=6.5, color="0.3")
-    axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    axes.set_yticks(range(len(classes)), classes, fontsize=8, parse_math=False)
     axes.set(xlim=(0, 108), ylim=(len(classes) - 0.4, -0.6), title=title)
     axes.set_xticks(range(0, 101, 20))
     axes.grid(axis="x", alpha=0.3)
@@ -148,8 +152,8 @@ def plot_confusion(matrix: Any, names: Sequence[str], path: Path | str, title: s
             color = "white" if value > 0.5 else "0.15"
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=color)
         if len(names) <= _MOST_NAMES:
-            axes.set_xticks(range(len(names)), names, rotation=90)
-            axes.set_yticks(range(len(names)), names)
+            axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+            axes.set_yticks(range(len(names)), names, parse_math=False)
         axes.tick_params(length=0, labelsize=8 if numbers else 6)
         axes.set(xlabel="predicted", ylabel="true", title=title or "Confusion, % of the true class")
         drawn.colorbar(

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from engine import distributed
-from engine.errors import UserError
 from engine.images import check_writable, write_bytes
 from seg import draw
 from seg.averaging import Views, predictor_of
@@ -62,8 +60,6 @@ def write_card(
     model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
     classes = scored_table(cfg.data, meta, path).num_classes
     with session(cfg.runtime) as device:
-        if distributed.world_size() > 1:
-            raise UserError("--card: measures in one process; start it without torchrun")
         split = split or cfg.data.val_split
         out = out or path.with_name(f"scores_{split}")
         for folder in (out, json_file.parent if json_file else out):

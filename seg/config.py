@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from engine.config import Count, ExperimentConfig, Fraction, NotNegative, Positive, Section
+from engine.config import Count, ExperimentConfig, Fraction, NotNegative, Positive, Section, from_dict, load
+from engine.errors import UserError
 
 Side = Annotated[int, Field(ge=16)]
 
@@ -136,3 +138,19 @@ class SegConfig(ExperimentConfig):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     predict: PredictConfig = PredictConfig()
+
+
+def data_config(words: Sequence[str]) -> DataConfig:
+    """The data section of the config among `words`, if there is one, with the key=value among them as changes to it.
+
+    Raises:
+        UserError: more than one config, or anything wrong in it; see `engine.config.load`.
+    """
+    configs = [word for word in words if "=" not in word]
+    changes = [word for word in words if "=" in word]
+    if len(configs) > 1:
+        raise UserError(f"{', '.join(configs)}: more than one config; give one, and changes as key=value")
+    if configs:
+        return load(configs[0], changes, SegConfig).config.data
+    blank = {"task": "seg", "length": "1 epochs", "batch_size": 1}
+    return from_dict(blank, changes, SegConfig, "command line").config.data

@@ -27,6 +27,7 @@ from seg.cityscapes import GET_DATA as GET_DATA
 from seg.cityscapes import Cityscapes as Cityscapes
 from seg.cityscapes import Sample as Sample
 from seg.config import DataConfig, SegConfig
+from seg.datasets import coarse_samples
 from seg.datasets import samples as samples_of
 from seg.labels import (
     CITYSCAPES,
@@ -268,8 +269,8 @@ def train_batches(cfg: SegConfig, world: int = 1, rank: int = 0, cache: Path | N
     Raises:
         UserError: missing or bad files, see `seg.datasets`; with repeat_rare or rare_crop every label file is read.
     """
-    coarse = Cityscapes(cfg.data.root, "train_extra", "gtCoarse").samples if cfg.data.coarse_share else []
-    return TrainBatches(samples_of(cfg.data, cfg.data.train_split), cfg, world, rank, coarse, cache)
+    coarse, fine = coarse_samples(cfg.data), samples_of(cfg.data, cfg.data.train_split)
+    return TrainBatches(fine, cfg, world, rank, coarse, cache)
 
 
 def eval_batches(cfg: SegConfig, split: str | None = None, world: int = 1, rank: int = 0) -> EvalBatches:

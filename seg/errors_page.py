@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine import distributed
 from engine.errors import UserError
 from engine.images import check_writable
 from seg import draw, labels
@@ -122,8 +121,6 @@ def write_errors(
     model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
     scored_table(cfg.data, meta, path)
     with session(cfg.runtime) as device:
-        if distributed.world_size() > 1:
-            raise UserError("errors: works in one process; start it without torchrun")
         check_writable(out.parent)
         split = split or cfg.data.val_split
         samples = labelled(eval_batches(cfg, split).samples, split)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -18,12 +17,12 @@ from engine.errors import UserError
 from engine.images import check_writable, write_png
 from seg import draw
 from seg.averaging import Views, predictor_of
-from seg.config import SegConfig
+from seg.config import DataConfig, SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
-from seg.labels import TRAIN_LABEL_IDS, read_instance_ids, read_label_ids, scored_table, table
+from seg.datasets import samples as samples_of
+from seg.labels import CITYSCAPES, TRAIN_LABEL_IDS, LabelTable, read_instance_ids, read_label_ids, scored_table, table
 from seg.metrics import ConfusionMatrix, Scores, mean
-
-_TRUTH = "_gtFine_labelIds.png"
+from seg.pairing import pair_files, pair_samples
 
 
 def evaluate_model(
@@ -153,60 +152,59 @@ def evaluate_folder(predictions: Path | str, ground_truth: Path | str, workers: 
             f"{len(missing)} of {len(instances)} label files have no instance ids beside them; the first one missing "
             f"is {missing[0]}. Unpack them all for the iIoU, or remove all of them."
         )
+    files = [(*pair, None if missing else path) for pair, path in zip(pairs, instances, strict=True)]
+    return _score_files(Path(predictions), files, CITYSCAPES, workers)
+
+
+def evaluate_predictions(
+    predictions: Path | str, data: DataConfig, split: str | None = None, workers: int | None = None
+) -> Scores:
+    """Score label PNGs against the labels of any data set, with its own table.
+
+    Args:
+        predictions: searched recursively for one PNG of label ids for each image, see `seg.pairing.pair_samples`.
+        data: the data set.
+        split: default `data.val_split`.
+        workers: threads, by default as many as there are cores.
+
+    Raises:
+        UserError: missing, surplus, ambiguous or unreadable files, a split without labels, other sizes, ids that the
+            table doesn't have.
+    """
+    split = split or data.val_split
+    samples = samples_of(data, split)
+    unlabelled = [sample for sample in samples if sample.label is None]
+    if unlabelled:
+        raise UserError(
+            f"{unlabelled[0].image}: has no label to score against, the split {split!r} has no public ones. Score "
+            "another split (--split)."
+        )
+    paths = pair_samples(Path(predictions), samples, data, split)
+    files = [(path, one.label, one.instance) for path, one in zip(paths, samples, strict=True) if one.label is not None]
+    return _score_files(Path(predictions), files, table(data), workers)
+
+
+def _score_files(
+    predictions: Path, files: Sequence[tuple[Path, Path, Path | None]], labels: LabelTable, workers: int | None
+) -> Scores:
+    """Scores of (prediction, label file, instance file)."""
 
     def count(number: int) -> ConfusionMatrix:
-        prediction, truth = pairs[number]
-        one = ConfusionMatrix()
-        ids = None if missing else read_instance_ids(instances[number])
+        prediction, truth, instance = files[number]
+        one = ConfusionMatrix(labels=labels)
+        ids = None if instance is None else read_instance_ids(instance)
         one.update(read_label_ids(prediction), read_label_ids(truth), ids, name=f"{prediction} for {truth}")
         return one
 
-    total = ConfusionMatrix()
+    total = ConfusionMatrix(labels=labels)
     # decoding and most of the counting leave the interpreter's lock; adding up in order keeps the sums reproducible
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for one in pool.map(count, range(len(pairs))):
+        for one in pool.map(count, range(len(files))):
             total.merge(one)
     scores = total.scores()
-    _refuse_train_ids(scores, Path(predictions))
+    if labels.is_official:
+        _refuse_train_ids(scores, predictions)
     return scores
-
-
-def pair_files(predictions: Path, ground_truth: Path) -> list[tuple[Path, Path]]:
-    """(prediction, label file) pairs: a prediction's name begins with its label file's, up to `_gtFine_labelIds.png`.
-
-    Raises:
-        UserError: no such folder, no label files, a label file without a prediction or with several.
-    """
-    for folder, option in ((predictions, "--predictions"), (ground_truth, "--ground-truth")):
-        if not folder.is_dir():
-            raise UserError(f"{folder} ({option}): no such folder.")
-    truths = [path for path in _pngs(ground_truth) if path.name.endswith(_TRUTH)]
-    if not truths:
-        raise UserError(f"{ground_truth} (--ground-truth): no *{_TRUTH} in it; give a folder such as gtFine/val.")
-    files = sorted(_pngs(predictions), key=lambda path: (path.name, path))
-    names = [path.name for path in files]
-    pairs, missing = [], []
-    for truth in sorted(truths):
-        prefix = truth.name.removesuffix(_TRUTH)
-        found = []
-        for place in range(bisect_left(names, prefix), len(names)):
-            if not names[place].startswith(prefix):
-                break
-            if not names[place][len(prefix)].isdigit():  # frame 10 begins with frame 1
-                found.append(files[place])
-        if len(found) > 1:
-            raise UserError(
-                f"{truth.name}: {len(found)} predictions, {found[0]} and {found[1]}; expected one. "
-                "Give a folder that holds the label PNGs only."
-            )
-        pairs += [(path, truth) for path in found]
-        missing += [] if found else [prefix]
-    if missing:
-        raise UserError(
-            f"{predictions} (--predictions): no prediction for {len(missing)} of {len(truths)} label files in "
-            f"{ground_truth}; the first one missing is {missing[0]}*.png."
-        )
-    return pairs
 
 
 def report(scores: Scores, pictures: Mapping[str, Rgb], json_file: Path | None = None, out: Path | None = None) -> None:
@@ -243,18 +241,6 @@ def write_pictures(scores: Scores, pictures: Mapping[str, Rgb], out: Path | str)
 def _spread(samples: Sequence[Sample], wanted: int) -> set[Sample]:
     """Up to `wanted` samples, evenly spread (neighbours show the same street)."""
     return {samples[i * len(samples) // wanted] for i in range(wanted)} if samples else set()
-
-
-def _pngs(folder: Path) -> Iterable[Path]:
-    """PNG files below a folder; links to folders are followed, each real folder once."""
-    seen = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(here, name) for name in files if name.endswith(".png") and not name.startswith("."))
 
 
 def _refuse_train_ids(scores: Scores, predictions: Path) -> None:

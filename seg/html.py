@@ -9,7 +9,7 @@ import base64
 import io
 import tempfile
 from collections.abc import Callable, Sequence
-from html import escape
+from html import escape as _html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.images import write_bytes
+from engine.images import show, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +35,13 @@ figure { margin: .4em 0; display: inline-block; vertical-align: top } figcaption
 img { max-width: 100% } .row { display: flex; gap: 8px; flex-wrap: wrap } .wrong { color: #a40000 }
 pre { background: #f6f6f6; padding: .8em; overflow-x: auto; font-size: .85em }
 """
+
+
+def escape(text: str, quote: bool = False) -> str:
+    """Text as HTML. Bytes that are no text, in names of files, and control characters are shown as in messages, since a
+    page cannot hold them."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else show(c) for c in text)
+    return _html(shown, quote=quote)
 
 
 def page(title: str, *parts: str) -> str:
@@ -65,10 +72,10 @@ def folded(title: str, text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; cells that are numbers, percentages or '-' are set to the right."""
-    top = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
-    body = "\n".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>\n{body}</table>"
+    """A table, without a head that has no words; cells that are numbers, percentages or '-' are set to the right."""
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)] if any(head) else []
+    lines += ["".join(_cell(cell) for cell in row) for row in rows]
+    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def picture(pixels: Array, caption: str = "", photo: bool = False, max_width: int = 640) -> str:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import UserError
-from seg.data import GET_DATA, read_rgb
-from seg.labels import LABEL_NAMES, TRAIN_LABEL_IDS, read_label_ids
+from seg.cityscapes import Key, Listing
+from seg.config import DataConfig
+from seg.data import read_rgb
+from seg.datasets import listing, near, splits
+from seg.labels import LabelTable, read_instance_ids, read_label_ids, table
 from seg.per_image import told
 
-UNLABELLED = "test"
-"""The split whose labels are not public; what lies there is not read."""
 RARE = 0.001
 """Share of the labelled pixels below which a class is called rare."""
-_ENDINGS = {"image": r"_leftImg8bit\.(?:png|jpe?g)", "label": r"_gtFine_labelIds\.png"}
-_INSTANCES = "_gtFine_instanceIds.png"
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,9 @@ class Entry:
     name: str
     image: Path | None
     label: Path | None
+    instance: Path | None = None
+    unlabelled: bool = False
+    """Whether its split has no public labels."""
     size: tuple[int, int] | None = None
     """Height and width of the image in pixels; None if it can't be read."""
     digest: str = ""
@@ -67,15 +68,10 @@ class Entry:
 class Inspection:
     """All that was found."""
 
-    root: Path
+    data: DataConfig
+    labels: LabelTable
     entries: list[Entry]
     problems: list[Problem]
-    names: tuple[str, ...]
-    """Name of each label id."""
-    evaluated: tuple[int, ...]
-    """Label ids of the classes."""
-    train_split: str
-    val_split: str
 
     @property
     def splits(self) -> list[str]:
@@ -88,16 +84,25 @@ class Inspection:
         """Pixels by label id, int64 (256,)."""
         return np.sum([entry.counts for entry in self.of(split)] or [np.zeros(256, np.int64)], axis=0)
 
-    def images_with(self, split: str) -> NDArray[np.int64]:
-        """Images that hold each label id, int64 (256,)."""
-        return np.sum([entry.counts > 0 for entry in self.of(split)] or [np.zeros(256, bool)], axis=0)
+    def class_pixels(self, split: str) -> list[int]:
+        """Pixels of each class; labels that are merged count together."""
+        pixels = self.pixels(split)
+        return [int(pixels[ids].sum()) for ids in self.label_ids]
+
+    def class_images(self, split: str) -> list[int]:
+        """Images that hold each class."""
+        present = np.array([entry.counts > 0 for entry in self.of(split)], bool).reshape(-1, 256)
+        return [int(present[:, ids].any(1).sum()) for ids in self.label_ids]
 
     def shares(self, split: str) -> dict[str, float]:
-        """Share of each class in the evaluated pixels; 0 for all where there are none."""
-        pixels = self.pixels(split)[list(self.evaluated)]
-        return {
-            self.names[i]: float(n) / max(1, int(pixels.sum())) for i, n in zip(self.evaluated, pixels, strict=True)
-        }
+        """Share of each class in the pixels of all classes; 0 for all where there are none."""
+        pixels = self.class_pixels(split)
+        return {name: n / max(1, sum(pixels)) for name, n in zip(self.labels.classes, pixels, strict=True)}
+
+    @property
+    def label_ids(self) -> list[list[int]]:
+        """The label ids of each class."""
+        return [[self.labels.labels[place].id for place in group] for group in self.labels.groups]
 
     def colours(self, split: str) -> tuple[list[float], list[float]] | None:
         """Mean and standard deviation of R, G, B in [0, 1] (every fourth pixel); None without images."""
@@ -108,115 +113,124 @@ class Inspection:
         return mean.tolist(), np.sqrt(np.maximum(0, sums[4:] / sums[0] - mean**2)).tolist()
 
 
-def inspect(
-    root: Path,
-    *,
-    train_split: str = "train",
-    val_split: str = "val",
-    names: Sequence[str] = LABEL_NAMES,
-    evaluated: Sequence[int] = TRAIN_LABEL_IDS,
-    say: Callable[[str], None] = print,
-) -> Inspection:
-    """Read every file of a data set in the Cityscapes layout.
+def inspect(data: DataConfig, say: Callable[[str], None] = print) -> Inspection:
+    """Read every file of the splits that an experiment uses, and of the split test if there is one.
 
     Args:
-        root: folder that holds leftImg8bit/ and gtFine/.
-        train_split, val_split: those of the experiment.
-        names: of each label id.
-        evaluated: label ids of the classes.
+        data: says where which data set lies.
         say: takes a line of progress.
 
     Raises:
-        UserError: no such folder, or not one image in it.
+        UserError: neither the training nor the validation split is there, with what a training says of it; or the table
+            of labels is wrong.
     """
-    entries = find(root)
-    if not any(entry.image for entry in entries):
-        raise UserError(
-            f"{root} (data.root): no image in it; expected leftImg8bit/<split>/<city>/*_leftImg8bit.png or .jpg. "
-            f"{GET_DATA}"
-        )
+    entries, problems = find(data)
+    labels = table(data)
 
     def look(entry: Entry) -> Entry:
-        return _look(entry, len(names))
+        return _look(entry, labels)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         seen = list(told(pool.map(look, entries), len(entries), "files", say))
-    found = Inspection(root, seen, [], tuple(names), tuple(evaluated), train_split, val_split)
+    found = Inspection(data, labels, seen, problems)
     found.problems.extend(problem for entry in seen for problem in entry.problems)
-    for check in (_splits, _duplicates, _instance_files, _sizes, _train_ids, _classes):
+    for check in (_duplicates, _instance_files, _sizes, _train_ids, _classes):
         found.problems.extend(check(found))
     return found
 
 
-def find(root: Path) -> list[Entry]:
-    """Images and labels of all splits, paired by city and name; one of the two may be missing. Nothing is read."""
-    if not root.is_dir():
-        raise UserError(f"{root} (data.root): no such folder; expected leftImg8bit/ and gtFine/ in it. {GET_DATA}")
-    tops = {"image": root / "leftImg8bit", "label": root / "gtFine"}
-    splits = sorted({p.name for top in tops.values() if top.is_dir() for p in top.iterdir() if p.is_dir()})
-    order = {name: i for i, name in enumerate(("train", "val", "test"))}
-    entries = []
-    for split in sorted(splits, key=lambda name: (order.get(name, 3), name)):
-        files: dict[tuple[str, str], dict[str, Path]] = defaultdict(dict)
-        twice = defaultdict(list)
-        for kind, top in tops.items():
-            if kind == "label" and split == UNLABELLED:
-                continue
-            for path in sorted((top / split).glob("[!.]*/[!.]*")):
-                if match := re.fullmatch(f"(.+){_ENDINGS[kind]}", path.name):
-                    key = path.parent.name, match[1]
-                    if kind in files[key]:
-                        twice[key].append(Problem("two files for one image", f"{path} and {files[key][kind].name}"))
-                    files[key].setdefault(kind, path)
-        for key in sorted(files):
-            entry = Entry(split, *key, files[key].get("image"), files[key].get("label"))
-            entry.problems.extend(twice[key])
-            entries.append(entry)
-    return entries
+def find(data: DataConfig) -> tuple[list[Entry], list[Problem]]:
+    """Images and labels of the splits, paired by city and name; one of the two may be missing. Nothing is read.
 
+    A split that is not there is a problem, but for test, which need not be.
 
-def _look(entry: Entry, ids: int) -> Entry:
-    """Read the files of an entry and note what is wrong with them."""
-    wrong = entry.problems
-    if entry.image is None:
-        wrong.append(Problem("label without image", str(entry.label)))
-    else:
+    Raises:
+        UserError: none of those that are needed is there.
+    """
+    entries: list[Entry] = []
+    problems: list[Problem] = []
+    first: UserError | None = None
+    for split in splits(data):
         try:
-            image = read_rgb(entry.image)
+            found = listing(data, split)
         except UserError as error:
-            wrong.append(Problem("unreadable image", str(error)))
-        else:
-            entry.size = (image.shape[0], image.shape[1])
-            entry.digest = hashlib.blake2b(image.tobytes() + str(image.shape).encode(), digest_size=16).hexdigest()
-            some = image[::4, ::4].reshape(-1, 3) / 255
-            entry.colour = np.array([len(some), *some.sum(0), *(some**2).sum(0)])
-            if (image == image[0, 0]).all():
-                wrong.append(Problem("image of one colour", str(entry.image)))
-    if entry.label is None:
-        if entry.split != UNLABELLED:
-            wrong.append(Problem("image without label", str(entry.image)))
-        return entry
-    try:
-        label = read_label_ids(entry.label)
-    except UserError as error:
-        wrong.append(Problem("unreadable label", str(error)))
-        return entry
-    entry.counts = np.bincount(label.ravel(), minlength=256)
-    if entry.size is not None and label.shape != entry.size:
-        sizes = f"{label.shape[1]} x {label.shape[0]}, its image {entry.size[1]} x {entry.size[0]}"
-        wrong.append(Problem("label of another size than its image", f"{entry.label}: {sizes}"))
-    strange = np.flatnonzero(entry.counts[ids:]) + ids
-    if len(strange):
-        shown = ", ".join(f"{i} ({entry.counts[i]} pixels)" for i in strange[:5])
-        wrong.append(Problem("unknown label ids", f"{entry.label}: {shown}; label ids are 0 to {ids - 1}"))
+            if split != "test" or split in (data.train_split, data.val_split):
+                problems.append(Problem("split that cannot be used", f"{split}: {error}"))
+                first = first or error
+            continue
+        entries += _entries(split, found)
+        problems += [Problem("two files for one image", f"{a} and {b.name}") for a, b in found.twice]
+    if first is not None and all(entry.split == "test" for entry in entries):
+        raise first
+    return entries, list(dict.fromkeys(problems))
+
+
+def _entries(split: str, found: Listing) -> list[Entry]:
+    labels = found.labels or {}
+    return [
+        _paired(Entry(split, *key, found.images.get(key), labels.get(key), found.instances.get(key)), key, found)
+        for key in sorted(found.images.keys() | labels.keys())
+    ]
+
+
+def _paired(entry: Entry, key: Key, found: Listing) -> Entry:
+    """The entry, which notes that its image or its label is missing."""
+    entry.unlabelled = found.labels is None
+    if entry.image is None:
+        lonely = f"{entry.label}{near(key, found.images)}"
+        entry.problems.append(Problem("label without image", lonely))
+    elif entry.label is None and found.labels is not None:
+        entry.problems.append(Problem("image without label", f"{entry.image}{near(key, found.labels)}"))
     return entry
 
 
-def _splits(found: Inspection) -> Iterator[Problem]:
-    for split, key in ((found.train_split, "data.train_split"), (found.val_split, "data.val_split")):
-        if not any(entry.image for entry in found.of(split)):
-            there = ", ".join(found.splits)
-            yield Problem("empty split", f"{key}: {split!r} has no image (splits there: {there})")
+def _look(entry: Entry, labels: LabelTable) -> Entry:
+    """Read the files of an entry and note what is wrong with them."""
+    if entry.image is not None:
+        _look_at_image(entry, entry.image)
+    if entry.label is not None:
+        _look_at_label(entry, entry.label, labels)
+    if entry.instance is not None:
+        try:
+            instances = read_instance_ids(entry.instance)
+        except UserError as error:
+            entry.problems.append(Problem("unreadable instance ids", str(error)))
+        else:
+            _compare_size(entry, "instance ids", entry.instance, (instances.shape[0], instances.shape[1]))
+    return entry
+
+
+def _look_at_image(entry: Entry, path: Path) -> None:
+    try:
+        image = read_rgb(path)
+    except UserError as error:
+        entry.problems.append(Problem("unreadable image", str(error)))
+        return
+    entry.size = (image.shape[0], image.shape[1])
+    entry.digest = hashlib.blake2b(image.tobytes() + str(image.shape).encode(), digest_size=16).hexdigest()
+    some = image[::4, ::4].reshape(-1, 3) / 255
+    entry.colour = np.array([len(some), *some.sum(0), *(some**2).sum(0)])
+    if (image == image[0, 0]).all():
+        entry.problems.append(Problem("image of one colour", str(path)))
+
+
+def _look_at_label(entry: Entry, path: Path, labels: LabelTable) -> None:
+    try:
+        label = read_label_ids(path)
+    except UserError as error:
+        entry.problems.append(Problem("unreadable label", str(error)))
+        return
+    entry.counts = np.bincount(label.ravel(), minlength=256)
+    _compare_size(entry, "label", path, (label.shape[0], label.shape[1]))
+    strange = {int(i): int(entry.counts[i]) for i in np.flatnonzero((entry.counts > 0) & (labels.places < 0))}
+    if strange:
+        entry.problems.append(Problem("unknown label ids", str(labels.unknown_ids(path, strange))))
+
+
+def _compare_size(entry: Entry, what: str, path: Path, size: tuple[int, int]) -> None:
+    if entry.size is not None and size != entry.size:
+        sizes = f"{size[1]} x {size[0]}, its image {entry.size[1]} x {entry.size[0]}"
+        entry.problems.append(Problem(f"{what} of another size than its image", f"{path}: {sizes}"))
 
 
 def _duplicates(found: Inspection) -> Iterator[Problem]:
@@ -232,15 +246,19 @@ def _duplicates(found: Inspection) -> Iterator[Problem]:
         more = f" and {len(entries) - 2} more" if len(entries) > 2 else ""
         first = entries[0]
         other = next((e for e in entries if e.split != first.split), entries[1])
-        yield Problem(kind, f"{first.image} = {other.image}{more}")
+        if first.image == other.image:  # two splits may share images, such as VOC's train and trainval
+            text = f"{first.image} in {first.split!r} and {other.split!r}"
+        else:
+            text = f"{first.image} = {other.image}"
+        yield Problem(kind, text + more)
 
 
 def _instance_files(found: Inspection) -> Iterator[Problem]:
     for split in found.splits:
-        labels = [e.label for e in found.of(split) if e.label]
-        missing = [p for p in labels if not p.with_name(p.name.replace("_gtFine_labelIds.png", _INSTANCES)).is_file()]
-        if 0 < len(missing) < len(labels):
-            text = f"split {split!r}: {len(missing)} of {len(labels)} labels, the first is {missing[0]}"
+        labelled = [entry for entry in found.of(split) if entry.label]
+        missing = [entry.label for entry in labelled if entry.instance is None]
+        if 0 < len(missing) < len(labelled):
+            text = f"split {split!r}: {len(missing)} of {len(labelled)} labels, the first is {missing[0]}"
             yield Problem("no instance ids beside some labels", text)
 
 
@@ -253,25 +271,27 @@ def _sizes(found: Inspection) -> Iterator[Problem]:
 
 
 def _train_ids(found: Inspection) -> Iterator[Problem]:
+    """Of Cityscapes' label ids alone: those of a table of one's own may be small by chance."""
     counts = np.sum([entry.counts for entry in found.entries], axis=0)
-    classes = len(found.evaluated)
-    if counts.any() and max(found.evaluated) >= classes and not counts[classes:255].any():
-        text = f"no label id of {classes} to {len(found.names) - 1} in any file; convert with seg.labels.to_label_ids"
+    classes = found.labels.num_classes
+    if found.labels.is_official and counts.any() and not counts[classes:255].any():
+        last = len(found.labels.labels) - 1
+        text = f"no label id of {classes} to {last} in any file; convert with seg.labels.to_label_ids"
         yield Problem("labels look like train ids", text)
 
 
 def _classes(found: Inspection) -> Iterator[Problem]:
-    train, val = found.shares(found.train_split), found.shares(found.val_split)
+    train_split, val_split = found.data.train_split, found.data.val_split
+    train, val = found.shares(train_split), found.shares(val_split)
     if not any(train.values()):
         return
+    images = dict(zip(found.labels.classes, found.class_images(train_split), strict=True))
     for name, share in train.items():
         if share == 0 and val[name] > 0:
-            text = f"{name}: not one pixel in {found.train_split!r}, but in {found.val_split!r}"
+            text = f"{name}: not one pixel in {train_split!r}, but in {val_split!r}"
             yield Problem("class that cannot be learned", text)
         elif share == 0:
-            yield Problem(
-                "class that never occurs", f"{name}: neither in {found.train_split!r} nor {found.val_split!r}"
-            )
+            yield Problem("class that never occurs", f"{name}: neither in {train_split!r} nor {val_split!r}")
         elif share < RARE:
-            images = int(found.images_with(found.train_split)[found.names.index(name)])
-            yield Problem("rare class", f"{name}: {100 * share:.3f}% of the pixels, in {images} training images")
+            text = f"{name}: {100 * share:.3f}% of the pixels, in {images[name]} training images"
+            yield Problem("rare class", text)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
+from engine.images import show
 from seg import draw
 from seg.data import read_rgb
 from seg.html import chart, listing, page, paragraph, picture, row, section, table
-from seg.inspect_data import UNLABELLED, Entry, Inspection
-from seg.labels import read_label_ids, to_train_ids
+from seg.inspect_data import Entry, Inspection
+from seg.labels import IGNORE, LabelTable, read_label_ids
 
-NOTES = ("rare class", "class that never occurs", "images of several sizes", "no instance ids beside some labels")
+NOTES = ("rare class", "class that never occurs", "images of several sizes")
 """Kinds of problems that are no mistakes."""
 _SHOWN = 5
 _SHOWN_ON_PAGE = 200
@@ -27,22 +29,22 @@ def mistakes(found: Inspection) -> int:
 
 def text(found: Inspection) -> str:
     """The whole report in plain text."""
-    lines = [str(found.root), "", *_aligned(*_split_rows(found)), "", *_aligned(*_class_rows(found))]
-    colours = found.colours(found.train_split)
+    lines = [_title(found), "", *_aligned(*_split_rows(found)), "", *_aligned(*_class_rows(found))]
+    colours = found.colours(found.data.train_split)
     if colours:
         lines += ["", "RGB of the training images: mean {}, std {}".format(*map(_three, colours))]
     kinds = _by_kind(found)
-    lines += ["", f"{mistakes(found)} problems and {len(found.problems) - mistakes(found)} notes"]
+    lines += ["", _counted(found)]
     for kind, texts in kinds.items():
         lines.append(f"  {kind} ({len(texts)})")
         lines += [f"    {one}" for one in texts[:_SHOWN]]
         lines += [f"    ... and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
-    return "\n".join(lines)
+    return "\n".join(map(show, lines))
 
 
 def document(found: Inspection) -> str:
     """The page."""
-    head = f"{mistakes(found)} problems and {len(found.problems) - mistakes(found)} notes."
+    head = f"{_counted(found)}."
     problems = [
         section(
             f"{kind} ({len(texts)})",
@@ -52,43 +54,58 @@ def document(found: Inspection) -> str:
         )
         for kind, texts in _by_kind(found).items()
     ]
-    colours = found.colours(found.train_split)
+    colours = found.colours(found.data.train_split)
     words = "Mean {} and standard deviation {} of R, G, B in the training images.".format(
         *map(_three, colours or ([], []))
     )
     return page(
-        f"Data set {found.root}",
+        f"Data set {_title(found)}",
         section("Splits", table(*_split_rows(found)), *([paragraph(words)] if colours else [])),
         section("Problems and notes", paragraph(head, wrong=mistakes(found) > 0), *problems),
         section("Classes", table(*_class_rows(found)), _shares(found)),
-        section("Cities", table(*_city_rows(found))),
+        *([section("Cities", table(*_city_rows(found)))] if _has_cities(found) else []),
         section("Ids found", table(*_id_rows(found))),
         section("Images with their labels", *_pictures(found)),
     )
 
 
+def _counted(found: Inspection) -> str:
+    wrong, notes = mistakes(found), len(found.problems) - mistakes(found)
+    return f"{wrong} problem{'s' * (wrong != 1)} and {notes} note{'s' * (notes != 1)}"
+
+
+def _title(found: Inspection) -> str:
+    return f"{found.data.root}: {found.labels.name}, {found.labels.num_classes} classes"
+
+
+def _has_cities(found: Inspection) -> bool:
+    return any(entry.city for entry in found.entries)
+
+
 def _split_rows(found: Inspection) -> tuple[list[str], list[list[str]]]:
-    rows = []
+    rows, cities = [], _has_cities(found)
     for split in found.splits:
         entries = found.of(split)
-        pixels = found.pixels(split)
-        void = 1 - pixels[list(found.evaluated)].sum() / pixels.sum() if pixels.any() else None
+        pixels, valid = int(found.pixels(split).sum()), sum(found.class_pixels(split))
         sizes = sorted({entry.size for entry in entries if entry.size}, reverse=True)
         shown = ", ".join(f"{w}x{h}" for h, w in sizes[:3]) + (", ..." if len(sizes) > 3 else "")
-        labels = "not read" if split == UNLABELLED else str(sum(entry.label is not None for entry in entries))
-        images, cities = sum(e.image is not None for e in entries), len({e.city for e in entries})
-        rows.append([split, str(images), labels, str(cities), shown, "-" if void is None else f"{100 * void:.1f}"])
-    return ["split", "images", "labels", "cities", "sizes", "void %"], rows
+        unread = all(entry.unlabelled for entry in entries)
+        labels = "not read" if unread else str(sum(entry.label is not None for entry in entries))
+        images = str(sum(entry.image is not None for entry in entries))
+        of_cities = [str(len({entry.city for entry in entries}))] * cities
+        void = f"{100 * (1 - valid / pixels):.1f}" if pixels else "-"
+        rows.append([split, images, labels, *of_cities, shown, void])
+    return ["split", "images", "labels", *["cities"] * cities, "sizes", "void %"], rows
 
 
 def _class_rows(found: Inspection) -> tuple[list[str], list[list[str]]]:
     splits = [split for split in found.splits if found.pixels(split).any()]
     shares = {split: found.shares(split) for split in splits}
-    images = {split: found.images_with(split) for split in splits}
+    images = {split: found.class_images(split) for split in splits}
     head = ["class", *(f"{split} {what}" for split in splits for what in ("pixels %", "images"))]
     rows = []
-    for i in found.evaluated:
-        name, cells = found.names[i], []
+    for i, name in enumerate(found.labels.classes):
+        cells = []
         for split in splits:
             share = shares[split][name]
             cells += [f"{100 * share:.3f}" if share else "-", str(images[split][i])]
@@ -108,26 +125,40 @@ def _id_rows(found: Inspection) -> tuple[list[str], list[list[str]]]:
     rows = []
     for i in range(256):
         if any(counts[i] for counts in pixels.values()):
-            name = found.names[i] if i < len(found.names) else "unknown"
-            kind = "class" if i in found.evaluated else "void" if i < len(found.names) else "not in the table"
-            rows.append([str(i), name, kind, *(f"{counts[i]:,}" for counts in pixels.values())])
+            rows.append([str(i), *_meaning(found.labels, i), *(f"{counts[i]:,}" for counts in pixels.values())])
     return ["id", "name", "", *(f"{split} pixels" for split in pixels)], rows
 
 
+def _meaning(labels: LabelTable, value: int) -> tuple[str, str]:
+    """Name of a label id, and what it counts as."""
+    place = int(labels.places[value])
+    if place < 0:
+        return "unknown", "not in the table"
+    label = labels.labels[place]
+    if label.train_id == IGNORE:
+        return label.name, "void"
+    merged = labels.classes[label.train_id]
+    return label.name, "class" if merged == label.name else f"counts as {merged}"
+
+
 def _shares(found: Inspection) -> str:
-    splits = [split for split in (found.train_split, found.val_split) if found.pixels(split).any()]
+    used = dict.fromkeys((found.data.train_split, found.data.val_split))
+    splits = [split for split in used if found.pixels(split).any()]
     if not splits:
         return paragraph("No labels, so no shares.")
-    names = [found.names[i] for i in found.evaluated]
+    names, every = list(found.labels.classes), {split: found.shares(split) for split in splits}
 
     def bars(figure: Any) -> None:
         axes = figure.add_subplot()
         height = 0.8 / len(splits)
         for k, split in enumerate(splits):
-            shares = [100 * found.shares(split)[name] for name in names]
+            shares = [100 * every[split][name] for name in names]
             axes.barh(np.arange(len(names)) + (k - (len(splits) - 1) / 2) * height, shares, height * 0.9, label=split)
+        least = min(share for shares in every.values() for share in shares.values() if share)
         axes.set_xscale("log")
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_xlim(10 ** math.floor(math.log10(99 * least)), 100)  # a share of all too has a length
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
         axes.set(xlabel="% of the evaluated pixels (logarithmic)", title="Class shares")
@@ -138,28 +169,27 @@ def _shares(found: Inspection) -> str:
 
 def _pictures(found: Inspection) -> list[str]:
     """A few training images spread over the split, and those with most of the rarest classes."""
-    entries = [e for e in found.of(found.train_split) if e.sound] or [e for e in found.entries if e.sound]
+    entries = [e for e in found.of(found.data.train_split) if e.sound] or [e for e in found.entries if e.sound]
     if not entries:
         return [paragraph("No image has a label that goes with it.")]
-    chosen = {entries[i * len(entries) // _SPREAD].name: "" for i in range(_SPREAD)}
-    shares = found.shares(found.train_split)
+    chosen = {i * len(entries) // _SPREAD: list[str]() for i in range(_SPREAD)}
+    shares = found.shares(found.data.train_split)
     present = sorted((name for name in shares if shares[name] > 0), key=lambda name: shares[name])
     for name in present[:_RAREST]:
-        i = found.names.index(name)
-        best = max(entries, key=lambda entry: int(entry.counts[i]))
-        chosen[best.name] = ", ".join(filter(None, [chosen.get(best.name, ""), f"most {name}"]))
-    by_name = {entry.name: entry for entry in entries}
-    return [_overlay(by_name[name], note) for name, note in chosen.items()]
+        ids = found.label_ids[found.labels.classes.index(name)]
+        best = max(range(len(entries)), key=lambda i: int(entries[i].counts[ids].sum()))
+        chosen.setdefault(best, []).append(f"most {name}")
+    return [_overlay(entries[i], ", ".join(notes), found.labels) for i, notes in chosen.items()]
 
 
-def _overlay(entry: Entry, note: str) -> str:
+def _overlay(entry: Entry, note: str, labels: LabelTable) -> str:
     assert entry.image is not None and entry.label is not None
     image = read_rgb(entry.image)
-    train_ids = to_train_ids(read_label_ids(entry.label), entry.label)
+    train_ids = labels.to_train_ids(read_label_ids(entry.label), entry.label)
     title = f"{entry.name} ({note})" if note else entry.name
     both = row(
         picture(image, "image", photo=True, max_width=560),
-        picture(draw.overlay(image, train_ids, 0.55), "with its label", photo=True, max_width=560),
+        picture(draw.overlay(image, train_ids, 0.55, table=labels), "with its label", photo=True, max_width=560),
     )
     return section(title, both, level=3)
 

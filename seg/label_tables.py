@@ -116,6 +116,11 @@ class LabelTable:
             table[IGNORE] = void
         return table
 
+    @property
+    def is_official(self) -> bool:
+        """Whether its label ids are Cityscapes'."""
+        return [label.id for label in self.labels] == [label.id for label in CITYSCAPES.labels]
+
     def to_train_ids(self, label_ids: Ids, path: Path | str) -> Ids:
         """Train ids (uint8, 255 where ignored) of a uint8 array of label ids.
 
@@ -145,7 +150,7 @@ class LabelTable:
         """The error for label ids outside the table; `counts` gives the pixels of each such id."""
         first = list(counts.items())[:5]
         shown = ", ".join(f"{i} ({n} pixels)" for i, n in first) + (", ..." if len(counts) > 5 else "")
-        if _is_official(self):
+        if self.is_official:
             hint = " 255 is the ignored *train* id: this looks like a train-id PNG." if IGNORE in counts else ""
             return UserError(
                 f"{path}: unknown label ids {shown}; {self.name} label ids are 0 to {len(self.labels) - 1}, without "
@@ -172,10 +177,6 @@ def _ranges(ids: Sequence[int]) -> str:
         else:
             runs.append([i, i])
     return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)
-
-
-def _is_official(table: LabelTable) -> bool:
-    return [label.id for label in table.labels] == [label.id for label in CITYSCAPES.labels]
 
 
 CITYSCAPES = LabelTable(

@@ -29,7 +29,7 @@ def available() -> list[str]:
     return sorted(KINDS)
 
 
-def build(cfg: SegConfig, cache: Path | None = None) -> Callable[[nn.Module, Batch], Loss]:
+def build(cfg: SegConfig, cache: Path | None = None, count: bool = True) -> Callable[[nn.Module, Batch], Loss]:
     """The loss of a network on a batch, for `engine.loop.fit`: main head plus `loss.aux_weight` times auxiliary head.
 
     Its parts are `main`, `aux` with an auxiliary head, and each of several terms (of the main head, not weighted).
@@ -37,6 +37,8 @@ def build(cfg: SegConfig, cache: Path | None = None) -> Callable[[nn.Module, Bat
     Args:
         cfg: the experiment.
         cache: folder for the counted classes of loss.class_weights=auto, see `seg.rare.class_counts`.
+        count: False weighs all classes alike in place of loss.class_weights=auto, and reads no label file: for who
+            needs the cost of the loss alone.
 
     Raises:
         UserError: an unknown name; an option that none of the losses uses; class weights that are not one for each
@@ -44,7 +46,7 @@ def build(cfg: SegConfig, cache: Path | None = None) -> Callable[[nn.Module, Bat
     """
     scales = cfg.loss.terms or {cfg.loss.name: 1.0}
     _check(cfg, list(scales))
-    weights = _class_weights(cfg, cache)
+    weights = _class_weights(cfg, cache, count)
     terms: Terms = [(name, scale, KINDS[name].make(cfg.loss, weights)) for name, scale in scales.items()]
 
     def loss(model: nn.Module, batch: Batch) -> Loss:
@@ -104,13 +106,15 @@ def _check(cfg: SegConfig, names: list[str]) -> None:
         )
 
 
-def _class_weights(cfg: SegConfig, cache: Path | None) -> ClassWeights:
+def _class_weights(cfg: SegConfig, cache: Path | None, count: bool) -> ClassWeights:
     weights = cfg.loss.class_weights
     if weights is None:
         return None
-    if weights == "auto":
+    if weights == "auto" and count:
         return class_weights(cfg, cache)
     classes = table(cfg.data).classes
+    if weights == "auto":
+        return (1.0,) * len(classes)
     if len(weights) != len(classes) or not any(weights):
         raise UserError(
             f"loss.class_weights: found {len(weights)} weights{'' if any(weights) else ', all zero'}; expected "

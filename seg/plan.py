@@ -1,4 +1,4 @@
-"""The memory plan of a segmentation experiment; see `engine.plan`. No image is read."""
+"""The memory plan of a segmentation experiment; see `engine.plan`. No image or label is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def workload(cfg: SegConfig) -> Workload:
     return Workload(
         cfg,
         lambda: models.build(cfg.model, classes, pretrained=False),
-        losses.build(cfg),
+        losses.build(cfg, count=False),  # weights of any value take the same memory
         batch,
         lambda model: parameter_groups(model, cfg.optim, models.is_backbone),
         models.blank_images(),

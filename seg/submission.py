@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from engine import distributed
 from engine.errors import UserError
 from engine.images import check_writable, write_bytes, write_png
 from seg.averaging import Averaged, Views, predictor_of
@@ -74,8 +73,6 @@ def submit(
             f"{CITYSCAPES.num_classes}. Train with data.name=cityscapes, or write labels with tools/predict.py."
         )
     with session(cfg.runtime) as device:
-        if distributed.world_size() > 1:
-            raise UserError("submit: works in one process; start it without torchrun")
         check_writable(out.parent)
         samples = named(eval_batches(cfg, SPLIT).samples)
         parts = out.with_name(f"{out.name}.parts")

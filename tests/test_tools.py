@@ -189,3 +189,23 @@ def test_two_processes_train_one_network(project: Path, sample_root: Path):
     assert "batch of 2 = 2 processes x 1 accumulated x 1 images; 2 steps" in done.stdout
     assert done.stdout.count("step 2/2") == 1 and done.stdout.count("evaluated after step 2") == 1
     tool("evaluate", "runs/two/best.pt", cwd=project)
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("evaluate", ["x.pt", "--card"]),
+        ("evaluate", ["--predictions", "x", "data.root=y"]),
+        ("errors", ["x.pt", "--out", "x.html"]),
+        ("submit", ["x.pt", "--out", "x.zip"]),
+        ("predict", ["x.pt", "x.png", "--out", "x"]),
+        ("inspect", ["data.root=x"]),
+    ],
+)
+def test_what_one_process_does_stops_under_torchrun_at_once(project: Path, name: str, arguments: list[str]):
+    """Before anything is read: there is no x."""
+    command = [sys.executable, str(ROOT / f"tools/{name}.py"), *arguments]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project, env=environment)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert f"error (process 0): tools/{name}.py" in done.stderr and "start it without torchrun" in done.stderr

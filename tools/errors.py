@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import program
+from engine.errors import one_process, program
 from seg.view_options import add_view_options, views
 
 
@@ -32,6 +32,7 @@ def main() -> int:
         "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
     )
     args = parser.parse_intermixed_args()
+    one_process("tools/errors.py")
     from seg.errors_page import write_errors
 
     overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])

@@ -1,10 +1,15 @@
 """Score a checkpoint on a split: a segmentation network with the official Cityscapes metric, a classifier by top-1 and
-top-5. Or score a folder of label PNGs with the Cityscapes metric. Or write a segmentation network's reliability card.
+top-5. Or score a folder of label PNGs, of Cityscapes or another data set. Or write a segmentation network's reliability
+card.
 
 python tools/evaluate.py runs/x/best.pt --split val --out runs/x/val data.root=/data/cityscapes
 python tools/evaluate.py runs/x/best.pt --scales 0.75 1.0 1.25 --flip --sliding-window
 python tools/evaluate.py runs/x/best.pt --card [--corruptions]
 python tools/evaluate.py --predictions DIR --ground-truth DIR --json scores.json
+python tools/evaluate.py --predictions DIR data.name=kitti data.root=/data/kitti --split val
+
+With --ground-truth the files of both folders are called as Cityscapes'. With a data set (a config, key=value) there is
+one PNG for each image of the split and no other, called as the image, as tools/predict.py writes it.
 """
 
 from __future__ import annotations
@@ -16,14 +21,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, program
+from engine.errors import UserError, one_process, program
 from seg.view_options import add_view_options, views
 
 
-@program
-def main() -> int:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="best.pt or last.pt of a run")
+    parser.add_argument(
+        "checkpoint", nargs="?", help="best.pt or last.pt of a run; with --predictions a config, for its data set"
+    )
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to its config")
     parser.add_argument("--split", help="split to score (default: the config's data.val_split)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="same as runtime.device=...")
@@ -49,23 +55,36 @@ def main() -> int:
     seg_only = args.scales or args.flip or args.sliding_window or args.card
     if (args.corruptions and not args.card) or (args.corruption_images is not None and not args.corruptions):
         parser.error("--corruptions goes with --card, --corruption-images with --corruptions")
-    if [args.checkpoint is None, args.predictions is None, args.ground_truth is None] not in ([0, 1, 1], [1, 0, 0]):
-        parser.error("give either a checkpoint, or both --predictions and --ground-truth")
-    if args.predictions and (args.split or args.device or args.overrides or args.allow_imports or seg_only):
+    args.words = words = [*([args.checkpoint] if args.checkpoint else []), *args.overrides]
+    if args.predictions is None and (args.checkpoint is None or args.ground_truth):
+        parser.error("give a checkpoint, or --predictions with --ground-truth or with a data set")
+    if args.predictions and bool(words) == bool(args.ground_truth):
         parser.error(
-            "--split, --device, --allow-imports, --scales, --flip, --sliding-window, --card and key=value go with a "
-            "checkpoint, not with --predictions"
+            "with --predictions give either --ground-truth, or a data set: data.name=... data.root=..., or a config"
         )
-    if args.predictions:
-        from seg.evaluate import evaluate_folder, report
+    if args.predictions and (args.device or args.allow_imports or seg_only or (args.split and args.ground_truth)):
+        parser.error(
+            "--device, --allow-imports, --scales, --flip, --sliding-window and --card go with a checkpoint, not with "
+            "--predictions, and --split not with --ground-truth"
+        )
+    args.seg_only = seg_only
+    return args
 
-        report(evaluate_folder(args.predictions, args.ground_truth), {}, args.json, args.out)
+
+@program
+def main() -> int:
+    args = parse()
+    if args.predictions or args.card:
+        one_process(f"tools/evaluate.py --{'predictions' if args.predictions else 'card'}")
+    if args.predictions:
+        _score_folder(args)
         return 0
+    args.checkpoint = Path(args.checkpoint)
     from engine.checkpoint import task
 
     args.overrides += [f"runtime.device={args.device}"] if args.device else []
     if task(args.checkpoint) == "classify":
-        if seg_only:
+        if args.seg_only:
             raise UserError(
                 f"{args.checkpoint}: a classifier; --scales, --flip, --sliding-window and --card are for segmentation "
                 "networks"
@@ -76,6 +95,17 @@ def main() -> int:
     else:
         _segmentation(args)
     return 0
+
+
+def _score_folder(args: argparse.Namespace) -> None:
+    from seg.config import data_config
+    from seg.evaluate import evaluate_folder, evaluate_predictions, report
+
+    if args.words:
+        scores = evaluate_predictions(args.predictions, data_config(args.words), args.split)
+    else:
+        scores = evaluate_folder(args.predictions, args.ground_truth)
+    report(scores, {}, args.json, args.out)
 
 
 def _segmentation(args: argparse.Namespace) -> None:

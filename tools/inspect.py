@@ -2,6 +2,10 @@
 
 python tools/inspect.py data.root=/data/cityscapes
 python tools/inspect.py configs/seg/deeplabv3_resnet50_deconv.yaml data.root=/data/cityscapes --out report.html
+python tools/inspect.py data.name=bdd100k data.root=/data/bdd100k
+
+Any data set that can be trained on (`data.name`): the splits data.train_split, data.val_split and test, and the coarse
+labels if data.coarse_share takes them.
 
 Exit status: 0 nothing wrong, 1 problems found, 2 nothing could be looked at.
 """
@@ -24,7 +28,7 @@ else:
 
     sys.path.insert(0, os.path.dirname(_HERE))
 
-    from engine.errors import UserError, program
+    from engine.errors import UserError, one_process, program
 
     @program
     def main() -> int:
@@ -32,35 +36,20 @@ else:
         parser.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="a config, and changes to it")
         parser.add_argument("--out", type=Path, metavar="HTML", help="also write a page with pictures")
         args = parser.parse_intermixed_args()
-        configs = [word for word in args.words if "=" not in word]
-        overrides = [word for word in args.words if "=" in word]
-        if len(configs) > 1:
-            raise UserError(f"{', '.join(configs)}: more than one config; give one, and changes as key=value")
         if not args.words:
             parser.error("give data.root=FOLDER, or a config")
-        from engine.config import from_dict, load
+        one_process("tools/inspect.py")
         from engine.images import check_writable
-        from seg.config import SegConfig
+        from seg.config import data_config
 
-        blank = {"task": "seg", "length": "1 epochs", "batch_size": 1}
-        loaded = (
-            load(configs[0], overrides, SegConfig)
-            if configs
-            else from_dict(blank, overrides, SegConfig, "command line")
-        )
-        data = loaded.config.data
-        if data.name != "cityscapes":
-            raise UserError(
-                f"data.name: {data.name}, but only the Cityscapes layout (leftImg8bit/, gtFine/) can be inspected; a "
-                "training checks the files of the others as it reads them"
-            )
+        data = data_config(args.words)
         if args.out:
             if args.out.is_dir():
                 raise UserError(f"--out: {args.out} is a folder; expected the name of a page, such as report.html")
             check_writable(args.out.parent)
         from seg import inspect_data, inspect_page
 
-        found = inspect_data.inspect(data.root, train_split=data.train_split, val_split=data.val_split)
+        found = inspect_data.inspect(data)
         print(inspect_page.text(found))
         if args.out:
             from seg.html import write

@@ -5,7 +5,7 @@ python tools/predict.py runs/x/best.pt drive.mp4 --out drive_seg.mp4 [--save col
 python tools/predict.py runs/classifier/best.pt photos/ --topk 5 [--out predicted]
 
 A segmentation network writes labelled/labels/..._labelIds.png (8-bit label ids, as the test server and
-`tools/evaluate.py --predictions labelled/labels` take them), labelled/color/..._color.png and
+`tools/evaluate.py --predictions labelled/labels ...` take them), labelled/color/..._color.png and
 labelled/overlay/..._overlay.png. Of a video it writes a video, by default the overlay, data.eval_batch_size frames
 going through the network together; label ids need an .mkv or .avi, which keep them exactly. A folder of frames is
 labelled as images. A classifier prints the likeliest classes and, with --out, writes predictions.csv and
@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, program
+from engine.errors import UserError, one_process, program
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -117,6 +117,7 @@ def _classify(args: argparse.Namespace, max_pixels: int) -> Any:
 @program
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    one_process("tools/predict.py")
     from engine.checkpoint import task
 
     for name, quiet in (("OPENCV_FFMPEG_LOGLEVEL", "-8"), ("OPENCV_LOG_LEVEL", "SILENT")):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import program
+from engine.errors import one_process, program
 from seg.view_options import add_view_options, views
 
 
@@ -30,6 +30,7 @@ def main() -> int:
         "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
     )
     args = parser.parse_intermixed_args()
+    one_process("tools/submit.py")
     from seg.submission import submit
 
     overrides = args.overrides + ([f"runtime.device={args.device}"] if args.device else [])

@@ -122,3 +122,14 @@ def test_records_of_a_file_or_as_they_are(tmp_path: Path):
     assert plots.records(tmp_path / "m.jsonl") == [{"step": 1}] == plots.records([{"step": 1}])
     with pytest.raises(UserError, match="gone.jsonl: missing or without records"):
         plots.records(tmp_path / "gone.jsonl")
+
+
+def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path, kept: list[Figure]):
+    name = "a $x^{2$ b"
+    with plots.figure(tmp_path / "bars.png", (6, 3)) as drawn:
+        plots.bars(drawn.add_subplot(), {name: {name: 0.5}, "b": {name: 0.25}}, [name], name)
+    with plots.figure(tmp_path / "curves.png", (6, 3)) as drawn:
+        plots.curves(drawn.add_subplot(), None, [(name, rows(1))], name)
+    plots.plot_confusion(np.eye(2), [name, "b"], tmp_path / "confusion.png")
+    assert [figure.axes[0].get_title() for figure in kept][:2] == [name, name]
+    assert kept[2].axes[0].get_xticklabels()[0].get_text() == name

@@ -170,7 +170,7 @@ def test_the_program_writes_a_card_with_all_views(
         (["x.pt", "--card", "--corruption-images", "3"], "--corruption-images with --corruptions"),
         (
             ["--predictions", "a", "--ground-truth", "b", "--flip"],
-            "--flip, --sliding-window, --card and key=value go with",
+            "--flip, --sliding-window and --card go with a checkpoint",
         ),
     ],
 )

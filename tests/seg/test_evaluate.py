@@ -329,9 +329,16 @@ def test_the_program_prints_errors_as_one_line(tmp_path: Path) -> None:
     done = run("--predictions", tmp_path / "none", "--ground-truth", tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"error: {tmp_path}/none (--predictions): no such folder.\n"
-    for wrong in ([], ["--predictions", tmp_path], ["x.pt", "--predictions", tmp_path, "--ground-truth", tmp_path]):
+    both = "with --predictions give either --ground-truth, or a data set"
+    for wrong, text in (
+        ([], "give a checkpoint, or --predictions with --ground-truth or with a data set"),
+        (["x.pt", "--ground-truth", tmp_path], "give a checkpoint, or --predictions"),
+        (["--predictions", tmp_path], both),
+        (["data.name=voc", "--predictions", tmp_path, "--ground-truth", tmp_path], both),
+        (["--predictions", tmp_path, "--ground-truth", tmp_path, "--split", "val"], "and --split not with"),
+    ):
         done = run(*wrong)
-        assert done.returncode == 2 and "give either a checkpoint, or both" in done.stderr
+        assert done.returncode == 2 and text in done.stderr
 
 
 def test_predictions_of_our_own_writer_score_as_the_model(sample_root: Path, tmp_path: Path) -> None:

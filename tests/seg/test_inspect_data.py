@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,21 +16,37 @@ from PIL import Image
 
 from engine.errors import UserError
 from seg import inspect_data, inspect_page
+from seg.config import DataConfig
 from seg.data import Cityscapes, read_pair, read_rgb
+from seg.datasets import samples
 from seg.inspect_data import Inspection
-from seg.labels import LABEL_NAMES, TRAIN_CLASSES, TRAIN_LABEL_IDS, read_label_ids, to_train_ids
+from seg.labels import (
+    IGNORE,
+    LABEL_NAMES,
+    TRAIN_CLASSES,
+    TRAIN_LABEL_IDS,
+    read_instance_ids,
+    read_label_ids,
+    table,
+    to_train_ids,
+)
+from tests.seg import layouts
 
 ROOT = Path(inspect_data.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def found(sample_root: Path) -> Inspection:
-    return inspect_data.inspect(sample_root)
+    return inspect(sample_root)
 
 
 @pytest.fixture
 def copy(sample_root: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sample_root, tmp_path / "data"))
+
+
+def inspect(root: Path, **data: Any) -> Inspection:
+    return inspect_data.inspect(DataConfig.model_validate({"root": root, **data}))
 
 
 def label_files(root: Path, split: str = "train") -> list[Path]:
@@ -42,7 +59,7 @@ def image_files(root: Path, split: str = "train") -> list[Path]:
 
 def kinds(root: Path) -> Counter[str]:
     """How often each kind of problem is found, notes on classes left out."""
-    problems = inspect_data.inspect(root).problems
+    problems = inspect(root).problems
     return Counter(problem.kind for problem in problems if problem.kind not in inspect_page.NOTES)
 
 
@@ -56,7 +73,7 @@ def test_numbers_are_those_of_the_files(found: Inspection, sample_root: Path) ->
         valid = pixels[list(TRAIN_LABEL_IDS)].sum()
         expected = {LABEL_NAMES[i]: pixels[i] / valid for i in TRAIN_LABEL_IDS}
         assert found.shares(split) == pytest.approx(expected)
-        assert found.images_with(split)[7] == sum((one == 7).any() for one in labels)
+        assert found.class_images(split)[0] == sum((one == 7).any() for one in labels)
     assert not found.pixels("test").any()
     some = np.concatenate([read_rgb(path)[::4, ::4].reshape(-1, 3) for path in image_files(sample_root)]) / 255
     colours = found.colours("train")
@@ -69,7 +86,7 @@ def test_sound_data_has_no_mistakes(found: Inspection) -> None:
     assert inspect_page.mistakes(found) == 0, found.problems
     text = inspect_page.text(found)
     lines = [line.split() for line in text.splitlines()]
-    cities = str(len({path.parent for path in image_files(found.root)}))
+    cities = str(len({path.parent for path in image_files(found.data.root)}))
     assert any(line[:5] == ["train", "4", "4", cities, "128x64"] for line in lines) and "not read" in text
     assert "\n0 problems and " in text
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
@@ -88,8 +105,8 @@ def test_rare_classes_and_classes_that_never_occur(copy: Path) -> None:
             if split == "train" and path == label_files(copy)[0]:
                 ids[5, 5:8] = 31
             Image.fromarray(ids).save(path)
-    texts = {problem.kind: [] for problem in inspect_data.inspect(copy).problems}
-    for problem in inspect_data.inspect(copy).problems:
+    texts = {problem.kind: [] for problem in inspect(copy).problems}
+    for problem in inspect(copy).problems:
         texts[problem.kind].append(problem.text)
     assert texts["class that never occurs"] == ["bicycle: neither in 'train' nor 'val'"]
     assert texts["class that cannot be learned"] == ["sky: not one pixel in 'train', but in 'val'"]
@@ -108,22 +125,22 @@ def test_each_damage_is_named(copy: Path) -> None:
     Image.fromarray(np.full((64, 128, 3), 9, np.uint8)).save(image_files(copy, "val")[1])
     (copy / "gtFine" / "val" / "ghost").mkdir()
     shutil.copy(labels[2], copy / "gtFine" / "val" / "ghost" / "ghost_000000_000019_gtFine_labelIds.png")
-    found = inspect_data.inspect(copy)
+    found = inspect(copy)
     texts = {problem.kind: problem.text for problem in found.problems}
     assert str(images[0]) in texts["unreadable image"]
     assert texts["label of another size than its image"] == f"{labels[1]}: 100 x 64, its image 128 x 64"
-    assert "99 (3 pixels), 255 (2 pixels); label ids are 0 to 33" in texts["unknown label ids"]
+    assert "99 (3 pixels), 255 (2 pixels); Cityscapes label ids are 0 to 33" in texts["unknown label ids"]
     assert texts["image without label"] == str(images[3])
     assert (
         "/val/" in texts["the same image in several splits"] and "/test/" in texts["the same image in several splits"]
     )
     assert texts["image of one colour"] == str(image_files(copy, "val")[1])
     assert "ghost_000000_000019" in texts["label without image"]
-    assert inspect_page.mistakes(found) == 8  # the ghost's unknown ids too
+    assert inspect_page.mistakes(found) == 9  # the ghost has unknown ids and no instance ids too
     text, document = inspect_page.text(found), inspect_page.document(found)
     for kind in texts:
         assert kind in text and kind in document
-    assert "<p class=wrong>8 problems" in document
+    assert "<p class=wrong>9 problems" in document
 
 
 def test_a_copy_in_another_format_is_noticed_within_a_split(copy: Path) -> None:
@@ -146,17 +163,19 @@ def test_colour_labels_and_missing_splits(copy: Path) -> None:
     Image.fromarray(np.zeros((64, 128, 3), np.uint8)).save(path)
     shutil.rmtree(copy / "leftImg8bit" / "val")
     shutil.rmtree(copy / "gtFine" / "val")
-    found = inspect_data.inspect(copy)
+    found = inspect(copy)
     texts = {problem.kind: problem.text for problem in found.problems}
     assert f"{path}: holds RGB colours" in texts["unreadable label"]
-    assert texts["empty split"] == "data.val_split: 'val' has no image (splits there: train, test)"
+    assert texts["split that cannot be used"].startswith(
+        f"val: {copy}/leftImg8bit: has no split 'val' (splits there: test, train). Download"
+    )
 
 
 def test_two_files_for_one_image_and_instances_of_some(copy: Path) -> None:
     first = image_files(copy)[0]
     shutil.copy(first, first.with_suffix(".jpg"))
     next((copy / "gtFine" / "train").glob("*/*_instanceIds.png")).unlink()
-    found = inspect_data.inspect(copy)
+    found = inspect(copy)
     texts = {problem.kind: problem.text for problem in found.problems}
     assert (
         str(first) in texts["two files for one image"]
@@ -164,12 +183,112 @@ def test_two_files_for_one_image_and_instances_of_some(copy: Path) -> None:
     )
 
 
-def test_the_table_is_an_argument(sample_root: Path) -> None:
-    found = inspect_data.inspect(sample_root, names=[*LABEL_NAMES[:33]], evaluated=[7, 8])
-    assert list(found.shares("train")) == ["road", "sidewalk"] and sum(found.shares("train").values()) == pytest.approx(
-        1
+def test_damaged_instance_ids(copy: Path) -> None:
+    first, second, *_ = sorted((copy / "gtFine" / "train").glob("*/*_instanceIds.png"))
+    first.write_bytes(first.read_bytes()[:200])
+    Image.fromarray(read_instance_ids(second)[:, :100]).save(second)
+    texts = {problem.kind: problem.text for problem in inspect(copy).problems}
+    assert texts["unreadable instance ids"].startswith(f"{first}: is truncated or damaged")
+    assert texts["instance ids of another size than its image"] == f"{second}: 100 x 64, its image 128 x 64"
+
+
+def test_coarse_labels_are_looked_at_if_training_takes_them(copy: Path) -> None:
+    for path in image_files(copy):
+        name = path.name.removesuffix("_leftImg8bit.png")
+        image = copy / "leftImg8bit" / "train_extra" / "ulm" / f"x{path.name}"
+        label = copy / "gtCoarse" / "train_extra" / "ulm" / f"x{name}_gtCoarse_labelIds.png"
+        layouts.put(image, 255 - read_rgb(path))
+        layouts.put(label, np.full((64, 128), 7, np.uint8))
+    assert inspect(copy).splits == ["train", "val", "test"]
+    found = inspect(copy, coarse_share=0.5)
+    assert found.splits == ["train", "train_extra", "val", "test"] and inspect_page.mistakes(found) == 0
+    assert found.class_pixels("train_extra") == [4 * 64 * 128, *[0] * 18]
+    label.unlink()
+    assert [p.text for p in inspect(copy, coarse_share=0.5).problems if p.kind == "image without label"] == [str(image)]
+
+
+# ---------------------------------------------------------------- the other layouts
+
+
+@pytest.mark.parametrize("name", layouts.WRITERS)
+def test_each_layout_is_counted_as_training_reads_it(tmp_path: Path, name: str) -> None:
+    layouts.WRITERS[name](tmp_path)
+    found = inspect(tmp_path, name=name)
+    labels = table(found.data)
+    assert found.labels == labels and found.splits == ["train", "val", "test"]
+    for split in ("train", "val"):
+        every = samples(found.data, split)
+        assert [(e.image, e.label) for e in found.of(split)] == sorted((s.image, s.label) for s in every)
+        ids = [labels.to_train_ids(read_pair(sample)[1], "") for sample in every]
+        pixels = np.sum([np.bincount(one.ravel(), minlength=256) for one in ids], 0)[: labels.num_classes]
+        assert found.class_pixels(split) == pixels.tolist()
+        assert found.class_images(split) == [sum((one == c).any() for one in ids) for c in range(labels.num_classes)]
+    wrong = [p.text for p in found.problems if p.kind not in inspect_page.NOTES]
+    # the only image of the test list here is one of val's too
+    assert [text.partition("JPEGImages/")[2] for text in wrong] == ["2007_val0.jpg in 'val' and 'test'"] * (
+        name == "voc"
     )
-    assert sum(problem.kind == "unknown label ids" for problem in found.problems) > 0  # id 33 is no longer known
+    text, document = inspect_page.text(found), inspect_page.document(found)
+    assert text.startswith(f"{tmp_path}: {labels.name}, {labels.num_classes} classes\n") and "not read" in (
+        text if name != "camvid" else "not read"
+    )
+    assert ("cities" in text) == (name in ("camvid", "acdc")) and ("<h2>Cities</h2>" in document) == ("cities" in text)
+    assert document.count("<img") >= 1 + 2 * 3
+
+
+@pytest.mark.parametrize("name", layouts.WRITERS)
+def test_each_layouts_damage_is_named(tmp_path: Path, name: str) -> None:
+    layouts.WRITERS[name](tmp_path)
+    cfg = DataConfig(name=name, root=tmp_path)  # type: ignore[arg-type]
+    first, second, third, *_ = samples(cfg, "train")
+    assert first.label and second.label and third.label
+    first.label.unlink()
+    ids = read_label_ids(second.label)
+    known = {label.id for label in table(cfg).labels}
+    strange = next(i for i in range(256) if i not in known)
+    ids[0, :3] = strange
+    Image.fromarray(ids).save(second.label)
+    third.image.write_bytes(third.image.read_bytes()[:90])
+    texts = {problem.kind: problem.text for problem in inspect(tmp_path, name=name).problems}
+    if name == "voc":  # whose list names the file, which then cannot be read
+        assert texts["unreadable label"] == f"{first.label}: cannot be read (No such file or directory)."
+    else:
+        assert texts["image without label"] == str(first.image)
+    assert texts["unknown label ids"].startswith(f"{second.label}: unknown label ids {strange} (3 pixels); ")
+    assert texts["unreadable image"].startswith(f"{third.image}: ")
+    with pytest.raises(UserError):
+        samples(cfg, "train")
+
+
+@pytest.mark.parametrize("name", layouts.WRITERS)
+def test_a_wrong_folder_is_the_error_of_a_training(tmp_path: Path, name: str) -> None:
+    cfg = DataConfig(name=name, root=tmp_path)  # type: ignore[arg-type]
+    for root in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError) as trained:
+            samples(cfg.model_copy(update={"root": root}), "train")
+        with pytest.raises(UserError) as inspected:
+            inspect(root, name=name)
+        assert str(inspected.value) == str(trained.value) and str(root) in str(trained.value)
+
+
+def test_merged_and_ignored_labels_of_a_folder(tmp_path: Path) -> None:
+    layouts.folder(tmp_path)
+    found = inspect(tmp_path, name="folder")
+    ids = [read_label_ids(sample.label) for sample in samples(found.data, "train") if sample.label]
+    assert found.class_pixels("train")[0] == sum(int(np.isin(one, (3, 4)).sum()) for one in ids)
+    rows = {row[0]: row[1:3] for row in inspect_page._id_rows(found)[1]}
+    assert rows == {
+        "3": ["car", "class"],
+        "4": ["truck", "counts as car"],
+        "40": ["road", "class"],
+        "200": ["void", "void"],
+    }
+    assert table(found.data).labels[-1].train_id == IGNORE
+    stray = next((tmp_path / "masks/train").rglob("*.png"))
+    stray.rename(stray.with_name(f"{stray.stem}_mask.png"))
+    texts = {problem.kind: problem.text for problem in inspect(tmp_path, name="folder").problems}
+    assert texts["image without label"].endswith(f"(there is 'day0/{stray.stem}_mask'; names must be equal)")
+    assert texts["label without image"].endswith(f"{stray.stem}_mask.png")
 
 
 def test_overlays_show_images_of_the_rarest_classes(found: Inspection, sample_root: Path) -> None:
@@ -185,11 +304,13 @@ def test_overlays_show_images_of_the_rarest_classes(found: Inspection, sample_ro
     assert 1 + 2 * 3 <= document.count("<img") <= 1 + 2 * 6
 
 
-def test_nothing_to_look_at(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none \(data.root\): no such folder"):
-        inspect_data.inspect(tmp_path / "none")
-    with pytest.raises(UserError, match=r"\(data.root\): no image in it; expected leftImg8bit/<split>"):
-        inspect_data.inspect(tmp_path)
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    layouts.folder(tmp_path)
+    image = next((tmp_path / "images/train/day0").iterdir())
+    image.rename(os.fsdecode(os.fsencode(image.parent) + b"/\xff.png"))
+    found = inspect(tmp_path, name="folder")
+    text, document = inspect_page.text(found), inspect_page.document(found)
+    assert r"\udcff.png" in text and r"\udcff.png" in document and text.encode() and document.encode()
 
 
 # ---------------------------------------------------------------- the program
@@ -209,9 +330,7 @@ def test_the_program(sample_root: Path, copy: Path, tmp_path: Path) -> None:
     config = tmp_path / "tiny.yaml"
     config.write_text("task: seg\nlength: 2 steps\nbatch_size: 2\ndata: {val_split: mini}\n")
     done = tool(config, f"data.root={sample_root}")
-    assert (
-        done.returncode == 1 and "data.val_split: 'mini' has no image (splits there: train, val, test)" in done.stdout
-    )
+    assert done.returncode == 1 and f"mini: {sample_root}/leftImg8bit: has no split 'mini' (splits" in done.stdout
     done = tool(config, "data.val_split=val", f"data.root={sample_root}", "--out", tmp_path / "new" / "report.html")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "page with pictures: " in done.stdout
@@ -226,7 +345,8 @@ def test_the_program(sample_root: Path, copy: Path, tmp_path: Path) -> None:
     [
         (["data.root=/nowhere"], "error: /nowhere (data.root): no such folder"),
         (["data.roott=/x"], "did you mean data.root?"),
-        (["data.name=voc", "data.root=/tmp"], "data.name: voc, but only the Cityscapes layout"),
+        (["data.name=voc", "data.root=/nowhere"], "error: /nowhere (data.root): no such folder; expected"),
+        (["data.name=vok", "data.root=/tmp"], "data.name: found 'vok', expected"),
         (["a.yaml", "b.yaml"], "a.yaml, b.yaml: more than one config"),
         (["data.root=/tmp", "--out", "/proc/x.html"], "error: /proc: cannot write there"),
         (["data.root=/tmp", "--out", "/tmp"], "--out: /tmp is a folder"),

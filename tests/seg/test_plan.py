@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import load
+from engine.errors import UserError
 from seg.config import SegConfig
 from seg.plan import plan, workload
 from tools import train as program
@@ -40,6 +41,18 @@ def test_a_larger_crop_takes_more(config: Path):
     large = plan(load(config, [*keys, "data.crop=[128,192]"], SegConfig), 2**40)
     assert large.parts == small.parts
     assert large.curves[False].step(1, 1) > 1.5 * small.curves[False].step(1, 1)
+
+
+def test_no_label_is_read_and_automatic_weights_take_what_given_ones_do(config: Path, tmp_path: Path):
+    """There is no data at all."""
+    keys = ["batch_size=1", "norm.name=bn", f"data.root={tmp_path}/none"]
+    auto, plain = (
+        plan(load(config, [*keys, f"loss.class_weights={weights}"], SegConfig), 2**40)
+        for weights in ("auto", str([2.0] * 19))
+    )
+    assert auto.parts == plain.parts and auto.curves == plain.curves
+    with pytest.raises(UserError, match="class_weights: auto has no effect with the loss dice"):
+        workload(load(config, [*keys, "loss.class_weights=auto", "loss.name=dice"], SegConfig).config)
 
 
 @pytest.mark.parametrize("size, status, text", [("4GiB", 0, "micro_batch=2"), ("1MiB", 1, "nothing fits into 1.0 MiB")])

@@ -1,0 +1,56 @@
+"""How programs end with a mistake of the user's, and with several processes where one does the work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError, one_process, program
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, rank: str | None, world: str | None) -> int:
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+
+    @program
+    def main() -> int:
+        one_process("tools/x.py --y")
+        return 7
+
+    return main()
+
+
+@pytest.mark.parametrize("rank, world", [(None, None), ("0", "1"), (None, "4"), ("0", "many")])
+def test_a_single_process_works(monkeypatch: pytest.MonkeyPatch, rank: str | None, world: str | None) -> None:
+    assert run(monkeypatch, rank, world) == 7
+
+
+def test_of_several_the_first_tells_why_and_the_others_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "0", "3") == UserError.status
+    assert capsys.readouterr().err == (
+        "error (process 0): tools/x.py --y: works in one process, and torchrun has started 3; start it without "
+        "torchrun: python tools/x.py --y ...\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "1", "3")
+    assert ended.value.code == 0 and capsys.readouterr() == ("", "")
+
+
+def test_under_torchrun_itself() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "tools/inspect.py"), "data.root=/nowhere"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""  # torchrun's own status
+    assert done.stderr.count("error (process") == 1
+    assert "error (process 0): tools/inspect.py: works in one process, and torchrun has started 2" in done.stderr
