@@ -269,7 +269,7 @@ class Gradients(NamedTuple):
 class Statistics(NamedTuple):
     """What whitens: the patches' mean (F,) or (G F,), and D.
 
-    Without `scale`, D is `deconv` (F, F) or (G, F, F). With the patches' `scale`, () or (G,), `deconv` is D's shape, and
+    Without `scale`, D is `deconv` (F, F) or (G, F, F). With the patches' `scale`, () or (G,), `deconv` is D's shape:
     D = deconv / sqrt(scale). With `tilted` and `last` too, D is `leading.matrix` of few leading directions:
     `deconv` is their basis (F, r) or (G, F, r), `last` the gain of the rest, () or (G,).
     """
