@@ -84,12 +84,16 @@ State = tuple[nn.Module, dict[str, Tensor | None], dict[str, Any]]
 
 
 def _states(block: nn.Module) -> list[State]:
-    """For each module copies of its buffers, and its counters and switches."""
+    """For each module copies of its buffers, and its counters and switches, which may be tensors too."""
     return [
         (
             module,
             {name: None if each is None else each.clone() for name, each in module._buffers.items()},
-            {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float))},
+            {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in vars(module).items()
+                if isinstance(value, (bool, int, float, Tensor))
+            },
         )
         for module in block.modules()
     ]
@@ -97,7 +101,7 @@ def _states(block: nn.Module) -> list[State]:
 
 @contextmanager
 def _as_before(states: list[State]) -> Iterator[None]:
-    """Inside, the modules have those buffers and counters; afterwards those that they have now. Buffers change place
+    """Inside, the modules have those buffers and counters; afterwards those that they have now. Tensors change place
     rather than value: autograd may hold them."""
     now = [(dict(module._buffers), {name: vars(module)[name] for name in held}) for module, _, held in states]
     try:

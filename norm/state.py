@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from norm import leading, processes, whitening
 from norm.processes import Traffic
+from norm.running_shape import Averages, Pace, follow, follow_in_a_graph
 from norm.sampling import Grouping, Sampler
-from norm.shape import Averages, Pace, follow, follow_in_a_graph
 from norm.whitening import Statistics
 
 _TINY = 1e-12
