@@ -22,7 +22,7 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 test: install
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadscope $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: install
 	$(PY) -m ruff check .
