@@ -21,6 +21,16 @@ LAYERS: dict[str, dict[str, Any]] = {
     "cheap grouped": {"every": 2, "rank": 16, "groups": 4},
     "cheap depthwise": {"every": 2, "rank": 9, "groups": 16, "out_channels": 16},
     "gain": {"gain": True},
+    "1x1": {"kernel_size": 1, "padding": 0, "sampling_stride": 5},
+    "cheap 1x1": {"kernel_size": 1, "padding": 0, "every": 2, "rank": 2, "sampling_stride": 5},
+    "cheap 1x1, all directions": {
+        "kernel_size": 1,
+        "padding": 0,
+        "every": 2,
+        "max_rows": 100,
+        "dense_small_maps": True,
+    },
+    "cheap interleaved": {"every": 2, "rank": 16, "grouping": "published"},
 }
 
 
@@ -28,7 +38,8 @@ LAYERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_gpu_computes_the_same(options: dict[str, Any], layout: torch.memory_format) -> None:
     torch.manual_seed(0)
-    here = FastDeconv(16, kernel_size=3, **{"out_channels": 24, "padding": 1, "block": 8, **options}).double()
+    standard = {"out_channels": 24, "kernel_size": 3, "padding": 1, "block": 8}
+    here = FastDeconv(16, **{**standard, **options}).double()
     there = copy.deepcopy(here).cuda()
     for _ in range(3):
         x = torch.randn(6, 16, 12, 14, dtype=torch.float64).to(memory_format=layout).requires_grad_()
@@ -67,3 +78,26 @@ def test_half_precision_keeps_statistics_in_full(every: int) -> None:
     torch.testing.assert_close(y.float(), other(x), rtol=0.05, atol=0.05)
     mine, others = layer.running_mean, other.running_mean
     torch.testing.assert_close(mine, others, rtol=0.02, atol=0.002)
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 2, "rank": 16}], ids=["exact", "cheap"])
+def test_a_compiled_network_computes_the_same(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    layers = [
+        FastDeconv(3, 16, 3, padding=1, freeze=True, freeze_iter=1, **options),
+        torch.nn.ReLU(),
+        FastDeconv(16, 8, 3, padding=1, block=8, dense_small_maps=True, max_rows=300, **options),
+        FastDeconv(8, 8, 1, **options),
+    ]
+    plain = torch.nn.Sequential(*layers).double().cuda()
+    compiled = copy.deepcopy(plain)
+    compiled.compile(fullgraph=True)
+    for _ in range(4):
+        x = torch.randn(6, 3, 12, 14, dtype=torch.float64).cuda()
+        for network in (plain, compiled):
+            network.zero_grad()
+            network(x).square().sum().backward()
+        for (name, one), other in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-6, atol=1e-8, msg=name)
+    for (name, one), other in zip(plain.named_buffers(), compiled.named_buffers(), strict=True):
+        torch.testing.assert_close(other[1], one, rtol=1e-6, atol=1e-8, msg=name)
