@@ -47,7 +47,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             patches (`sampling.thin_out`); 0: take all that the strides leave.
         every: 0: the exact method. n: the shape of D comes from a running covariance, has no gradient, and is renewed
             in every n-th step; mean and scale stay the batch's (`norm.state.Deconvolving`).
-        rank: with `every`, the leading directions that are whitened; all others get one gain (`norm.leading`).
+        rank: with `every`, the leading directions that are whitened, all others get one gain (`norm.leading`); at most
+            2 rank features are all whitened.
         gain: learn a gain (C_out,) for each output channel; of the weight only the direction counts
             (`norm.state.Deconvolving.effective_weight`).
         sync: in training, take the statistics from the patches of all processes (`norm.processes`): n processes with b
@@ -59,9 +60,10 @@ class FastDeconv(Deconvolving, nn.Conv2d):
     inverse root and W D are computed in float32 under autocast (float64 for a float64 layer).
 
     Buffers: running_mean (F,) or (groups F,), zeros at first; running_deconv (F, F) or (groups, F, F), the identity at
-    first; with `every`, in its place, running_scale () or (groups,), and of the shape basis (F, r) or (groups, F, r),
-    values and gains (r + 1,) or (groups, r + 1), r = min(rank, F); steps (), int64, with freeze or every.
-    F = block k_h k_w.
+    first; with `every`, in its place, running_scale () or (groups,), and shape, like inner, whose root it is, (F, F) or
+    (groups, F, F); with more than 2 rank features, in place of these (`norm.leading`), basis and tilted (F, rank) or
+    (groups, F, rank), last () or (groups,), inner with rank + 1 rows and columns; steps (), int64, with freeze or
+    every. F = block k_h k_w.
 
     Raises:
         NormError: an option out of range, an input that is not (N, C_in, H, W), or `.half()`.
@@ -147,7 +149,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             return False
         size, kernel = (x.shape[-2], x.shape[-1]), cast(Pair, self.kernel_size)
         positions = sampling.output_size(size, kernel, how.stride, how.padding, how.dilation)
-        products = 3 * self.rank if self.every else self.features  # two thin products take the time of three
+        products = 3 * self.rank if self.few else self.features  # two thin products take the time of three
         return folded_conv.worth_it(products, len(x), positions)
 
     def forward(self, x: Tensor) -> Tensor:

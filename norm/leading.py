@@ -1,11 +1,14 @@
 """D of the cheap method: the leading directions of a running covariance are whitened, all others are scaled alike.
 
-A covariance over its scale, of F features, is held as V diag(values) V^T + rest (I - V V^T), with r orthonormal
-columns V. Its damped inverse root then has the same form: a gain for each leading direction and one for the rest
-(`gains`). Five Newton-Schulz steps whiten no further than 1.5^5, so beyond the leading directions gains differ little.
+A covariance over its scale, of F features, is held as V H V^T + rest (I - V V^T), with r orthonormal columns V and a
+symmetric H. Its damped inverse root then has the same form (`respond`). Five Newton-Schulz steps whiten no further than
+1.5^5, so beyond the leading directions gains differ little.
 
-Shapes, with G conv groups: basis (F, r) or (G, F, r); values (r,) or (G, r); rest () or (G,); gains (r + 1,) or
-(G, r + 1), the last one that of the rest. All functions take any number of leading dimensions.
+There are only products, and triangular factors of r x r matrices: for other decompositions (QR, eigenvectors) a GPU
+makes the host wait, once a layer.
+
+Shapes, with G conv groups: basis V, (F, r) or (G, F, r); inner, (r + 1, r + 1) or (G, r + 1, r + 1), H with rest in the
+corner and zeros beside it.
 """
 
 from __future__ import annotations
@@ -14,87 +17,109 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from norm.products import fused, newton_schulz
+
+_SHIFT = 1e-14
+"""Of the trace: more than float64's rounding, less than the square of float32's."""
 
 
-def first_basis(features: int, rank: int) -> Tensor:
-    """Where the search for the leading directions begins: (F, r), any orthonormal columns, always the same ones."""
-    if rank == features:
-        return torch.eye(features)
+def few(rank: int, features: int) -> bool:
+    """Whether two thin products with `rank` directions take less than one with D. If not, D's shape is held whole."""
+    return 2 * rank < features
+
+
+def first(features: int, rank: int) -> tuple[Tensor, Tensor]:
+    """basis and inner of the identity, where the search for the directions begins: always the same ones."""
     generator = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(features, rank, generator=generator))[0]
+    basis = torch.linalg.qr(torch.randn(features, rank, generator=generator))[0]
+    return basis, torch.eye(rank + 1)
 
 
 def renew(
     basis: Tensor,
-    values: Tensor,
-    rest: Tensor,
+    inner: Tensor,
     patches: Tensor,
     ridge: Tensor,
     rate: float,
     passes: int = 1,
     total: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """basis, values and rest of (1 - rate) times the covariance held and `rate` times that of `patches`.
+) -> tuple[Tensor, Tensor]:
+    """basis and inner of (1 - rate) times the covariance held and `rate` times that of `patches`.
 
-    One step of orthogonal iteration from the directions held (Golub and Van Loan, Matrix Computations, section 8.2), or
-    `passes` of them, and the Rayleigh-Ritz values there; no matrix of F x F is made. With r = F it is exact.
+    One step of orthogonal iteration from the directions held (Golub and Van Loan, Matrix Computations, section 8.2),
+    and the Rayleigh quotient there; no matrix of F x F is made.
 
     Args:
         patches: (..., F, rows), centred and over the square root of scale times rows, so that patches patches^T is
             their covariance over the scale.
         ridge: () or (G,), added to that covariance's diagonal.
         rate: between 0 and 1.
+        passes: so many steps of iteration; more than one only at rate 1, where nothing held is left.
         total: sums a product of patches over the processes that have some of them; None: they are all here.
     """
     total = total or (lambda product: product)
     features, rank = basis.shape[-2:]
-    held, ridge = basis, ridge[..., None, None]
-    rest_held = rest[..., None, None]
-
-    def project(vectors: Tensor) -> tuple[Tensor, Tensor]:
-        return held.mT @ vectors, patches.mT @ vectors
-
-    if rank < features:
-        for _ in range(passes):
-            inside, rows = project(basis)
-            applied = held @ ((values[..., None] - rest_held) * inside) + rest_held * basis
-            applied = (1 - rate) * applied + rate * (total(patches @ rows) + ridge * basis)
-            basis = torch.linalg.qr(applied)[0]
-    inside, rows = project(basis)
-    small = (1 - rate) * (inside.mT @ ((values[..., None] - rest_held) * inside)) + rate * total(rows.mT @ rows)
-    small.diagonal(dim1=-2, dim2=-1).add_(((1 - rate) * rest_held + rate * ridge)[..., 0])
-    values, turn = torch.linalg.eigh(small)
-    # the trace of a covariance over its scale is F
-    rest = ((features - values.sum(-1)) / max(1, features - rank)).clamp_(min=0)
-    return basis @ turn, values.clamp_(min=0), rest
+    held, rest = inner[..., :rank, :rank], inner[..., rank:, rank:]
+    eye = torch.eye(rank, dtype=basis.dtype, device=basis.device)
+    ridge = ridge[..., None, None] * eye
+    before, mix = basis, torch.lerp(held, ridge, rate)
+    for _ in range(passes):
+        applied = total(patches @ (patches.mT @ basis)).mul_(rate)
+        basis = orthonormal(fused(applied, basis, mix, 1.0, 1.0))
+    inside, rows = before.mT @ basis, patches.mT @ basis
+    kept = inside.mT @ (held - rest * eye) @ inside + rest * eye
+    found = torch.lerp(kept, total(rows.mT @ rows) + ridge, rate)
+    found = (found + found.mT) / 2
+    trace = found.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return basis, _with_rest(found, (features - trace) / (features - rank))  # that of the whole is F
 
 
-def directions(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """basis, values and rest of a covariance over its scale (..., F, F)."""
+def orthonormal(columns: Tensor) -> Tensor:
+    """Orthonormal columns of the same span, (..., F, r).
+
+    Cholesky QR in float64, shifted, and once more to be rid of the shift (Fukaya, Kannan, Nakatsukasa, Yamamoto and
+    Yanagisawa, "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices", SIAM Journal on
+    Scientific Computing 42, 2020, algorithm 4.1 and section 4.2).
+    """
+    wide = columns.double()
+    for shift in (_SHIFT, 0.0):
+        gram = wide.mT @ wide
+        if shift:
+            diagonal = gram.diagonal(dim1=-2, dim2=-1)
+            diagonal.add_(diagonal.sum(-1, keepdim=True), alpha=shift)
+        factor = torch.linalg.cholesky_ex(gram)[0]  # which does not look whether it succeeded
+        wide = torch.linalg.solve_triangular(factor.mT, wide, upper=True, left=False)
+    return wide.to(columns.dtype)
+
+
+def directions(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """basis and inner of a covariance over its scale (..., F, F)."""
     values, vectors = torch.linalg.eigh(covariance)
-    rest = values[..., :-rank].sum(-1) / max(1, covariance.shape[-1] - rank)
-    return vectors[..., -rank:], values[..., -rank:], rest
+    rest = values[..., :-rank].mean(-1)
+    return vectors[..., -rank:], _with_rest(torch.diag_embed(values[..., -rank:]), rest)
 
 
-def gains(values: Tensor, rest: Tensor, features: int, n_iter: int) -> Tensor:
-    """What `whitening.inverse_sqrt` makes of the eigenvalues: of the r leading ones, then of the rest."""
-    every = torch.cat([values, rest[..., None]], -1)
-    norm = (values.square().sum(-1) + (features - values.shape[-1]) * rest.square()).sqrt()[..., None]
-    y, z = every / norm, torch.ones_like(every)
-    for _ in range(n_iter):
-        t = 1.5 - 0.5 * z * y
-        y, z = y * t, t * z
-    return z * norm.rsqrt()
+def _with_rest(matrix: Tensor, rest: Tensor) -> Tensor:
+    inner = pad(matrix, (0, 1, 0, 1))
+    inner[..., -1, -1] = rest.clamp(min=0)
+    return inner
 
 
-def tilt(basis: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-    """tilted (..., F, r) and the rest's gain, (): the shape is rest (I + tilted basis^T)."""
-    last = gains[..., -1]
-    return basis * (gains[..., :-1] / last[..., None] - 1).unsqueeze(-2), last
+def respond(basis: Tensor, inner: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
+    """What `whitening.inverse_sqrt` makes of the covariance, last (I + tilted basis^T): tilted, like basis, and
+    last, () or (G,), the gain of all other directions."""
+    features, rank = basis.shape[-2:]
+    rest = inner[..., -1, -1].square() * (features - rank - 1)
+    norm = (inner.square().sum((-2, -1)) + rest).sqrt()[..., None, None]
+    root = newton_schulz(inner / norm, n_iter) * norm.rsqrt()
+    last = root[..., -1, -1]
+    return fused(basis, basis, root[..., :rank, :rank] / last[..., None, None], -1.0, 1.0), last
 
 
 def matrix(basis: Tensor, tilted: Tensor, factor: Tensor) -> Tensor:
-    """D = factor (I + tilted basis^T), (..., F, F), with factor = rest's gain / sqrt(scale)."""
+    """D = factor (I + tilted basis^T), (..., F, F), with factor = last / sqrt(scale)."""
     eye = torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device)
     return (tilted @ basis.mT + eye) * factor[..., None, None]
 

@@ -18,22 +18,34 @@ def fused(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
     return (torch.baddbmm if a.ndim == 3 else torch.addmm)(c, a, b, beta=beta, alpha=alpha)
 
 
+def newton_schulz(y: Tensor, n_iter: int, kept: list[Tensor] | None = None) -> Tensor:
+    """Z after `n_iter` steps from Y0 = A / |A|_F, which the caller has divided; (F, F) or (G, F, F).
+
+    Args:
+        kept: takes what a gradient needs: Y0 and T, then Z, Y and T of each step after the first.
+    """
+    eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device).expand_as(y)
+    t = torch.add(1.5 * eye, y, alpha=-0.5)
+    z = t
+    if kept is not None:
+        kept += [y, t]
+    for _ in range(n_iter - 1):
+        y = y @ t
+        t = fused(eye, z, y, 1.5, -0.5)
+        if kept is not None:
+            kept += [z, y, t]
+        z = t @ z
+    return z
+
+
 class Products(torch.autograd.Function):
     """Z / sqrt(|A|_F) after `n_iter` steps, see `norm.whitening.inverse_sqrt`; (F, F) or (G, F, F)."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, n_iter: int) -> Tensor:
         size = torch.linalg.matrix_norm(matrix, keepdim=True)
-        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-        y = matrix / size
-        t = torch.add(1.5 * eye, y, alpha=-0.5)
-        z = t
-        kept = [y, t]
-        for _ in range(n_iter - 1):
-            y = y @ t
-            t = fused(eye, z, y, 1.5, -0.5)
-            kept += [z, y, t]
-            z = t @ z
+        kept: list[Tensor] = []
+        z = newton_schulz(matrix / size, n_iter, kept)
         ctx.save_for_backward(size, z, *kept)
         return z * size.rsqrt()
 

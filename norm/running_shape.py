@@ -1,8 +1,7 @@
-"""The running averages of the cheap method: mean and scale move in every training step, the leading directions of the
-shape (see `norm.leading`) in every n-th.
+"""The running averages of the cheap method: mean and scale move in every training step, the shape of D in every n-th.
 
-The host counts the steps and decides; a compiled graph holds that decision as one operator, which runs as it is written
-here, so that nothing is traced twice and the graph stays whole.
+The host counts the steps and decides; a compiled graph holds that decision as one operator, so that the graph stays
+whole.
 """
 
 from __future__ import annotations
@@ -13,27 +12,67 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from norm import leading, processes
+from norm import leading, processes, whitening
+from norm.whitening import Statistics
 
 _FIRST_PASSES = 4
 """Steps towards the leading directions in the first training step, which starts from none."""
 
 
 class Averages(NamedTuple):
-    """A layer's buffers, which move in place: mean (F,) or (G F,), scale () or (G,), and the directions' basis
-    (F, r) or (G, F, r), values and gains (r + 1,) or (G, r + 1)."""
+    """A layer's buffers, which move in place: mean (F,) or (G F,), scale () or (G,), and D's shape as `Statistics` has
+    it, with the covariance `inner` that it comes from.
+
+    With all directions: deconv and inner are (F, F) or (G, F, F). With few (`norm.leading`): deconv is their basis
+    (F, r) or (G, F, r), like tilted; last is () or (G,), and inner (r + 1, r + 1) or (G, r + 1, r + 1).
+    """
 
     mean: Tensor
     scale: Tensor
-    basis: Tensor
-    values: Tensor
-    gains: Tensor
+    inner: Tensor
+    deconv: Tensor
+    tilted: Tensor | None = None
+    last: Tensor | None = None
 
-    def lead(self, basis: Tensor, values: Tensor, rest: Tensor, n_iter: int) -> None:
-        """Take these leading directions."""
-        self.basis.copy_(basis)
-        self.values.copy_(torch.cat([values, rest[..., None]], -1))
-        self.gains.copy_(leading.gains(values, rest, basis.shape[-2], n_iter))
+    def statistics(self, mean: Tensor, scale: Tensor) -> Statistics:
+        """The shape held, with these."""
+        return Statistics(mean, self.deconv, self.tilted, self.last, scale)
+
+    def copied(self) -> Averages:
+        """With a copy of the shape, which the next call may move before the gradient of this one is taken."""
+        tilted = None if self.tilted is None else self.tilted.clone()
+        last = None if self.last is None else self.last.clone()
+        return self._replace(deconv=self.deconv.clone(), tilted=tilted, last=last)
+
+    def take(self, covariance: Tensor, n_iter: int) -> None:
+        """Take the shape from a covariance over its scale, (F, F) or (G, F, F)."""
+        if self.tilted is None:
+            self._whole(covariance, n_iter)
+        else:
+            self._lead(*leading.directions(covariance, self.tilted.shape[-1]), n_iter)
+
+    def renew(self, patches: Tensor, ridge: Tensor, rate: float, n_iter: int, joint: bool) -> None:
+        """Move the shape towards that of patches, as `leading.renew` takes them."""
+        if self.tilted is None:
+            now = patches @ patches.mT
+            if joint:
+                now = processes.unpack(processes.total_(processes.pack(now)), now.shape[-1])
+            now.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
+            self._whole(torch.lerp(self.inner, now, rate), n_iter)
+            return
+        passes, total = 1 if rate < 1 else _FIRST_PASSES, processes.total_ if joint else None
+        found = leading.renew(self.deconv, self.inner, patches, ridge, rate, passes, total)
+        self._lead(*(_everywhere(*found) if joint else found), n_iter)
+
+    def _whole(self, covariance: Tensor, n_iter: int) -> None:
+        self.inner.copy_(covariance)
+        self.deconv.copy_(whitening.inverse_sqrt(covariance, n_iter))
+
+    def _lead(self, basis: Tensor, inner: Tensor, n_iter: int) -> None:
+        assert self.tilted is not None and self.last is not None
+        tilted, last = leading.respond(basis, inner, n_iter)
+        for held, found in ((self.deconv, basis), (self.inner, inner), (self.tilted, tilted), (self.last, last)):
+            held.copy_(found)
 
 
 class Pace(NamedTuple):
@@ -67,48 +106,71 @@ def follow(
     held.mean.lerp_(mean.to(held.mean.dtype), max(pace.momentum, 1 / (steps + 1)))
     held.scale.lerp_(scale.to(held.scale.dtype), max(pace.momentum, 1 / (steps + 1)))
     if steps % pace.every == 0:
-        rate = max(1 - (1 - pace.momentum) ** pace.every, 1 / (steps // pace.every + 1))
-        with torch.autocast(mean.device.type, enabled=False):
-            _renew(held, pace, rate, mean, scale, gather(), joint)
+        _renew(held, pace, steps, mean, scale, gather(), joint)
 
 
-def _renew(held: Averages, pace: Pace, rate: float, mean: Tensor, scale: Tensor, patches: Tensor, joint: bool) -> None:
-    """Move the leading directions towards those of these patches."""
-    dtype = held.basis.dtype
-    patches = patches.to(dtype)  # perhaps a view of the layer's input
-    centred = patches - mean.to(dtype).view(*patches.shape[:-1], 1)
-    rows = torch.full_like(scale, patches.shape[-1], dtype=dtype)
-    rows = processes.total_(rows) if joint else rows
-    centred.mul_((scale.to(dtype) * rows).rsqrt()[..., None, None])
-    passes = 1 if rate < 1 else _FIRST_PASSES
-    before = (held.basis, held.values[..., :-1], held.values[..., -1])
-    total = processes.total_ if joint else None
-    found = leading.renew(*before, centred, pace.eps / scale.to(dtype), rate, passes, total)
-    held.lead(*(_everywhere(*found) if joint else found), pace.n_iter)
+def _renew(held: Averages, pace: Pace, steps: int, mean: Tensor, scale: Tensor, patches: Tensor, joint: bool) -> None:
+    """Move the shape towards that of these patches."""
+    rate = max(1 - (1 - pace.momentum) ** pace.every, 1 / (steps // pace.every + 1))
+    dtype = held.deconv.dtype
+    mean, scale, patches = mean.to(dtype), scale.to(dtype), patches.to(dtype)  # perhaps a view of the layer's input
+    with torch.autocast(mean.device.type, enabled=False):
+        centred = patches - mean.view(*patches.shape[:-1], 1)
+        rows = torch.full_like(scale, patches.shape[-1])
+        rows = processes.total_(rows) if joint else rows
+        centred.mul_((scale * rows).rsqrt()[..., None, None])
+        held.renew(centred, pace.eps / scale, rate, pace.n_iter, joint)
 
 
-def _everywhere(basis: Tensor, values: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rank 0's: eigenvectors have no sign of their own, and products of unlike ones must not be summed."""
-    parts = (basis, values, rest)
-    found = processes.same_(torch.cat([part.flatten() for part in parts])).split([part.numel() for part in parts])
-    basis, values, rest = (each.view_as(part) for each, part in zip(found, parts, strict=True))
-    return basis, values, rest
+def _everywhere(basis: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank 0's, so that processes on unlike devices do not drift apart by rounding."""
+    sizes = [basis.numel(), inner.numel()]
+    basis_, inner_ = processes.same_(torch.cat([basis.flatten(), inner.flatten()])).split(sizes)
+    return basis_.view_as(basis), inner_.view_as(inner)
+
+
+def follow_in_a_graph(
+    held: Averages,
+    pace: Pace,
+    steps: Tensor,
+    clock: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    patches: Tensor,
+    still: Tensor | None = None,
+    cycle: int = 0,
+    moving: int = 0,
+) -> None:
+    """`follow`, for the compiler, whose graph a branch on the count would cut in two.
+
+    Args:
+        steps, clock: the steps before this one, (), int64, on the device and on the host; one is added.
+        still: whether nothing moves in this step, (), bool: with a `cycle`, all but the first `moving` steps of it.
+    """
+    with torch.no_grad():
+        rate = (steps + 1).to(held.mean.dtype).reciprocal().clamp_min(pace.momentum)
+        if still is not None:
+            rate = torch.where(still, 0.0, rate)
+        held.mean.lerp_(mean.to(held.mean.dtype), rate)
+        held.scale.lerp_(scale.to(held.scale.dtype), rate.to(held.scale.dtype))
+        steps.add_(1)
+        _, _, *shape = held
+        renew_when_due(patches.detach(), mean.detach(), scale.detach(), *shape, clock, *pace, cycle, moving)
 
 
 @torch.library.custom_op(
-    "network_deconvolution::follow",
-    mutates_args=("held_mean", "held_scale", "basis", "values", "gains", "steps", "clock"),
+    "network_deconvolution::renew_when_due",
+    mutates_args=("inner", "deconv", "tilted", "last", "clock"),
+    tags=(torch.Tag.cudagraph_unsafe,),  # the host decides, anew in each step
 )
-def follow_in_a_graph(
+def renew_when_due(
     patches: Tensor,
     mean: Tensor,
     scale: Tensor,
-    held_mean: Tensor,
-    held_scale: Tensor,
-    basis: Tensor,
-    values: Tensor,
-    gains: Tensor,
-    steps: Tensor,
+    inner: Tensor,
+    deconv: Tensor,
+    tilted: Tensor | None,
+    last: Tensor | None,
     clock: Tensor,
     every: int,
     momentum: float,
@@ -117,11 +179,9 @@ def follow_in_a_graph(
     cycle: int,
     moving: int,
 ) -> None:
-    """`follow`, as an operator that the compiler puts into its graph. `clock` counts the steps on the host, `steps` on
-    the device. With a `cycle`, nothing moves but in the first `moving` steps of it."""
+    """What `follow` does in every n-th step, as an operator, which runs as it is written here."""
     before = int(clock)
     clock.add_(1)
-    steps.fill_(before + 1)
-    if not cycle or before % cycle < moving:
-        held = Averages(held_mean, held_scale, basis, values, gains)
-        follow(held, Pace(every, momentum, eps, n_iter), before, mean, scale, lambda: patches)
+    if before % every == 0 and (not cycle or before % cycle < moving):
+        held = Averages(mean, scale, inner, deconv, tilted, last)
+        _renew(held, Pace(every, momentum, eps, n_iter), before, mean, scale, patches, joint=False)

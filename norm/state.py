@@ -61,14 +61,17 @@ class Deconvolving(Whitening):
 
     With `every` = 0, the method as published, D and its gradient are the batch's, and `running_deconv` averages D. With
     `every` = n, D = S / sqrt(s): mean and scale s are the batch's, with gradients; the shape S, without gradient, is
-    the inverse root of a running covariance, whose `rank` leading directions move in every n-th step (see `leading`).
+    the inverse root of a running covariance, is renewed in every n-th step; of more than 2 `rank` features it has only
+    `rank` leading directions (see `leading`).
     """
 
     running_deconv: Tensor
     running_scale: Tensor
+    inner: Tensor
+    shape: Tensor
     basis: Tensor
-    values: Tensor
-    gains: Tensor
+    tilted: Tensor
+    last: Tensor
     steps: Tensor
     gain: nn.Parameter | None
     groups: int = 1
@@ -85,14 +88,21 @@ class Deconvolving(Whitening):
         if rank < 1:
             raise NormError(f"rank is {rank}; it must be at least 1")
         self.features, self.n_iter, self.eps, self.momentum, self.every = features, n_iter, eps, momentum, every
-        self.rank = min(rank, features)
+        self.few = bool(every) and leading.few(rank, features)
+        self.rank = rank if self.few else features
         lead = () if self.groups == 1 else (self.groups,)
         self.register_buffer("running_mean", torch.zeros(features * self.groups))
         if every:
             self.register_buffer("running_scale", torch.ones(lead))
-            self.register_buffer("basis", leading.first_basis(features, self.rank).repeat(*lead, 1, 1))
-            self.register_buffer("values", torch.ones(*lead, self.rank + 1))
-            self.register_buffer("gains", torch.ones(*lead, self.rank + 1))
+        if self.few:
+            basis, inner = (each.repeat(*lead, 1, 1) for each in leading.first(features, rank))
+            self.register_buffer("inner", inner)
+            self.register_buffer("basis", basis)
+            self.register_buffer("tilted", torch.zeros_like(basis))
+            self.register_buffer("last", torch.ones(lead))
+        elif every:
+            self.register_buffer("inner", torch.eye(features).repeat(*lead, 1, 1))
+            self.register_buffer("shape", torch.eye(features).repeat(*lead, 1, 1))
         else:
             self.register_buffer("running_deconv", torch.eye(features).repeat(*lead, 1, 1))
         self._clock = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -120,8 +130,7 @@ class Deconvolving(Whitening):
                 self.running_deconv.copy_(whitening.inverse_sqrt(covariance, self.n_iter))
                 return
             self.running_scale.copy_(covariance.diagonal(dim1=-2, dim2=-1).mean(-1))
-            shape = covariance / self.running_scale[..., None, None]
-            self._averages().lead(*leading.directions(shape, self.rank), self.n_iter)
+            self._averages().take(covariance / self.running_scale[..., None, None], self.n_iter)
             if not self.freeze:  # the averages go on from here, they do not start anew
                 self._steps = self.every * math.ceil(1 / max(self.momentum, 1e-3))
                 self.steps.fill_(self._steps)
@@ -158,12 +167,14 @@ class Deconvolving(Whitening):
 
     def _held_statistics(self) -> Statistics:
         if self.every:
-            return Statistics.of_directions(self.running_mean, self.basis, self.gains, self.running_scale)
+            return self._averages().statistics(self.running_mean, self.running_scale)
         return Statistics(self.running_mean, self.running_deconv)
 
     def _held_copies(self) -> Statistics:
         """Since the next call may move the averages before the gradient of this one is taken."""
-        return Statistics(*(None if each is None else each.clone() for each in self._held_statistics()))  # type: ignore[arg-type]
+        if self.every:
+            return self._averages().copied().statistics(self.running_mean.clone(), self.running_scale.clone())
+        return Statistics(self.running_mean.clone(), self.running_deconv.clone())
 
     def _cycle(self) -> tuple[int, int]:
         """Steps of a freeze cycle, and in how many of them, the first ones, the statistics move."""
@@ -187,7 +198,7 @@ class Deconvolving(Whitening):
             x, mean, scale = whitening.mean_and_scale(x, sampler, self.eps, self._joint())
             pace, steps = self._pace(), self._steps - 1
             follow(self._averages(), pace, steps, mean, scale, lambda: sampler.gather(x), self._joint())
-            return x, Statistics.of_directions(mean, self.basis, self.gains, scale)
+            return x, self._averages().copied().statistics(mean, scale)
         x, mean, deconv = whitening.statistics(x, sampler, self.eps, self.n_iter, self._joint())
         self._average(mean, deconv)
         return x, Statistics(mean, deconv)
@@ -197,17 +208,19 @@ class Deconvolving(Whitening):
         held = self._held(self.steps) if self.freeze else None
         if self.every:
             mean, scale = whitening.patch_scale(patches, self.eps)
-            detached = (each.detach() for each in (patches, mean, scale))
-            cycle, moving = self._cycle() if self.freeze else (0, 0)
-            follow_in_a_graph(*detached, *self._averages(), self.steps, self._clock, *self._pace(), cycle, moving)
+            cycle = self._cycle() if self.freeze else ()
+            follow_in_a_graph(
+                self._averages(), self._pace(), self.steps, self._clock, mean, scale, patches, held, *cycle
+            )
             if held is not None:
                 mean, scale = (
                     torch.where(held, *each) for each in ((self.running_mean, mean), (self.running_scale, scale))
                 )
-            return Statistics.of_directions(mean, self.basis, self.gains, scale)
+            return self._averages().copied().statistics(mean, scale)
         mean, deconv = whitening.patch_statistics(patches, self.eps, self.n_iter)
         if held is not None:
             self.steps.add_(1)
+            self._clock.add_(1)
             mean = torch.where(held, self.running_mean, mean)
             deconv = torch.where(held, self.running_deconv, deconv)
         self._average(mean, deconv)
@@ -219,7 +232,8 @@ class Deconvolving(Whitening):
         self.running_deconv.lerp_(deconv.to(self.running_deconv.dtype), self.momentum)
 
     def _averages(self) -> Averages:
-        return Averages(self.running_mean, self.running_scale, self.basis, self.values, self.gains)
+        shape = (self.basis, self.tilted, self.last) if self.few else (self.shape,)
+        return Averages(self.running_mean, self.running_scale, self.inner, *shape)
 
     def _pace(self) -> Pace:
         return Pace(self.every, self.momentum, self.eps, self.n_iter)
@@ -236,10 +250,11 @@ class Deconvolving(Whitening):
             triangles = groups * processes.triangle(features)
             return Traffic(3, wide * (2 * mean + 1 + 2 * triangles))
         moments = Traffic(2, 8 * (mean + groups + 1) + wide * (mean + groups))
-        shape = groups * (features * self.rank + self.rank + 1)  # from rank 0
-        passes = 1 if self.rank < features else 0
-        sums = groups * (passes * features * self.rank + self.rank**2 + 1)
-        return moments.plus(Traffic(3 + passes, wide * (shape + sums)), 1 / self.every)
+        if not self.few:
+            return moments.plus(Traffic(2, wide * groups * (1 + processes.triangle(features))), 1 / self.every)
+        sums = groups * (1 + features * self.rank + self.rank**2)
+        shape = groups * (features * self.rank + (self.rank + 1) ** 2)  # from rank 0
+        return moments.plus(Traffic(4, wide * (sums + shape)), 1 / self.every)
 
     def _count(self) -> int:
         """The training steps before this one, counted on the host as well, so that no step waits for the device."""

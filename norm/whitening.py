@@ -271,7 +271,7 @@ class Statistics(NamedTuple):
 
     Without `scale`, D is `deconv` (F, F) or (G, F, F). With the patches' `scale`, () or (G,), `deconv` is D's shape:
     D = deconv / sqrt(scale). With `tilted` and `last` too, D is `leading.matrix` of few leading directions:
-    `deconv` is their basis (F, r) or (G, F, r), `last` the gain of the rest, () or (G,).
+    `deconv` is their basis (F, r) or (G, F, r), like `tilted`, and `last` the gain of the rest, () or (G,).
     """
 
     mean: Tensor
@@ -279,14 +279,6 @@ class Statistics(NamedTuple):
     tilted: Tensor | None = None
     last: Tensor | None = None
     scale: Tensor | None = None
-
-    @classmethod
-    def of_directions(cls, mean: Tensor, basis: Tensor, gains: Tensor, scale: Tensor) -> Statistics:
-        tilted, last = leading.tilt(basis, gains)
-        features, rank = basis.shape[-2:]
-        if 2 * rank < features:
-            return cls(mean, basis.clone(), tilted, last.clone(), scale)
-        return cls(mean, leading.matrix(basis, tilted, last), scale=scale)  # one product with it is less than two
 
     def matrix(self) -> Tensor:
         """D itself."""

@@ -1,10 +1,13 @@
 """The leading directions of a covariance: what they converge to, the D that they stand for, and a layer of them."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from norm import FastDeconv, leading, whitening
+from tests.norm.reference import inverse_root
 
 D64 = torch.float64
 
@@ -24,28 +27,47 @@ def patches_of(matrix: Tensor) -> Tensor:
     return torch.linalg.cholesky(matrix)
 
 
-def start(features: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    return leading.first_basis(features, rank).to(D64), torch.ones(rank, dtype=D64), torch.ones((), dtype=D64)
+def start(features: int, rank: int) -> tuple[Tensor, Tensor]:
+    basis, inner = leading.first(features, rank)
+    return basis.to(D64), inner.to(D64)
 
 
-def matrix_of(basis: Tensor, gains: Tensor, scale: Tensor) -> Tensor:
-    """(rest's gain I + V diag(gains - rest's gain) V^T) / sqrt(scale), written out and as the module has it."""
-    last = gains[..., -1:, None]
-    plain = last * torch.eye(basis.shape[-2]).to(basis) + (basis * (gains[..., None, :-1] - last)) @ basis.mT
-    want = plain / scale.sqrt()[..., None, None]
-    tilted, rest = leading.tilt(basis, gains)
-    torch.testing.assert_close(leading.matrix(basis, tilted, rest * scale.rsqrt()), want)
-    return want
+def covariance_of(basis: Tensor, inner: Tensor) -> Tensor:
+    """V H V^T + rest (I - V V^T), written out."""
+    rest = inner[..., -1:, -1:]
+    eye = torch.eye(basis.shape[-2], dtype=basis.dtype)
+    return basis @ inner[..., :-1, :-1] @ basis.mT + rest * (eye - basis @ basis.mT)
 
 
-def test_all_directions_are_the_running_average_itself():
-    basis, values, rest = start(20, 20)
-    held, now = torch.eye(20, dtype=D64), covariance()
-    for rate in (1.0, 0.3, 0.3):
-        held = (1 - rate) * held + rate * now
-        basis, values, rest = leading.renew(basis, values, rest, patches_of(now), torch.zeros((), dtype=D64), rate)
-        torch.testing.assert_close((basis * values) @ basis.mT, held)
-        now = now.flip(0, 1)
+def few_of(features: int, rank: int, groups: int | None = None) -> tuple[Tensor, Tensor]:
+    """Directions that are no eigenvectors: those of a covariance, turned."""
+    basis, inner = leading.directions(covariance(features, groups), rank)
+    turn = torch.linalg.qr(torch.randn(*basis.shape[:-2], rank, rank, dtype=D64))[0]
+    inner[..., :-1, :-1] = turn.mT @ inner[..., :-1, :-1] @ turn
+    return basis @ turn, inner
+
+
+def shape_of(basis: Tensor, tilted: Tensor, last: Tensor) -> Tensor:
+    return last[..., None, None] * (torch.eye(basis.shape[-2], dtype=basis.dtype) + tilted @ basis.mT)
+
+
+@pytest.mark.parametrize("groups", [None, 3])
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_a_step_keeps_what_the_new_directions_see_of_the_average(rate: float, groups: int | None):
+    """V is an orthonormal basis of C V_before, with C the average, and H = V^T C V; the trace stays."""
+    torch.manual_seed(0)
+    before, inner = few_of(20, 6, groups)
+    now = covariance(20, groups).flip(-1, -2)
+    ridge = torch.tensor(0.25, dtype=D64) if groups is None else torch.tensor([0.25, 0.5, 0.0], dtype=D64)
+    ridged = now + ridge[..., None, None] * torch.eye(20, dtype=D64)
+    average = (1 - rate) * covariance_of(before, inner) + rate * ridged
+    basis, found = leading.renew(before, inner, patches_of(now), ridge, rate)
+    want = torch.linalg.qr(average @ before)[0]
+    torch.testing.assert_close(basis @ basis.mT, want @ want.mT)
+    torch.testing.assert_close(found[..., :-1, :-1], basis.mT @ average @ basis)
+    trace = found[..., :-1, :-1].diagonal(dim1=-2, dim2=-1).sum(-1)
+    torch.testing.assert_close(found[..., -1, -1], (20 - trace) / 14)
+    assert not found[..., :-1, -1].any() and not found[..., -1, :-1].any()
 
 
 def test_few_directions_turn_towards_the_largest_eigenvalues():
@@ -53,36 +75,46 @@ def test_few_directions_turn_towards_the_largest_eigenvalues():
     found = start(20, 5)
     for _ in range(300):
         found = leading.renew(*found, patches_of(covariance()), torch.zeros((), dtype=D64), 0.5)
-    basis, values, rest = found
-    torch.testing.assert_close(values, want[-5:], rtol=1e-6, atol=0)
-    torch.testing.assert_close(rest, want[:-5].mean())
+    basis, inner = found
+    torch.testing.assert_close(torch.linalg.eigvalsh(inner[:-1, :-1]), want[-5:], rtol=1e-6, atol=0)
+    torch.testing.assert_close(inner[-1, -1], want[:-5].mean())
     torch.testing.assert_close(basis @ basis.mT, vectors[:, -5:] @ vectors[:, -5:].mT, rtol=0, atol=1e-6)
 
 
-def test_the_ridge_is_added_to_the_diagonal():
-    ridge = torch.tensor(0.25, dtype=D64)
-    basis, values, _ = leading.renew(*start(20, 20), patches_of(covariance()), ridge, 1.0)
-    torch.testing.assert_close((basis * values) @ basis.mT, covariance() + 0.25 * torch.eye(20, dtype=D64))
+@pytest.mark.parametrize("smallest", [1.0, 1e-4, 1e-8])
+@pytest.mark.parametrize("dtype", [torch.float32, D64])
+def test_columns_become_orthonormal_however_unlike_they_are(dtype: torch.dtype, smallest: float):
+    """As steep as the columns of a covariance's product get: 1e-8 is beyond float32's rounding."""
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(*size, dtype=D64))[0] for size in ((200, 16), (16, 16)))
+    values = torch.logspace(0, math.log10(smallest), 16, dtype=D64)
+    columns = ((left * values) @ right).to(dtype)
+    basis = leading.orthonormal(columns)
+    assert basis.dtype is dtype
+    tiny = 1e-12 if dtype is D64 else 1e-6
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(16, dtype=dtype), rtol=0, atol=tiny)
+    torch.testing.assert_close(basis @ (basis.mT @ columns), columns, rtol=0, atol=tiny)
 
 
+@pytest.mark.parametrize("groups", [None, 3])
 @pytest.mark.parametrize("n_iter", [1, 5])
-def test_gains_are_those_of_the_inverse_root(n_iter: int):
-    matrix = covariance()
-    basis, values, rest = leading.directions(matrix, 20)
-    gains = leading.gains(values, rest, 20, n_iter)
-    found = matrix_of(basis, gains, torch.ones((), dtype=D64))
-    torch.testing.assert_close(found, whitening.inverse_sqrt(matrix, n_iter), rtol=1e-9, atol=1e-9)
+def test_the_shape_is_the_inverse_root(n_iter: int, groups: int | None):
+    torch.manual_seed(0)
+    basis, inner = few_of(20, 6, groups)
+    want = whitening.inverse_sqrt(covariance_of(basis, inner), n_iter)
+    torch.testing.assert_close(shape_of(basis, *leading.respond(basis, inner, n_iter)), want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("groups", [None, 3])
 def test_the_thin_products_are_the_product_with_d(groups: int | None, in_place: bool):
-    basis, values, rest = leading.directions(covariance(groups=groups), 6)
-    gains = leading.gains(values, rest, 20, 5)
+    basis, inner = few_of(20, 6, groups)
+    tilted, last = leading.respond(basis, inner, 5)
     scale = torch.tensor(4.0, dtype=D64) if groups is None else torch.tensor([4.0, 1.0, 0.5], dtype=D64)
+    want = shape_of(basis, tilted, last) / scale.sqrt()[..., None, None]
+    torch.testing.assert_close(leading.matrix(basis, tilted, last * scale.rsqrt()), want)
     rows = torch.randn(*basis.shape[:-2], 7, 20, dtype=D64)
-    want = rows @ matrix_of(basis, gains, scale)
-    tilted, last = leading.tilt(basis, gains)
+    want = rows @ want
     found = leading.times(rows, basis, tilted, last * scale.rsqrt(), in_place)
     torch.testing.assert_close(found, want)
     assert (found.data_ptr() == rows.data_ptr()) == in_place
@@ -102,7 +134,7 @@ def test_a_layer_of_few_directions_is_the_plain_convolution_with_its_d(
     patches = layer.patches(x, (1, 1)).view(groups, layer.features, -1)
     mean = patches.mean(-1)
     scale = (patches - mean[..., None]).square().mean((-2, -1)) + layer.eps
-    shape = matrix_of(layer.basis, layer.gains, torch.ones_like(layer.running_scale))
+    shape = shape_of(layer.basis, layer.tilted, layer.last)
     deconv = shape.view(groups, layer.features, -1) * scale.rsqrt()[:, None, None]
     rows = layer.weight.view(groups, -1, layer.features) @ deconv
     bias = layer.bias - (rows @ mean[..., None]).view(6, -1).sum(1)
@@ -121,9 +153,8 @@ def test_evaluation_has_the_d_of_the_running_averages():
     for _ in range(3):
         layer(torch.randn(3, 8, 9, 9, dtype=D64))
     layer.eval()
-    assert torch.linalg.matrix_rank(layer.deconv() - layer.deconv().diagonal().min() * torch.eye(72, dtype=D64)) > 5
-    gains = torch.linalg.eigvalsh(layer.deconv()) * layer.running_scale.sqrt()
-    torch.testing.assert_close(gains, layer.gains[[0, 1, 2, 3, 4] + [5] * 67].sort().values)
+    root = inverse_root(covariance_of(layer.basis, layer.inner), layer.n_iter)
+    torch.testing.assert_close(layer.deconv(), root / layer.running_scale.sqrt())
 
 
 def test_a_rank_below_one_is_refused():

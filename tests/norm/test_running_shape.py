@@ -143,7 +143,7 @@ def test_a_held_stem_uses_the_running_statistics():
     before = copy.deepcopy(layer)
     x = image(layer)
     torch.testing.assert_close(layer(x), before.eval()(x))
-    assert torch.equal(layer.basis, before.basis)
+    assert torch.equal(layer.shape, before.shape)
 
 
 def test_calibration_keeps_the_function_and_the_averages_go_on_from_there():
@@ -170,7 +170,7 @@ def test_it_works_under_autocast_and_compiled():
     want = copy.deepcopy(layer)(x)
     with torch.autocast("cpu", torch.bfloat16):
         got = layer(x)
-    assert got.dtype is torch.bfloat16 and layer.basis.dtype is torch.float32
+    assert got.dtype is torch.bfloat16 and layer.shape.dtype is torch.float32
     torch.testing.assert_close(got.float(), want, rtol=0.1, atol=0.1)
     twin.compile(backend="aot_eager")
     torch.testing.assert_close(twin(x), want)
