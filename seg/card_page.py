@@ -16,7 +16,7 @@ from seg.averaging import Views, predictor_of
 from seg.card import Card, config_text, describe, labelled, measure_split, spread, truths
 from seg.corruptions import CORRUPTIONS, corrupt
 from seg.data import eval_batches
-from seg.html import chart, folded, page, paragraph, percent, picture, row, saved, section, table
+from seg.html import chart, folded, legend, page, paragraph, percent, picture, row, saved, section, table
 from seg.labels import scored_table
 from seg.metrics import mean
 from seg.per_image import told
@@ -195,7 +195,13 @@ def _images(card: Card) -> str:
         table(["city", "images", "mIoU %", "wrong pixels %"], cities),
         table(head, [[percent(q) for q in quantiles]]),
         chart(histogram, (8, 3)),
-        section("Worst images", table(["image", "city", "mIoU %", "wrong pixels %"], worst), *pictures, level=3),
+        section(
+            "Worst images",
+            table(["image", "city", "mIoU %", "wrong pixels %"], worst),
+            legend(card.scores.labels.classes, colors) if pictures else "",
+            *pictures,
+            level=3,
+        ),
     )
 
 

@@ -26,7 +26,7 @@ from seg.averaging import Averaged, Views, predictor_of
 from seg.card import describe, labelled
 from seg.config import SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
-from seg.html import page, paragraph, percent, picture, row, section, table
+from seg.html import legend, page, paragraph, percent, picture, row, section, table
 from seg.labels import IGNORE, scored_table
 from seg.per_image import Ids, ImageScore, ImageScores, told
 from seg.predict import Predictor
@@ -247,6 +247,7 @@ def document(found: Findings, facts: dict[str, str], pictures: _Pictures, worst:
     return page(
         "Errors",
         table(["", ""], [[key, value] for key, value in facts.items()]),
+        legend(names, pictures.labels.colors),
         section("Worst images", *_worst(found, pictures, worst, by)),
         section(
             "Largest confusions",
@@ -293,7 +294,7 @@ def _crop(pictures: _Pictures, region: Region, level: int = 3) -> str:
 
 
 def _beside(image: Rgb, truth: Ids, prediction: Ids, colors: Ids) -> str:
-    width = 285
+    width = 280
     wrong = np.zeros((*truth.shape, 3), np.uint8)
     wrong[truth == IGNORE] = 60
     wrong[truth == prediction] = 160

@@ -33,6 +33,8 @@ th, td { padding: .18em .7em; border-bottom: 1px solid #e4e4e4; text-align: left
 th { background: #f4f4f4 } td.number { text-align: right; font-variant-numeric: tabular-nums }
 figure { margin: .4em 0; display: inline-block; vertical-align: top } figcaption { font-size: .85em; color: #555 }
 img { max-width: 100% } .row { display: flex; gap: 8px; flex-wrap: wrap } .wrong { color: #a40000 }
+.legend { font-size: .85em } .legend span { white-space: nowrap; margin-right: 1em }
+.legend i { display: inline-block; width: 1em; height: 1em; margin-right: .35em; vertical-align: -.12em }
 pre { background: #f6f6f6; padding: .8em; overflow-x: auto; font-size: .85em }
 """
 
@@ -95,6 +97,15 @@ def picture(pixels: Array, caption: str = "", photo: bool = False, max_width: in
 def row(*figures: str) -> str:
     """Pictures beside each other."""
     return f"<div class=row>{''.join(figures)}</div>"
+
+
+def legend(classes: Sequence[str], colors: Array) -> str:
+    """What the colours (classes, 3) of label pictures stand for."""
+    shown = (
+        f'<span><i style="background: rgb({red}, {green}, {blue})"></i>{escape(name)}</span>'
+        for name, (red, green, blue) in zip(classes, colors.tolist(), strict=True)
+    )
+    return f"<p class=legend>{' '.join(shown)}</p>"
 
 
 def chart(draw: Callable[[Figure], Any], size: tuple[float, float], caption: str = "") -> str:

@@ -56,6 +56,13 @@ def test_pictures_are_exact_as_png_and_close_as_photo() -> None:
     assert photo.shape == pixels.shape and np.abs(photo.astype(int) - pixels).mean() < 12
 
 
+def test_a_legend_names_every_colour() -> None:
+    found = html.legend(["road", "<a>"], np.array([[1, 2, 3], [255, 0, 9]], np.uint8))
+    pairs = re.findall(r"rgb\((\d+), (\d+), (\d+)\)\"></i>([^ ]*?)</span>", found)
+    assert pairs == [("1", "2", "3", "road"), ("255", "0", "9", "&lt;a&gt;")]
+    assert not faults(html.page("x", found))
+
+
 def test_charts_hold_what_was_drawn() -> None:
     def draw(figure: Any) -> None:
         figure.add_subplot().plot([0, 1], [0, 1], color="red", linewidth=5)
