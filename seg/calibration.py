@@ -104,9 +104,15 @@ class Calibration:
     reported_on: int
     """Images that the errors are of."""
 
+    @property
+    def at_an_end(self) -> bool:
+        """Whether the best temperature lies at an end of the range that was searched, or beyond it."""
+        return any(abs(math.log(self.temperature / end)) < 1e-3 for end in _RANGE)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,
+            "temperature at an end of its range": self.at_an_end,
             "fitted on": f"{self.fitted_on} images with even numbers, {self.fitted_pixels} pixels drawn evenly",
             "reported on": f"{self.reported_on} images with odd numbers, all valid pixels",
             "before": self.before.to_json(),

@@ -145,6 +145,8 @@ def _calibration(card: Card) -> str:
         f"other {one.reported_on} images, all {one.before.pixels:,} valid pixels. A temperature above 1 means that the "
         "network is too sure of itself; it changes no predicted class."
     )
+    if one.at_an_end:
+        words += " This one is at an end of the range searched: no temperature calibrates this network well."
     rows = []
     for title, part in (("as it is", one.before), ("with the temperature", one.after)):
         found = part.to_json()

@@ -97,6 +97,19 @@ def test_fitted_on_one_half_and_reported_on_the_other() -> None:
     again.report_on(*images[1])
     assert again.temperature == found.temperature
     assert "3 images with even numbers, 3000 pixels" in found.to_json()["fitted on"]
+    assert found.to_json()["temperature at an end of its range"] is False
+
+
+def test_a_network_that_no_temperature_calibrates_is_called_that() -> None:
+    """Sure of the wrong class everywhere: the flatter, the better."""
+    truth = np.zeros((8, 8), np.uint8)
+    logits = torch.zeros(3, 8, 8)
+    logits[1] = 50
+    calibrator = Calibrator()
+    calibrator.fit_on(logits, truth, 0)
+    calibrator.report_on(logits, truth)
+    found = calibrator.result()
+    assert found.at_an_end and found.temperature == pytest.approx(20, rel=1e-3)
 
 
 def test_too_little_to_fit_is_an_error() -> None:
