@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.memory import allocated
 from engine.optim import build_optimizer
 from engine.prepare import convert_norm
+from norm.state import skip_fresh_steps
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ class _Work:
         self.settings = settings
         self.model = case.build().to(settings.device)
         convert_norm(self.model, variant.section)
+        skip_fresh_steps(self.model)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = self.model.to(memory_format=layout).train()  # type: ignore[call-overload]
         # as between other layers: the input needs a gradient

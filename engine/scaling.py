@@ -25,6 +25,7 @@ from engine.plan import Workload
 from engine.prepare import convert_norm, prepare, session
 from engine.processes import in_processes
 from engine.steps import training_step
+from norm.state import skip_fresh_steps
 
 _MACHINE = 8
 """GPUs in a machine."""
@@ -118,6 +119,7 @@ class _Work:
         self.cfg = cfg.model_copy(update={"batch_size": micro * distributed.world_size(), "micro_batch": micro})
         with session(cfg.runtime):
             self.prepared = prepare(workload.build(), self.cfg, images=workload.images)
+            skip_fresh_steps(self.prepared.raw)
             self.step = training_step(self.prepared, self.cfg, workload.groups(self.prepared.raw), workload.loss)
             self.batch, self.images = workload.batch(micro), micro
 

@@ -15,7 +15,7 @@ from norm import folded_conv, processes, sampling
 from norm.folded_conv import Geometry
 from norm.processes import ALONE, Share
 from norm.sampling import Grouping, Pair, Rows, Windows
-from norm.state import Deconvolving, NormError, check_options
+from norm.state import FRESH_STEPS, Deconvolving, NormError, check_options
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -47,6 +47,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             patches (`sampling.thin_out`); 0: take all that the strides leave.
         every: 0: the exact method. n: the shape of D comes from a running covariance, has no gradient, and is renewed
             in every n-th step; mean and scale stay the batch's (`norm.state.Deconvolving`).
+        fresh_steps: with `every`, in the first training steps the shape is that of each batch; a frozen layer has none.
         rank: with `every`, the leading directions that are whitened, all others get one gain (`norm.leading`); at most
             2 rank features are all whitened.
         gain: learn a gain (C_out,) for each output channel; of the weight only the direction counts
@@ -92,6 +93,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         max_rows: int = 0,
         every: int = 0,
         rank: int = 64,
+        fresh_steps: int = FRESH_STEPS,
         gain: bool = False,
         sync: bool = False,
         padding_mode: PaddingMode = "zeros",
@@ -113,7 +115,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         self.max_rows = max_rows
         self.sync = sync
         features = self.block * self.kernel_size[0] * self.kernel_size[1]
-        self._set_up(features, n_iter, eps, momentum, every, rank, gain)
+        self._set_up(features, n_iter, eps, momentum, every, rank, fresh_steps, gain)
 
     def pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The input, padded where symmetric zeros do not say it all, and the padding left to do."""
@@ -203,6 +205,7 @@ class Delinear(Deconvolving, nn.Linear):
         momentum: float = 0.1,
         every: int = 0,
         rank: int = 64,
+        fresh_steps: int = FRESH_STEPS,
         gain: bool = False,
         sync: bool = False,
     ) -> None:
@@ -210,7 +213,7 @@ class Delinear(Deconvolving, nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.block = sampling.resolve_block(in_features, block)
         self.sync = sync
-        self._set_up(self.block, n_iter, eps, momentum, every, rank, gain)
+        self._set_up(self.block, n_iter, eps, momentum, every, rank, fresh_steps, gain)
 
     def patches(self, x: Tensor) -> Tensor:
         """The input as (block, rows)."""

@@ -68,14 +68,14 @@ def _averages(module: nn.Module) -> bool:
 @contextmanager
 def _anew(layer: nn.Module) -> Iterator[None]:
     """Inside, the layer's averages start anew and every batch counts; its settings and counts come back."""
-    names = ["momentum", *(name for name in ("freeze", "every", "_steps") if hasattr(layer, name))]
+    names = ["momentum", *(name for name in ("freeze", "every", "fresh_steps", "_steps") if hasattr(layer, name))]
     before = {name: getattr(layer, name) for name in names}
     counts = {name: one.clone() for name, one in layer.named_buffers() if name in ("steps", "num_batches_tracked")}
     if isinstance(layer, _BatchNorm):
         layer.reset_running_stats()
         layer.momentum = None  # torch's word for the plain average
     elif isinstance(layer, Deconvolving):
-        layer.freeze, layer.every, layer._steps = False, min(layer.every, 1), 0
+        layer.freeze, layer.every, layer.fresh_steps, layer._steps = False, min(layer.every, 1), 0, 0
     try:
         yield
     finally:

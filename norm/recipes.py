@@ -14,7 +14,7 @@ from norm.layers import Delinear, FastDeconv
 from norm.other_layers import FrozenBatchNorm2d, WSConv2d
 from norm.registry import Place, Recipe, register
 from norm.sampling import Grouping
-from norm.state import NormError, check_options
+from norm.state import FRESH_STEPS, NormError, check_options
 
 
 def copy_conv(old: nn.Conv2d, new: nn.Conv2d) -> nn.Conv2d:
@@ -215,6 +215,8 @@ class Deconv(Recipe):
     step; mean and scale stay the batch's, with gradients."""
     rank: int = 64
     """With `every`: the leading directions that are whitened; all others get one gain."""
+    fresh_steps: int = FRESH_STEPS
+    """With `every`: in so many training steps at first the shape is that of each batch, renewed in each of them."""
     gain: bool = False
     """Learn a gain for each output channel, so that of a weight only its direction counts (weight normalisation):
     calibrated weights then move at the same rate as fresh ones."""
@@ -231,10 +233,10 @@ class Deconv(Recipe):
     def __post_init__(self) -> None:
         check_options(self.block, self.n_iter, self.eps, self.momentum, self.sampling_stride)
         check_options(self.last_block or 1, self.stem_n_iter, self.eps, self.momentum)
-        if min(self.max_rows, self.block_features, self.every) < 0:
+        if min(self.max_rows, self.block_features, self.every, self.fresh_steps) < 0:
             raise NormError(
-                f"deconv: max_rows={self.max_rows}, block_features={self.block_features} and every={self.every}; they "
-                "must be at least 0"
+                f"deconv: max_rows={self.max_rows}, block_features={self.block_features}, every={self.every} and "
+                f"fresh_steps={self.fresh_steps}; they must be at least 0"
             )
         if self.freeze_iter < 1 or self.fc_block < 0 or self.last_block == 0:
             raise NormError(
@@ -274,6 +276,7 @@ class Deconv(Recipe):
             max_rows=self.max_rows,
             every=self.every,
             rank=self.rank,
+            fresh_steps=self.fresh_steps,
             gain=self.gain,
             sync=self.sync,
         )
@@ -305,6 +308,7 @@ class Deconv(Recipe):
             momentum=self.momentum,
             every=self.every,
             rank=self.rank,
+            fresh_steps=self.fresh_steps,
             gain=self.gain,
             sync=self.sync,
         )

@@ -1,4 +1,5 @@
-"""The running averages of the cheap method: mean and scale move in every training step, the shape of D in every n-th.
+"""The running averages of the cheap method: mean and scale move in every training step, the shape of D in every n-th;
+in the first steps, when weights change fast, it is that of each batch.
 
 The host counts the steps and decides; a compiled graph holds that decision as one operator, so that the graph stays
 whole.
@@ -51,8 +52,8 @@ class Averages(NamedTuple):
         else:
             self._lead(*leading.directions(covariance, self.tilted.shape[-1]), n_iter)
 
-    def renew(self, patches: Tensor, ridge: Tensor, rate: float, n_iter: int, joint: bool) -> None:
-        """Move the shape towards that of patches, as `leading.renew` takes them."""
+    def renew(self, patches: Tensor, ridge: Tensor, rate: float, passes: int, n_iter: int, joint: bool) -> None:
+        """Move the shape towards that of patches; arguments as `leading.renew` takes them."""
         if self.tilted is None:
             now = patches @ patches.mT
             if joint:
@@ -60,7 +61,7 @@ class Averages(NamedTuple):
             now.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
             self._whole(torch.lerp(self.inner, now, rate), n_iter)
             return
-        passes, total = 1 if rate < 1 else _FIRST_PASSES, processes.total_ if joint else None
+        total = processes.total_ if joint else None
         found = leading.renew(self.deconv, self.inner, patches, ridge, rate, passes, total)
         self._lead(*(_everywhere(*found) if joint else found), n_iter)
 
@@ -79,9 +80,20 @@ class Pace(NamedTuple):
     """How the averages move: options of the layer."""
 
     every: int
+    fresh_steps: int
     momentum: float
     eps: float
     n_iter: int
+
+    def due(self, steps: int) -> bool:
+        """Whether the shape is renewed in the training step after `steps` others."""
+        return steps < self.fresh_steps or steps % self.every == 0
+
+    def rate(self, steps: int) -> float:
+        """What the step's own covariance then counts. The average starts as the mean of what it has seen."""
+        if steps < self.fresh_steps:
+            return 1.0
+        return max(1 - (1 - self.momentum) ** self.every, 1 / ((steps - self.fresh_steps) // self.every + 1))
 
 
 @torch.no_grad()
@@ -100,18 +112,17 @@ def follow(
 
     Args:
         mean, scale: the step's.
-        gather: gives its patches (F, rows) or (G, F, rows); called in every `pace.every`-th step.
+        gather: gives its patches (F, rows) or (G, F, rows); called where the shape is renewed.
         joint: they are those of all processes, of which each gathers its own.
     """
     held.mean.lerp_(mean.to(held.mean.dtype), max(pace.momentum, 1 / (steps + 1)))
     held.scale.lerp_(scale.to(held.scale.dtype), max(pace.momentum, 1 / (steps + 1)))
-    if steps % pace.every == 0:
+    if pace.due(steps):
         _renew(held, pace, steps, mean, scale, gather(), joint)
 
 
 def _renew(held: Averages, pace: Pace, steps: int, mean: Tensor, scale: Tensor, patches: Tensor, joint: bool) -> None:
     """Move the shape towards that of these patches."""
-    rate = max(1 - (1 - pace.momentum) ** pace.every, 1 / (steps // pace.every + 1))
     dtype = held.deconv.dtype
     mean, scale, patches = mean.to(dtype), scale.to(dtype), patches.to(dtype)  # perhaps a view of the layer's input
     with torch.autocast(mean.device.type, enabled=False):
@@ -119,7 +130,8 @@ def _renew(held: Averages, pace: Pace, steps: int, mean: Tensor, scale: Tensor, 
         rows = torch.full_like(scale, patches.shape[-1])
         rows = processes.total_(rows) if joint else rows
         centred.mul_((scale * rows).rsqrt()[..., None, None])
-        held.renew(centred, pace.eps / scale, rate, pace.n_iter, joint)
+        passes = _FIRST_PASSES if steps == 0 else 1
+        held.renew(centred, pace.eps / scale, pace.rate(steps), passes, pace.n_iter, joint)
 
 
 def _everywhere(basis: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,15 +185,16 @@ def renew_when_due(
     last: Tensor | None,
     clock: Tensor,
     every: int,
+    fresh_steps: int,
     momentum: float,
     eps: float,
     n_iter: int,
     cycle: int,
     moving: int,
 ) -> None:
-    """What `follow` does in every n-th step, as an operator, which runs as it is written here."""
-    before = int(clock)
+    """What `follow` does where the shape is renewed, as an operator, which runs as it is written here."""
+    before, pace = int(clock), Pace(every, fresh_steps, momentum, eps, n_iter)
     clock.add_(1)
-    if before % every == 0 and (not cycle or before % cycle < moving):
+    if pace.due(before) and (not cycle or before % cycle < moving):
         held = Averages(mean, scale, inner, deconv, tilted, last)
-        _renew(held, Pace(every, momentum, eps, n_iter), before, mean, scale, patches, joint=False)
+        _renew(held, pace, before, mean, scale, patches, joint=False)

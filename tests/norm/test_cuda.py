@@ -17,12 +17,12 @@ LAYERS: dict[str, dict[str, Any]] = {
     "rows": {"max_rows": 300, "dense_small_maps": True},
     "grouped": {"groups": 4},
     "dilated": {"dilation": 2, "padding": 2},
-    "cheap": {"every": 2, "rank": 16},
-    "cheap grouped": {"every": 2, "rank": 16, "groups": 4},
-    "cheap depthwise": {"every": 2, "rank": 9, "groups": 16, "out_channels": 16},
+    "cheap": {"every": 2, "fresh_steps": 1, "rank": 16},
+    "cheap grouped": {"every": 2, "fresh_steps": 1, "rank": 16, "groups": 4},
+    "cheap depthwise": {"every": 2, "fresh_steps": 1, "rank": 9, "groups": 16, "out_channels": 16},
     "gain": {"gain": True},
     "1x1": {"kernel_size": 1, "padding": 0, "sampling_stride": 5},
-    "cheap 1x1": {"kernel_size": 1, "padding": 0, "every": 2, "rank": 2, "sampling_stride": 5},
+    "cheap 1x1": {"kernel_size": 1, "padding": 0, "every": 2, "fresh_steps": 1, "rank": 2, "sampling_stride": 5},
     "cheap 1x1, all directions": {
         "kernel_size": 1,
         "padding": 0,
@@ -30,7 +30,7 @@ LAYERS: dict[str, dict[str, Any]] = {
         "max_rows": 100,
         "dense_small_maps": True,
     },
-    "cheap interleaved": {"every": 2, "rank": 16, "grouping": "published"},
+    "cheap interleaved": {"every": 2, "fresh_steps": 1, "rank": 16, "grouping": "published"},
 }
 
 
@@ -80,7 +80,7 @@ def test_half_precision_keeps_statistics_in_full(every: int) -> None:
     torch.testing.assert_close(mine, others, rtol=0.02, atol=0.002)
 
 
-@pytest.mark.parametrize("options", [{}, {"every": 2, "rank": 16}], ids=["exact", "cheap"])
+@pytest.mark.parametrize("options", [{}, {"every": 2, "fresh_steps": 1, "rank": 16}], ids=["exact", "cheap"])
 def test_a_compiled_network_computes_the_same(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     layers = [

@@ -360,7 +360,7 @@ def test_weight_standardised_filters_have_mean_zero_and_variance_one():
     torch.testing.assert_close(layer(x), F.conv2d(x, layer.standardised(), layer.bias))
 
 
-@pytest.mark.parametrize("options", [{}, {"every": 2, "rank": 5}], ids=["exact", "cheap"])
+@pytest.mark.parametrize("options", [{}, {"every": 2, "rank": 5, "fresh_steps": 1}], ids=["exact", "cheap"])
 def test_compiled_network_equals_eager_without_a_graph_break(options: dict[str, Any]):
     """Through the ahead-of-time tracer (no C++ compiler needed); a stem in a Sequential, held from step two on."""
     torch.manual_seed(0)

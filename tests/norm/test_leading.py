@@ -128,7 +128,7 @@ def test_a_layer_of_few_directions_is_the_plain_convolution_with_its_d(
     """Output and gradients of x, weight and bias, with the shape held and mean and scale written out."""
     monkeypatch.setattr("norm.folded_conv.worth_it", lambda *_: anew)
     torch.manual_seed(0)
-    layer = FastDeconv(8, 6, 3, padding=1, groups=groups, block=4, every=2, rank=5).to(D64)
+    layer = FastDeconv(8, 6, 3, padding=1, groups=groups, block=4, every=2, rank=5, fresh_steps=0).to(D64)
     layer(torch.randn(3, 8, 9, 9, dtype=D64))  # the next step renews nothing
     x = torch.randn(3, 8, 9, 9, dtype=D64).cumsum(-1).requires_grad_()
     patches = layer.patches(x, (1, 1)).view(groups, layer.features, -1)
@@ -149,7 +149,7 @@ def test_a_layer_of_few_directions_is_the_plain_convolution_with_its_d(
 
 def test_evaluation_has_the_d_of_the_running_averages():
     torch.manual_seed(0)
-    layer = FastDeconv(8, 6, 3, padding=1, every=1, rank=5).to(D64)
+    layer = FastDeconv(8, 6, 3, padding=1, every=1, rank=5, fresh_steps=1).to(D64)
     for _ in range(3):
         layer(torch.randn(3, 8, 9, 9, dtype=D64))
     layer.eval()

@@ -40,15 +40,15 @@ CASES: dict[str, tuple[Build, tuple[int, ...]]] = {
     "pixels of some images": (conv(8, 6, 1, block=4, sampling_stride=2, max_rows=20), (12, 5, 5)),
     "a coarser grid": (conv(4, 4, 3, padding=1, sampling_stride=1, max_rows=500), (6, 20, 20)),
     "held": (conv(3, 4, 3, freeze=True, freeze_iter=2), (6, 9, 9)),
-    "running shape": (conv(8, 6, 3, padding=1, block=4, every=2, rank=7), (9, 12, 11)),
-    "running shape, grouped": (conv(8, 4, 3, padding=1, groups=2, every=3, rank=100), (9, 12, 11)),
+    "running shape": (conv(8, 6, 3, padding=1, block=4, every=2, rank=7, fresh_steps=1), (9, 12, 11)),
+    "running shape, grouped": (conv(8, 4, 3, padding=1, groups=2, every=3, rank=100, fresh_steps=0), (9, 12, 11)),
     "running shape, images left out": (
-        conv(8, 4, 3, padding=1, dense_small_maps=True, sampling_stride=1, max_rows=16, every=2, rank=9),
+        conv(8, 4, 3, padding=1, dense_small_maps=True, sampling_stride=1, max_rows=16, every=2, rank=9, fresh_steps=1),
         (6, 4, 4),
     ),
-    "running shape, pixels": (conv(8, 6, 1, block=4, every=1, rank=2, sampling_stride=1), (6, 5, 5)),
+    "running shape, pixels": (conv(8, 6, 1, block=4, every=1, rank=2, fresh_steps=0, sampling_stride=1), (6, 5, 5)),
     "linear": (lambda **more: Delinear(8, 5, block=4, **more), (21,)),
-    "linear, running shape": (lambda **more: Delinear(8, 5, block=4, every=2, rank=3, **more), (21,)),
+    "linear, running shape": (lambda **more: Delinear(8, 5, block=4, every=2, rank=3, fresh_steps=0, **more), (21,)),
     "channels of vectors": (lambda **more: ChannelDeconv(4, **more), (21,)),
 }
 UNEVEN = ("all rows", "grouped", "running shape", "running shape, grouped", "linear", "channels of vectors")
@@ -111,7 +111,7 @@ def pretended() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("options", [{}, {"every": 4, "rank": 16}, {"delinear": False}])
+@pytest.mark.parametrize("options", [{}, {"every": 4, "rank": 16, "fresh_steps": 0}, {"delinear": False}])
 def test_what_is_sent_is_what_was_said(pretended: None, options: dict[str, Any]):
     network = Network(**options)
     for _ in range(4):  # the first steps send more
@@ -123,7 +123,7 @@ def test_what_is_sent_is_what_was_said(pretended: None, options: dict[str, Any])
     assert said == (counting.calls / 8, counting.size / 8) and said.size > 1000
 
 
-@pytest.mark.parametrize("options", [{}, {"every": 2, "rank": 4}, {"delinear": False}])
+@pytest.mark.parametrize("options", [{}, {"every": 2, "rank": 4, "fresh_steps": 1}, {"delinear": False}])
 def test_the_compiler_leaves_the_sums_to_be_run_as_they_are(pretended: None, options: dict[str, Any]):
     from torch._dynamo.backends.debugging import aot_eager
 

@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def make(case: str, **more: Any) -> FastDeconv:
     torch.manual_seed(0)
-    options = {"rank": 1000, **CASES[case], **more}
+    options = {"rank": 1000, "fresh_steps": 0, **CASES[case], **more}
     return FastDeconv(options.pop("channels"), options.pop("out"), **options).to(D64)
 
 
@@ -60,11 +60,12 @@ class Reference:
             rate = max(layer.momentum, 1 / (t + 1))
             self.mean[g] = (1 - rate) * self.mean[g] + rate * mean.detach()
             self.scale[g] = (1 - rate) * self.scale[g] + rate * scale.detach()
-            if t % layer.every == 0:
+            if t < layer.fresh_steps or t % layer.every == 0:
                 centred = (rows - mean).detach()
                 eye = torch.eye(layer.features, dtype=D64)
                 now = (centred.t() @ centred / len(rows) + layer.eps * eye) / scale.detach()
-                rate = max(1 - (1 - layer.momentum) ** layer.every, 1 / (t // layer.every + 1))
+                since = (t - layer.fresh_steps) // layer.every
+                rate = 1 if t < layer.fresh_steps else max(1 - (1 - layer.momentum) ** layer.every, 1 / (since + 1))
                 self.covariance[g] = (1 - rate) * self.covariance[g] + rate * now
                 self.shape[g] = inverse_root(self.covariance[g], layer.n_iter)
             deconv = self.shape[g] / scale.sqrt()
@@ -79,12 +80,12 @@ class Reference:
         return torch.cat(outs, 1)
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every, fresh_steps", [(1, 0), (3, 0), (3, 4)])
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_statistics_and_gradients_equal_the_formulas(case: str, every: int):
-    layer = make(case, every=every)
+def test_outputs_statistics_and_gradients_equal_the_formulas(case: str, every: int, fresh_steps: int):
+    layer = make(case, every=every, fresh_steps=fresh_steps)
     reference = Reference(layer)
-    for _ in range(5):
+    for _ in range(fresh_steps + 5):
         x = image(layer).requires_grad_()
         inputs = [x, *layer.parameters()]
         want = reference(x)
@@ -130,7 +131,10 @@ def test_a_stored_layer_goes_on_where_it_stopped():
 
 def test_delinear_is_the_layer_of_1x1_maps():
     torch.manual_seed(0)
-    linear, conv = Delinear(8, 5, block=4, every=2, rank=4).to(D64), make("1x1", every=2, out=5, sampling_stride=1)
+    linear, conv = (
+        Delinear(8, 5, block=4, every=2, rank=4, fresh_steps=0).to(D64),
+        make("1x1", every=2, out=5, sampling_stride=1),
+    )
     conv.load_state_dict({k: v.view(conv.state_dict()[k].shape) for k, v in linear.state_dict().items()})
     for _ in range(3):
         x = torch.randn(7, 8, dtype=D64)
@@ -184,7 +188,7 @@ def test_blocks_by_features():
 
 
 def test_options_out_of_range():
-    with pytest.raises(norm.NormError, match="every is -1"):
+    with pytest.raises(norm.NormError, match="every is -1, fresh_steps 100"):
         FastDeconv(3, 3, 3, every=-1)
     with pytest.raises(norm.NormError, match="max_rows -5"):
         FastDeconv(3, 3, 3, max_rows=-5)
