@@ -17,9 +17,14 @@ from tests.engine.toy import CLASSES, config, train
 RUNS: dict[str, dict[str, Any]] = {
     "deconv": {"norm__name": "deconv"},
     "deconv from few rows": {"norm__name": "deconv", "norm__max_rows": 60, "norm__block": 3},
-    "deconv_fast": {"norm__name": "deconv_fast", "norm__every": 2, "norm__rank": 5},
+    "deconv_fast": {"norm__name": "deconv_fast", "norm__every": 2, "norm__rank": 5, "norm__fresh_steps": 1},
     "checkpointing": {"norm__name": "deconv", "runtime__checkpointing": True},
-    "checkpointing, fast": {"norm__name": "deconv_fast", "norm__rank": 5, "runtime__checkpointing": True},
+    "checkpointing, fast": {
+        "norm__name": "deconv_fast",
+        "norm__rank": 5,
+        "norm__fresh_steps": 3,
+        "runtime__checkpointing": True,
+    },
     "accumulation": {"norm__name": "deconv", "accumulation": 2},
 }
 STEPS = 6
@@ -69,6 +74,7 @@ def traffic(folder: Path) -> None:
         options: dict[str, Any] = {"norm__sync": True} if sync else {}
         if name != "bn":
             options["norm__stem_freeze"] = False
+            options["norm__fresh_steps"] = 0  # what is said is of the steps that follow
         cfg = config(norm__name=name, **options)
         net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3))
         prepared = prepare(net, cfg)
