@@ -57,7 +57,8 @@ class Reader:
             raise UserError(f"{show(self.path)}: no such file.")
         if self.path.stat().st_size == 0:
             raise UserError(f"{show(self.path)}: the file is empty (0 bytes).")
-        self._capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
+        # several decoding threads make other pictures of a damaged file in each run
+        self._capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
         if not self._capture.isOpened():
             raise UserError(
                 f"{show(self.path)}: cannot be opened as a video: not a video file, cut off (an .mp4 keeps its index "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from engine.errors import UserError
-from seg.fuzz import run
+from engine.video import Reader
+from seg.fuzz import run, videos
 from seg.fuzz.run import fuzz
 from tests.seg import bad_programs
 from tools import convert_masks, evaluate, inspect, predict, train
@@ -66,3 +69,18 @@ def test_mistakes_in_the_call(place: Path) -> None:
         fuzz(PROGRAMS, 10, 0, place, ["sounds"])
     with pytest.raises(UserError, match="--cases: found 1, expected at least one for each of images, videos"):
         fuzz(PROGRAMS, 1, 0, place, ["images", "videos"])
+
+
+def test_a_damaged_video_gives_the_same_pictures_each_time(tmp_path: Path) -> None:
+    """Else its labels would be others in each run; several decoding threads race where its frames lean on lost ones."""
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    rng = np.random.default_rng([0, sorted(run.KINDS).index("videos"), 0])
+    call = videos.make(rng, tmp_path, 1, SimpleNamespace(weights="best.pt"))  # type: ignore[arg-type]
+    assert not call.good
+    (path,) = (tmp_path / "in").iterdir()
+    found = set()
+    for _ in range(30):
+        with Reader(path) as reader:
+            found.add(b"".join(frame.tobytes() for frame in reader))
+    assert len(found) == 1
