@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from engine.memory import allocated
 from engine.optim import build_optimizer
 from engine.prepare import convert_norm
 from norm.state import skip_fresh_steps
+
+_WARM_UP = (1, 4)
+"""Rounds on a CPU, on a GPU, where `norm.recorded` records what it has seen some times."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Settings:
     """How to measure."""
 
     rounds: int = 7
-    """Rounds that count, after one that warms up."""
+    """Rounds that count, after one that warms up (on a GPU four)."""
     steps: int = 1
     """Steps in a round; what is not done in every step (norm.every) needs as many or a multiple."""
     device: torch.device = torch.device("cpu")
@@ -59,7 +62,9 @@ class Settings:
     channels_last: bool = False
     compile: bool = False
     memory: bool = True
-    """Measure memory and count operations too."""
+    """Measure memory and count operations too (not those of compiled networks)."""
+    evaluation: bool = True
+    """Measure the forward in evaluation too."""
 
 
 @dataclass
@@ -98,7 +103,14 @@ def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list
         row.step, row.ratio = seconds, seconds / trained[0]
         row.images_per_second = case.shape[0] / seconds
         if settings.memory:
-            row.saved, row.flops, row.peak = work.saved(), work.flops(), work.peak()
+            row.saved, row.peak = work.saved(), work.peak()
+            row.flops = None if settings.compile else work.flops()
+    if settings.evaluation:
+        _evaluate(rows, works, settings)
+    return rows
+
+
+def _evaluate(rows: Sequence[Row], works: Sequence[_Work], settings: Settings) -> None:
     plain = [work.evaluated() for work in works]
     folded = [_folded(network) for network in plain]
     with torch.no_grad():
@@ -110,7 +122,6 @@ def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list
     rest = iter(found[len(rows) :])
     for row, network in zip(rows, folded, strict=True):
         row.folded = None if network is None else next(rest)
-    return rows
 
 
 def trace(case: Case, variant: Variant, settings: Settings, path: Path) -> None:
@@ -255,17 +266,17 @@ def _folded(network: nn.Module) -> nn.Module | None:
 
 
 def _in_turn(calls: Sequence[Callable[[], Any]], settings: Settings) -> list[float]:
-    """Seconds of each call: the median over the rounds of a round's mean."""
+    """Seconds of each call: the median over the rounds of a round's mean. A GPU is waited for once a round."""
     times: list[list[float]] = [[] for _ in calls]
-    for number in range(settings.rounds + 1):
+    first = _WARM_UP[settings.device.type == "cuda"]
+    for number in range(settings.rounds + first):
         for call, found in zip(calls, times, strict=True):
-            each = []
+            start = _now(settings.device)
             for _ in range(settings.steps):
-                start = _now(settings.device)
                 call()
-                each.append(_now(settings.device) - start)
-            if number:  # the first round warms up
-                found.append(mean(each))
+            seconds = _now(settings.device) - start
+            if number >= first:
+                found.append(seconds / settings.steps)
     return [median(found) for found in times]
 
 

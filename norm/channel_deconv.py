@@ -7,7 +7,8 @@ from torch import Tensor
 
 from norm import processes, whitening
 from norm.processes import Traffic
-from norm.sampling import Grouping
+from norm.products import product
+from norm.sampling import Grouping, Rows
 from norm.state import NormError, Whitening, check_options
 
 
@@ -99,11 +100,12 @@ class ChannelDeconv(Whitening):
         rows = blocks.reshape(self.block, -1)
         mean, deconv = self.running_mean, self.running_deconv
         if self.training:
-            mean, deconv = whitening.patch_statistics(rows[:, :: self._every(x)], self.eps, self.n_iter, self._joint())
+            sampled = rows[:, :: self._every(x)].t()
+            _, mean, deconv = whitening.statistics(sampled, Rows(self.block), self.eps, self.n_iter, self._joint())
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self._rate())
                 self.running_deconv.lerp_(deconv.to(self.running_mean.dtype), self._rate())
-        white = (deconv @ (rows - mean[:, None])).view(blocks.shape)
+        white = product(deconv, rows - mean[:, None]).view(blocks.shape)
         if self.grouping == "channel":
             white = white.transpose(0, 1)
         return white.reshape(channels.shape).transpose(0, 1)
@@ -128,7 +130,8 @@ class ChannelDeconv(Whitening):
 
     def traffic(self) -> Traffic:
         """What a training step sends with `sync`, forward and backward."""
-        found = Traffic(4, 2 * self.running_mean.element_size() * (self.block + 1 + processes.triangle(self.block)))
+        numbers = 2 * self.block + 1 + 2 * processes.triangle(self.block)
+        found = Traffic(3, self.running_mean.element_size() * numbers)
         rest = self.seen is None or self.seen[0] % self.block != 0
         return found.plus(Traffic(4, 2 * self.running_mean.element_size() * 3)) if rest else found
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from norm import whitening
+from norm.products import full_precision
 from norm.sampling import Grouping, Pair
 from norm.whitening import Statistics
 
@@ -71,6 +72,7 @@ class _FoldedConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, folded, *statistics = ctx.saved_tensors
         how, found = ctx.how, Statistics(*statistics)
@@ -98,3 +100,40 @@ class _FoldedConv(torch.autograd.Function):
         )
         bias_grad = None if bias_dtype is None else to_bias.to(bias_dtype)
         return to_x, to.weight.to(dtype), bias_grad, to.mean, to.deconv, None, None, to.scale, None, None
+
+
+def folded(weight: Tensor, bias: Tensor | None, found: Statistics) -> tuple[Tensor, Tensor]:
+    """`whitening.fold_weight` of a linear layer, whose products are in full precision in the gradient too."""
+    new: tuple[Tensor, Tensor] = _Fold.apply(weight, bias, *found)  # type: ignore[no-untyped-call]
+    return new
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        mean: Tensor,
+        deconv: Tensor,
+        tilted: Tensor | None,
+        last: Tensor | None,
+        scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        found = Statistics(mean, deconv, tilted, last, scale)
+        new, new_bias = whitening.fold_weight(weight, bias, found, 1, "channel")
+        ctx.save_for_backward(weight, new, *found)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return new, new_bias
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx: Any, to_folded: Tensor, to_bias: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, folded, *statistics = ctx.saved_tensors
+        dtype, bias_dtype = ctx.dtypes
+        to = whitening.fold_gradient(
+            to_folded.clone(), to_bias, weight.to(folded.dtype), folded, Statistics(*statistics), 1, "channel"
+        )
+        bias_grad = None if bias_dtype is None else to_bias.to(bias_dtype)
+        return to.weight.to(dtype), bias_grad, to.mean, to.deconv, None, None, to.scale

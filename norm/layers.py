@@ -147,8 +147,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         return self.windows(x.shape, padding).gather(x)
 
     def _refolds(self, x: Tensor, how: Geometry) -> bool:
-        if x.device.type != "cpu":  # it is the start of kernels that takes time there
-            return False
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return False  # it is the start of kernels that takes time there; the compiler decides what is kept
         size, kernel = (x.shape[-2], x.shape[-1]), cast(Pair, self.kernel_size)
         positions = sampling.output_size(size, kernel, how.stride, how.padding, how.dilation)
         products = 3 * self.rank if self.few else self.features  # two thin products take the time of three
@@ -163,12 +163,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             x, found = self._training_statistics(x, self.windows(x.shape, padding, share))
             stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
             how = Geometry(stride, padding, dilation, self.groups, self.grouping)
-            if not torch.compiler.is_compiling():  # the compiler decides what is kept
-                weight = self.effective_weight()
-                return folded_conv.conv(x, weight, self.bias, found, how, self._refolds(x, how))
-            weight, bias = self._fold(found)
-        else:
-            weight, bias = self.folded()
+            return folded_conv.conv(x, self.effective_weight(), self.bias, found, how, self._refolds(x, how))
+        weight, bias = self.folded()
         if not torch.is_autocast_enabled(x.device.type):
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
@@ -222,7 +218,7 @@ class Delinear(Deconvolving, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             x, found = self._training_statistics(x, Rows(self.block))
-            weight, bias = self._fold(found)
+            weight, bias = folded_conv.folded(self.effective_weight(), self.bias, found)
         else:
             weight, bias = self.folded()
         if not torch.is_autocast_enabled(x.device.type):

@@ -42,7 +42,7 @@ def renew(
     inner: Tensor,
     patches: Tensor,
     ridge: Tensor,
-    rate: float,
+    rate: float | Tensor,
     passes: int = 1,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:

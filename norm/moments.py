@@ -8,10 +8,15 @@ faster than it starts all that: there, unless they are many, patches are taken a
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from norm import processes
+from norm.products import full_precision
 from norm.sampling import Sampler, Windows
 
 _COVERED = 0.25
@@ -112,3 +117,48 @@ def add_to_pieces_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, sh
     behind = 3 - max({1, 2} - set(others))  # dimensions after the features
     each = torch.addcmul(shift.view(*shift.shape, *[1] * behind), apart, factor.view(-1, 1, 1))
     sampler.add_pieces_(grad, each.reshape(pieces.shape))
+
+
+class TracedMoments(torch.autograd.Function):
+    """Patches, and their `mean_and_variance`, for the compiler: the gradient is an expression of each pixel by itself,
+    which goes into the kernel of what stands before the layer. That of `F.unfold` is a scatter into zeros.
+
+    Not for interleaved blocks (`Windows.interleaved`). The patches are given without a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
+        patches = windows.gather(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        each, mean = torch.var_mean(patches.to(dtype), -1, correction=0)
+        ctx.save_for_backward(x, mean)
+        ctx.windows = windows
+        ctx.mark_non_differentiable(patches)
+        return patches, mean, each.mean(-1)
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx: Any, _: Tensor, to_mean: Tensor, to_variance: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        x, mean = ctx.saved_tensors
+        rows = ctx.windows.rows(x.shape)
+        factor = to_variance * (2 / (mean.shape[-1] * rows))
+        return scaled_everywhere(x, ctx.windows, factor, to_mean / rows - factor.unsqueeze(-1) * mean), None
+
+
+def scaled_everywhere(x: Tensor, windows: Windows, factor: Tensor, shift: Tensor) -> Tensor:
+    """What `add_scaled_` adds, as a tensor like x."""
+    images, channels, height, width = x.shape
+    each = shift.reshape(-1, math.prod(windows.kernel_size))  # of a block's channels, or of all conv groups'
+    each = each.repeat(channels // len(each), 1)
+    if windows.groups > 1:
+        factor = factor.repeat_interleave(channels // windows.groups)[:, None, None]
+    if windows.kernel_size == (1, 1):
+        taken = windows.taken_pixels(x.shape, x.device)
+        return torch.where(taken, x * factor + each[:, :, None], 0).to(x.dtype)
+    down, across = windows.marks((height, width), x.device, shift.dtype)
+    times = down.sum(0)[:, None] * across.sum(0)
+    places = down[:, None, :, None] * across[None, :, None, :]
+    constant = (each.view(channels, *windows.kernel_size, 1, 1) * places).sum((1, 2))
+    taken = windows.taken_images(images, x.device)
+    return torch.where(taken[:, None, None, None], x * (times * factor) + constant, 0).to(x.dtype)

@@ -6,16 +6,52 @@ gradient of the result: p(X)' [G] is a sum of X^i G X^j, and <p'(X)[E], G> = <E,
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+T = TypeVar("T")
+
 
 def fused(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
     """beta c + alpha a b in one kernel."""
     return (torch.baddbmm if a.ndim == 3 else torch.addmm)(c, a, b, beta=beta, alpha=alpha)
+
+
+def full_precision(backward: Callable[..., T]) -> Callable[..., T]:
+    """For the backward of an autograd function: without autocast, which a compiled graph's backward has from its
+    forward (an eager one's has none)."""
+
+    @functools.wraps(backward)
+    def wide(ctx: Any, grad: Tensor, *others: Any) -> T:
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad, *others)
+
+    return wide
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a @ b
+
+    @staticmethod
+    @once_differentiable
+    @full_precision
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        return grad @ b.mT, a.mT @ grad
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, both (m, n) matrices, whose gradient is in full precision in a compiled graph as well."""
+    found: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
+    return found
 
 
 def newton_schulz(y: Tensor, n_iter: int, kept: list[Tensor] | None = None) -> Tensor:
@@ -51,6 +87,7 @@ class Products(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         size, last, y, t, *kept = ctx.saved_tensors
         first = y

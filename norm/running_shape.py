@@ -8,12 +8,12 @@ whole.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from norm import leading, processes, whitening
+from norm import leading, processes, recorded, whitening
 from norm.whitening import Statistics
 
 _FIRST_PASSES = 4
@@ -52,7 +52,9 @@ class Averages(NamedTuple):
         else:
             self._lead(*leading.directions(covariance, self.tilted.shape[-1]), n_iter)
 
-    def renew(self, patches: Tensor, ridge: Tensor, rate: float, passes: int, n_iter: int, joint: bool) -> None:
+    def renew(
+        self, patches: Tensor, ridge: Tensor, rate: float | Tensor, passes: int, n_iter: int, joint: bool
+    ) -> None:
         """Move the shape towards that of patches; arguments as `leading.renew` takes them."""
         if self.tilted is None:
             now = patches @ patches.mT
@@ -123,6 +125,25 @@ def follow(
 
 def _renew(held: Averages, pace: Pace, steps: int, mean: Tensor, scale: Tensor, patches: Tensor, joint: bool) -> None:
     """Move the shape towards that of these patches."""
+    if steps and patches.is_cuda and not joint and not torch.cuda.is_current_stream_capturing():
+        recorded.renew(move, held, (mean, scale, patches), pace.rate(steps), (pace.eps, pace.n_iter))
+        return
+    passes = _FIRST_PASSES if steps == 0 else 1
+    move(held, mean, scale, patches, pace.rate(steps), pace.eps, pace.n_iter, passes, joint)
+
+
+def move(
+    held: Averages,
+    mean: Tensor,
+    scale: Tensor,
+    patches: Tensor,
+    rate: float | Tensor,
+    eps: float,
+    n_iter: int,
+    passes: int = 1,
+    joint: bool = False,
+) -> None:
+    """Move the shape at this rate towards that of patches (F, rows) or (G, F, rows) with this mean and scale."""
     dtype = held.deconv.dtype
     mean, scale, patches = mean.to(dtype), scale.to(dtype), patches.to(dtype)  # perhaps a view of the layer's input
     with torch.autocast(mean.device.type, enabled=False):
@@ -130,8 +151,7 @@ def _renew(held: Averages, pace: Pace, steps: int, mean: Tensor, scale: Tensor, 
         rows = torch.full_like(scale, patches.shape[-1])
         rows = processes.total_(rows) if joint else rows
         centred.mul_((scale * rows).rsqrt()[..., None, None])
-        passes = _FIRST_PASSES if steps == 0 else 1
-        held.renew(centred, pace.eps / scale, pace.rate(steps), passes, pace.n_iter, joint)
+        held.renew(centred, eps / scale, rate, passes, n_iter, joint)
 
 
 def _everywhere(basis: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,14 +187,10 @@ def follow_in_a_graph(
         held.scale.lerp_(scale.to(held.scale.dtype), rate.to(held.scale.dtype))
         steps.add_(1)
         _, _, *shape = held
-        renew_when_due(patches.detach(), mean.detach(), scale.detach(), *shape, clock, *pace, cycle, moving)
+        operator = torch.ops.network_deconvolution.renew_when_due
+        operator(patches.detach(), mean.detach(), scale.detach(), *shape, clock, *pace, cycle, moving)
 
 
-@torch.library.custom_op(
-    "network_deconvolution::renew_when_due",
-    mutates_args=("inner", "deconv", "tilted", "last", "clock"),
-    tags=(torch.Tag.cudagraph_unsafe,),  # the host decides, anew in each step
-)
 def renew_when_due(
     patches: Tensor,
     mean: Tensor,
@@ -198,3 +214,19 @@ def renew_when_due(
     if pace.due(before) and (not cycle or before % cycle < moving):
         held = Averages(mean, scale, inner, deconv, tilted, last)
         _renew(held, pace, before, mean, scale, patches, joint=False)
+
+
+def _nothing(*_: Any) -> None:
+    """What the compiler's tracer runs in place of the operator."""
+
+
+_LIBRARY = torch.library.Library("network_deconvolution", "FRAGMENT")
+"""Not `torch.library.custom_op`, whose wrappers take a few times as long in every step as what is decided here."""
+_LIBRARY.define(
+    torch.library.infer_schema(
+        renew_when_due, mutates_args=("inner", "deconv", "tilted", "last", "clock"), op_name="renew_when_due"
+    ),
+    tags=(torch.Tag.cudagraph_unsafe,),  # the host decides, anew in each step
+)
+_LIBRARY.impl("renew_when_due", renew_when_due, "CompositeExplicitAutograd")
+_LIBRARY.impl("renew_when_due", _nothing, "Meta")

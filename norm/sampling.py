@@ -21,6 +21,8 @@ _SMALL_MAP = 64
 _FEWEST_WINDOWS = 36
 _FEW_IMAGES = 64
 """Up to so many, slices of each are faster than indices (CPU)."""
+_LITTLE = 2**22
+"""Values whose copy takes a GPU less time than the start of another kernel or two."""
 
 
 class Sampler(Protocol):
@@ -111,7 +113,7 @@ class Windows:
     """Images that other processes have before these: all of them are counted together, to take every so many-th."""
 
     def gather(self, x: Tensor) -> Tensor:
-        whole = self.kernel_size == (1, 1) or self._interleaved(x.shape[1]) or x.device.type != "cpu"
+        whole = self.kernel_size == (1, 1) or self.interleaved(x.shape[1]) or x.device.type != "cpu"
         if whole or torch.compiler.is_compiling():
             return group_patches(self.pieces(x), self.features, self.groups, self.grouping)
         return self._copied(self._taken(x))
@@ -120,7 +122,24 @@ class Windows:
         x = self._taken(x)
         if self.kernel_size == (1, 1):
             return self._pixels(x)
+        if x.device.type != "cpu" and not torch.compiler.is_compiling() and len(x) > 4:
+            padded = math.prod(side + 2 * p for side, p in zip(x.shape[2:], self.padding, strict=True))
+            if len(x) * x.shape[1] * padded <= max(1.5 * x.numel(), _LITTLE):
+                return self._strided(x)
         return F.unfold(x, self.kernel_size, self.dilation, self.padding, self.strides)
+
+    def _strided(self, x: Tensor) -> Tensor:
+        """As `F.unfold`, which starts one kernel an image on a GPU; here they are two or three, and x is copied once
+        where it has a padding."""
+        top, left = self.padding
+        counts = self._counts((x.shape[2], x.shape[3]))
+        if top or left:
+            x = F.pad(x, (left, left, top, top))
+        each, channel, *pixel = x.stride()
+        inside = (step * d for step, d in zip(pixel, self.dilation, strict=True))
+        between = (step * s for step, s in zip(pixel, self.strides, strict=True))
+        size = (*x.shape[:2], *self.kernel_size, *counts)
+        return x.as_strided(size, (each, channel, *inside, *between)).reshape(len(x), -1, math.prod(counts))
 
     def apart(self, pieces: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         if self.groups > 1:
@@ -184,16 +203,30 @@ class Windows:
     def marks(self, size: Pair, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """For each place in the kernel, down (k_h, H) and across (k_w, W): 1 where a sampled window has it."""
         found, counts = [], self._counts(size)
+        padding = (0, 0) if self.kernel_size == (1, 1) else self.padding
         for axis in (0, 1):
-            each = torch.zeros(self.kernel_size[axis], size[axis], dtype=dtype, device=device)
-            for place, (_, pixels) in self._inside(axis, size[axis], counts[axis]):
-                each[place, pixels] = 1
-            found.append(each)
+            places = torch.arange(self.kernel_size[axis], device=device)[:, None] * self.dilation[axis]
+            offsets = torch.arange(size[axis], device=device) - (places - padding[axis])
+            step = self.strides[axis]
+            found.append(((offsets % step == 0) & (offsets >= 0) & (offsets < counts[axis] * step)).to(dtype))
         return found[0], found[1]
+
+    def taken_images(self, images: int, device: torch.device) -> Tensor:
+        """Which images have windows that are taken, (N,), bool."""
+        return (torch.arange(images, device=device) + self.before) % self.images == 0
+
+    def taken_pixels(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """Which pixels a 1x1 convolution takes, (N, 1, H, W), bool."""
+        images, _, height, width = shape
+        image = torch.arange(images, device=device) - self._first()
+        pixel = torch.arange(height * width, device=device)
+        place = image[:, None] // self.images * (height * width) + pixel - self._first_pixel(height, width)
+        taken = (place % math.prod(self.strides) == 0) & (image % self.images == 0)[:, None]
+        return taken.view(images, 1, height, width)
 
     def covered(self, shape: torch.Size) -> float:
         """Pixels in the sampled windows, with repetition, over those of the map; 0 where `marks` does not apply."""
-        if self._interleaved(shape[1]) or (self.kernel_size == (1, 1) and math.prod(self.strides) > 1):
+        if self.interleaved(shape[1]) or (self.kernel_size == (1, 1) and math.prod(self.strides) > 1):
             return 0.0
         size = (shape[2], shape[3])
         return self.count(size) * math.prod(self.kernel_size) / math.prod(size)
@@ -214,7 +247,8 @@ class Windows:
         """Channels that share no feature: a block's, or those of all conv groups."""
         return channels if self.groups > 1 else self.features // math.prod(self.kernel_size)
 
-    def _interleaved(self, channels: int) -> bool:
+    def interleaved(self, channels: int) -> bool:
+        """Whether a block's features are not those of neighbouring channels."""
         return self.grouping == "published" and self.groups == 1 and self._channels(channels) < channels
 
     def _counts(self, size: Pair) -> Pair:

@@ -134,7 +134,9 @@ class Deconvolving(Whitening):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer that this one is in evaluation."""
-        return self._fold(self._held_statistics())
+        layer: Any = self
+        found = self._held_statistics()
+        return whitening.fold_weight(self.effective_weight(), layer.bias, found, self.groups, self.grouping)
 
     def set_statistics(self, mean: Tensor, covariance: Tensor) -> None:
         """Take the statistics of evaluation from a mean (F,) or (groups F,) and a covariance, without eps."""
@@ -177,10 +179,6 @@ class Deconvolving(Whitening):
         factor = self.gain / _norms(weight).clamp_min(_TINY)
         return weight * factor.view(-1, *[1] * (weight.ndim - 1))
 
-    def _fold(self, found: Statistics) -> tuple[Tensor, Tensor]:
-        layer: Any = self
-        return whitening.fold_weight(self.effective_weight(), layer.bias, found, self.groups, self.grouping)
-
     def _held_statistics(self) -> Statistics:
         if self.every:
             return self._averages().statistics(self.running_mean, self.running_scale)
@@ -207,7 +205,7 @@ class Deconvolving(Whitening):
         if torch.compiler.is_compiling():
             if self._joint():  # it waits for other processes: its own piece, which is not traced
                 return torch.compiler.disable(Deconvolving._training_statistics)(self, x, sampler)
-            return x, self._traced_statistics(sampler.gather(x))
+            return self._traced_statistics(x, sampler)
         if (self.every or self.freeze) and self._held(self._count()):
             return x, self._held_copies()
         if self.every:
@@ -219,11 +217,11 @@ class Deconvolving(Whitening):
         self._average(mean, deconv)
         return x, Statistics(mean, deconv)
 
-    def _traced_statistics(self, patches: Tensor) -> Statistics:
+    def _traced_statistics(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
         """`_training_statistics` in a compiled graph, which a branch on the count would cut in two."""
         held = self._held(self.steps) if self.freeze else None
         if self.every:
-            mean, scale = whitening.patch_scale(patches, self.eps)
+            patches, mean, scale = whitening.traced_mean_and_scale(x, sampler, self.eps)
             cycle = self._cycle() if self.freeze else ()
             follow_in_a_graph(
                 self._averages(), self._pace(), self.steps, self._clock, mean, scale, patches, held, *cycle
@@ -232,15 +230,15 @@ class Deconvolving(Whitening):
                 mean, scale = (
                     torch.where(held, *each) for each in ((self.running_mean, mean), (self.running_scale, scale))
                 )
-            return self._averages().copied().statistics(mean, scale)
-        mean, deconv = whitening.patch_statistics(patches, self.eps, self.n_iter)
+            return x, self._averages().copied().statistics(mean, scale)
+        x, mean, deconv = whitening.statistics(x, sampler, self.eps, self.n_iter)
         if held is not None:
             self.steps.add_(1)
             self._clock.add_(1)
             mean = torch.where(held, self.running_mean, mean)
             deconv = torch.where(held, self.running_deconv, deconv)
         self._average(mean, deconv)
-        return Statistics(mean, deconv)
+        return x, Statistics(mean, deconv)
 
     @torch.no_grad()
     def _average(self, mean: Tensor, deconv: Tensor) -> None:

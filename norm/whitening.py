@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from norm import leading, moments, processes
-from norm.products import Products, fused
-from norm.sampling import Grouping, Sampler
+from norm.products import Products, full_precision, fused
+from norm.sampling import Grouping, Sampler, Windows
 
 _SPECTRAL_SIZE, _SPECTRAL_STEPS = 128, 8
 """Features from which an eigendecomposition on a CPU is faster than the products, and steps up to which it is taken:
@@ -84,6 +84,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, to_x: Tensor, to_mean: Tensor, to_covariance: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mean, rows = ctx.saved_tensors
         to_covariance = to_covariance + to_covariance.mT
@@ -99,6 +100,8 @@ class _Moments(torch.autograd.Function):
             to_mean.reshape(-1, to_mean.shape[-1], 1),
             *((each.reshape(-1, *each.shape[-2:])) for each in (to_covariance, centred)),
         ).div_(centred.shape[-1] if rows is None else rows)
+        if torch.compiler.is_compiling():  # which does not take what is overwritten
+            to_x = to_x.clone()
         ctx.sampler.scatter_add_(to_x, grad.view(centred.shape))
         return to_x, None, None, None
 
@@ -121,6 +124,7 @@ class _MeanAndScale(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @full_precision
     def backward(ctx: Any, to_x: Tensor, to_mean: Tensor, to_scale: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mean, rows = ctx.saved_tensors
         if rows is None:
@@ -214,7 +218,7 @@ def statistics(
     x: Tensor, sampler: Sampler, eps: float, n_iter: int, joint: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, for the layer to go on with, and mean (F,) or (G F,) and deconv D of its patches, those of all processes if
-    `joint`. Not for the compiler, which decides itself what is kept: `patch_statistics`.
+    `joint`.
 
     float32 under autocast, float64 stays float64.
     """
@@ -223,22 +227,15 @@ def statistics(
         return x, mean.flatten(), inverse_sqrt(covariance, n_iter)
 
 
-def patch_statistics(patches: Tensor, eps: float, n_iter: int, joint: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and D of patches (F, rows) or (G, F, rows), with torch's own gradients; dtypes and `joint` as in
-    `statistics`."""
-    with torch.autocast(device_type=patches.device.type, enabled=False):
-        if joint:
-            mean, covariance, _ = over_processes(_wide(patches), eps)
-        else:
-            mean, covariance = mean_and_covariance(_wide(patches), eps)
-        return mean.flatten(), inverse_sqrt(covariance, n_iter)
-
-
-def patch_scale(patches: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `mean_and_scale`, from patches (F, rows) or (G, F, rows), with torch's own gradients."""
-    with torch.autocast(device_type=patches.device.type, enabled=False):
-        variance, mean = torch.var_mean(_wide(patches), -1, correction=0)
-        return mean.flatten(), variance.mean(-1) + eps
+def traced_mean_and_scale(x: Tensor, sampler: Sampler, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The patches, (F, rows) or (G, F, rows), and `mean_and_scale`, for the compiler."""
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        if isinstance(sampler, Windows) and not sampler.interleaved(x.shape[1]):
+            patches, mean, variance = moments.TracedMoments.apply(x, sampler)  # type: ignore[no-untyped-call]
+            return patches, mean.flatten(), variance + eps
+        patches = sampler.gather(x)
+        each, mean = torch.var_mean(_wide(patches), -1, correction=0)
+        return patches, mean.flatten(), each.mean(-1) + eps
 
 
 def split_weight(weight: Tensor, features: int, groups: int, grouping: Grouping) -> Tensor:

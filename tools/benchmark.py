@@ -114,6 +114,7 @@ def settings(args: argparse.Namespace) -> Any:
         channels_last=args.channels_last,
         compile=args.compile,
         memory=not args.no_memory,
+        evaluation=not args.no_evaluation,
     )
 
 
@@ -130,6 +131,7 @@ def main() -> int:
     parser.add_argument("--channels-last", action="store_true", help="memory layout of convolutions")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--no-evaluation", action="store_true", help="training steps only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="torch's profile of a step of the last case and norm"

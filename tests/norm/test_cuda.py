@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from norm import Delinear, FastDeconv, precise_statistics
+from norm import Delinear, FastDeconv, precise_statistics, recorded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -52,6 +52,29 @@ def test_a_gpu_computes_the_same(options: dict[str, Any], layout: torch.memory_f
             torch.testing.assert_close(other.grad.cpu(), one.grad, rtol=1e-6, atol=1e-8, msg=name)
     x = torch.randn(2, 16, 12, 14, dtype=torch.float64)
     torch.testing.assert_close(there.eval()(x.cuda()).cpu(), here.eval()(x), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 4}, {"rank": 72}, {"kernel_size": 1, "padding": 0, "block": 16}])
+def test_recorded_renewals_are_those_that_are_not(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    standard = {"out_channels": 24, "kernel_size": 3, "padding": 1, "block": 8, "rank": 8, "every": 1, "fresh_steps": 3}
+    layers = [FastDeconv(16, **{**standard, **options}).cuda() for _ in range(2)]
+    others = copy.deepcopy(layers)
+    replayed = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replayed.append(graph), replay(graph)))
+    recorded._recording.cache_clear()
+    for step in range(12):
+        x = torch.randn(6, 16, 12, 14, device="cuda") * (1 + step)
+        for layer in layers:
+            layer(x)
+        with monkeypatch.context() as patched:
+            patched.setattr(recorded, "_BEFORE", 1000)
+            for layer in others:
+                layer(x)
+        for layer, other in zip(layers, others, strict=True):
+            torch.testing.assert_close(dict(layer.named_buffers()), dict(other.named_buffers()), rtol=1e-4, atol=1e-5)
+    assert len(replayed) > 10 and len(set(replayed)) == 1  # both layers share a recording
 
 
 @pytest.mark.parametrize("every", [0, 2])

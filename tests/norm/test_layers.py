@@ -392,6 +392,23 @@ def test_compiled_network_equals_eager_without_a_graph_break(options: dict[str, 
     assert all(int(each.steps) == each._steps for each in counted)
 
 
+@pytest.mark.parametrize("options", [{}, {"every": 2, "rank": 5, "fresh_steps": 1}], ids=["exact", "cheap"])
+def test_compiled_gradients_of_statistics_are_in_full_precision_under_autocast(options: dict[str, Any]):
+    """A compiled graph has its backward under the autocast of its forward."""
+    torch.manual_seed(0)
+    layers = FastDeconv(3, 8, 3, **options), ChannelDeconv(4), nn.Flatten(1, 2), Delinear(7, 6, **options)
+    network = nn.Sequential(*layers)
+    twin = copy.deepcopy(network)
+    twin.compile(backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, 9, 9)
+    for each in (network, twin):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = each(x)
+        y.float().square().sum().backward()
+    for (name, a), b in zip(network.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name, rtol=1e-4, atol=1e-4)
+
+
 def test_a_cuda_graph_does_not_record_what_the_host_decides():
     assert torch.Tag.cudagraph_unsafe in torch.ops.network_deconvolution.renew_when_due.default.tags
 

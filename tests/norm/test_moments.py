@@ -85,3 +85,30 @@ def test_copied_windows_are_those_of_unfold(case: str, monkeypatch: pytest.Monke
     found = sampler.gather(x)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert torch.equal(found, sampler.gather(x))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", CASES)
+def test_windows_as_a_view_are_those_of_unfold(case: str, layout: torch.memory_format):
+    sampler, x = CASES[case], images().to(memory_format=layout)[1:]
+    assert isinstance(sampler, Windows)
+    if sampler.kernel_size != (1, 1):
+        unfolded = torch.nn.functional.unfold(
+            x, sampler.kernel_size, sampler.dilation, sampler.padding, sampler.strides
+        )
+        assert torch.equal(sampler._strided(x), unfolded)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "interleaved"])
+def test_the_compilers_gradient_is_that_of_the_patches(case: str):
+    sampler, x = CASES[case], images().requires_grad_()
+    assert isinstance(sampler, Windows)
+    patches = sampler.gather(x)
+    mean, variance = patches.mean(-1), (patches - patches.mean(-1, keepdim=True)).square().mean((-2, -1))
+    weights = torch.randn_like(mean), torch.randn_like(variance)
+    want = torch.autograd.grad((mean * weights[0]).sum() + (variance * weights[1]).sum(), x)[0]
+    copied, *found = moments.TracedMoments.apply(x, sampler)
+    got = torch.autograd.grad(sum((each * weight).sum() for each, weight in zip(found, weights, strict=True)), x)[0]
+    assert torch.equal(copied, patches) and not copied.requires_grad
+    torch.testing.assert_close(found, [mean, variance])
+    torch.testing.assert_close(got, want)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from norm import whitening
-from norm.sampling import group_patches
+from norm.sampling import Rows, group_patches
 
 
 @pytest.mark.parametrize("groups, grouping", list(itertools.product([1, 2], ["channel", "published"])))
@@ -88,19 +88,19 @@ def test_many_steps_converge_to_the_inverse_root():
 
 def test_gain_is_bounded_for_fewer_rows_than_features():
     patches = torch.randn(50, 3, dtype=torch.float64)
-    _, deconv = whitening.patch_statistics(patches, 1e-5, 5)
     _, covariance = whitening.mean_and_covariance(patches, 1e-5)
+    deconv = whitening.inverse_sqrt(covariance, 5)
     bound = 1.5**5 / covariance.norm().sqrt()
     assert torch.linalg.eigvalsh(deconv).max() <= bound * (1 + 1e-9)
 
 
 def test_statistics_are_float32_under_autocast():
-    patches = torch.randn(4, 30).bfloat16()
+    rows = torch.randn(30, 4).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        mean, deconv = whitening.patch_statistics(patches, 1e-5, 5)
+        _, mean, deconv = whitening.statistics(rows, Rows(4), 1e-5, 5)
     assert mean.dtype == deconv.dtype == torch.float32
-    want = whitening.patch_statistics(patches.float(), 1e-5, 5)
-    assert torch.equal(deconv, want[1])
+    want = whitening.statistics(rows.float(), Rows(4), 1e-5, 5)
+    assert torch.equal(deconv, want[2])
 
 
 @pytest.mark.parametrize("groups, grouping", list(itertools.product([1, 4], ["channel", "published"])))
@@ -109,7 +109,8 @@ def test_unfold_inverts_fold(groups, grouping):
     bias = torch.randn(8, dtype=torch.float64)
     features = 18 if groups == 4 else 36
     patches = torch.randn(*((4,) if groups == 4 else ()), features, 200, dtype=torch.float64)
-    mean, deconv = whitening.patch_statistics(patches, 1e-5, 5)
+    mean, covariance = whitening.mean_and_covariance(patches, 1e-5)
+    mean, deconv = mean.flatten(), whitening.inverse_sqrt(covariance, 5)
     inner = whitening.unfold_weight(weight, bias, mean, deconv, groups, grouping)
     back = whitening.fold_weight(*inner, whitening.Statistics(mean, deconv), groups, grouping)
     torch.testing.assert_close(back[0], weight, rtol=1e-9, atol=1e-9)
