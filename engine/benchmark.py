@@ -60,7 +60,8 @@ class Settings:
     device: torch.device = torch.device("cpu")
     amp: torch.dtype | None = None
     channels_last: bool = False
-    compile: bool = False
+    compile: str | None = None
+    """Mode of torch.compile."""
     memory: bool = True
     """Measure memory and count operations too (not those of compiled networks)."""
     evaluation: bool = True
@@ -195,7 +196,7 @@ class _Work:
         groups = [{"params": list(self.model.parameters())}]
         self.optimizer = build_optimizer(groups, OptimConfig(lr=1e-3))
         if settings.compile:
-            self.model.compile()
+            self.model.compile(mode=settings.compile)
 
     def loss(self) -> Tensor:
         dtype = self.settings.amp or torch.bfloat16

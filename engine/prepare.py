@@ -147,7 +147,8 @@ def prepare(model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor]
                 "norm.name: sync_bn synchronises GPUs, and this run is on CPUs; use bn, or runtime.device=cuda"
             )
     if cfg.runtime.compile:
-        model.compile()  # in place: the names in the state dict stay
+        mode = None if cfg.runtime.compile is True else cfg.runtime.compile
+        model.compile(mode=mode)  # in place: the names in the state dict stay
     wrapped = model
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None

@@ -120,8 +120,8 @@ class ChannelDeconv(Whitening):
             else:
                 mean, var = sampled.mean(), sampled.var(correction=min(1, sampled.numel() - 1))
             with torch.no_grad():
-                self.rest_mean.lerp_(mean.to(self.running_mean.dtype), self._rate())
-                self.rest_var.lerp_(var.to(self.running_mean.dtype), self._rate())
+                for held, found in ((self.rest_mean, mean), (self.rest_var, var)):  # views, as in `running_shape`
+                    held.view(1).lerp_(found.to(held.dtype).view(1), self._rate())
         return (x - mean) * (var + self.eps).rsqrt()
 
     def _joint(self) -> bool:

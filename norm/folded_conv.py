@@ -48,6 +48,14 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, found: Statistics, how:
         return y
 
 
+def _like(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> Tensor:
+    """`folded` in this dtype and in the memory format of `weight`, which may decide on that of the convolution's output
+    (that of a 1x1 map is in all formats)."""
+    if folded.dtype == dtype and folded.stride() == weight.stride():
+        return folded
+    return torch.empty_like(weight, dtype=dtype).copy_(folded)
+
+
 class _FoldedConv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -67,8 +75,9 @@ class _FoldedConv(torch.autograd.Function):
         folded, new_bias = whitening.fold_weight(weight, bias, found, how.groups, how.grouping)
         ctx.save_for_backward(x, weight, None if anew else folded, *found)
         ctx.how, ctx.dtypes = how, (weight.dtype, None if bias is None else bias.dtype)
-        w, b = (each.to(x.dtype) for each in (folded, new_bias))
-        return F.conv2d(x, w, b, how.stride, how.padding, how.dilation, how.groups)
+        return F.conv2d(
+            x, _like(weight, folded, x.dtype), new_bias.to(x.dtype), how.stride, how.padding, how.dilation, how.groups
+        )
 
     @staticmethod
     @once_differentiable
@@ -82,7 +91,7 @@ class _FoldedConv(torch.autograd.Function):
         to_x, to_folded, to_bias = torch.ops.aten.convolution_backward(
             grad,
             x,
-            folded.to(x.dtype),
+            _like(weight, folded, x.dtype),
             [len(weight)],
             how.stride,
             how.padding,

@@ -8,7 +8,6 @@ faster than it starts all that: there, unless they are many, patches are taken a
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -148,17 +147,18 @@ class TracedMoments(torch.autograd.Function):
 
 def scaled_everywhere(x: Tensor, windows: Windows, factor: Tensor, shift: Tensor) -> Tensor:
     """What `add_scaled_` adds, as a tensor like x."""
-    images, channels, height, width = x.shape
-    each = shift.reshape(-1, math.prod(windows.kernel_size))  # of a block's channels, or of all conv groups'
-    each = each.repeat(channels // len(each), 1)
-    if windows.groups > 1:
-        factor = factor.repeat_interleave(channels // windows.groups)[:, None, None]
+    taken = windows.taken_images(len(x), x.device)[:, None, None, None, None]
+    size = (x.shape[2], x.shape[3])
     if windows.kernel_size == (1, 1):
-        taken = windows.taken_pixels(x.shape, x.device)
-        return torch.where(taken, x * factor + each[:, :, None], 0).to(x.dtype)
-    down, across = windows.marks((height, width), x.device, shift.dtype)
-    times = down.sum(0)[:, None] * across.sum(0)
-    places = down[:, None, :, None] * across[None, :, None, :]
-    constant = (each.view(channels, *windows.kernel_size, 1, 1) * places).sum((1, 2))
-    taken = windows.taken_images(images, x.device)
-    return torch.where(taken[:, None, None, None], x * (times * factor) + constant, 0).to(x.dtype)
+        taken = windows.taken_pixels(x.shape, x.device)[:, None]
+    x = x.unflatten(1, (-1, windows.channels(x.shape[1])))
+    each = shift.reshape(x.shape[2], *windows.kernel_size, 1, 1)
+    if windows.groups > 1:
+        factor = factor.repeat_interleave(x.shape[2] // windows.groups)[:, None, None]
+    if windows.kernel_size == (1, 1):
+        found = x * factor + each[:, 0, 0]
+    else:
+        down, across = windows.marks(size, x.device, shift.dtype)
+        places = down[:, None, :, None] * across[None, :, None, :]
+        found = x * (down.sum(0)[:, None] * across.sum(0) * factor) + (each * places).sum((1, 2))
+    return torch.where(taken, found, 0).to(x.dtype).flatten(1, 2)

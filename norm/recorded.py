@@ -54,9 +54,12 @@ def _recording(signature: Signature) -> _Recording:
 
 
 @functools.cache
-def _pool(device: torch.device) -> Any:
-    with torch.cuda.device(device):
-        return torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+def _pool(device: torch.device) -> torch.cuda.CUDAGraph:
+    """A recording of next to nothing, whose memory the others share: it goes with the last of its recordings."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        torch.ones(1, device=device)
+    return graph
 
 
 class _Recording:
@@ -75,7 +78,7 @@ class _Recording:
         self.rate = torch.ones((), dtype=held[0].dtype, device=held[0].device)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: threads that pin memory go on meanwhile
-        capture = torch.cuda.graph(self.graph, _pool(self.rate.device), capture_error_mode="thread_local")
+        capture = torch.cuda.graph(self.graph, _pool(self.rate.device).pool(), capture_error_mode="thread_local")
         with torch.cuda.device(self.rate.device), capture:
             move(self.held, *self.found, self.rate, *numbers)
 

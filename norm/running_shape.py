@@ -184,7 +184,8 @@ def follow_in_a_graph(
         if still is not None:
             rate = torch.where(still, 0.0, rate)
         held.mean.lerp_(mean.to(held.mean.dtype), rate)
-        held.scale.lerp_(scale.to(held.scale.dtype), rate.to(held.scale.dtype))
+        # a view: torch 2.11 loses what is done to a number on a CPU
+        held.scale.view(-1).lerp_(scale.to(held.scale.dtype).view(-1), rate.to(held.scale.dtype))
         steps.add_(1)
         _, _, *shape = held
         operator = torch.ops.network_deconvolution.renew_when_due

@@ -21,8 +21,8 @@ _SMALL_MAP = 64
 _FEWEST_WINDOWS = 36
 _FEW_IMAGES = 64
 """Up to so many, slices of each are faster than indices (CPU)."""
-_LITTLE = 2**22
-"""Values whose copy takes a GPU less time than the start of another kernel or two."""
+_LITTLE, _LARGE = 2**22, 2**25
+"""Values whose copy takes a GPU less time than the start of another kernel or two; of several."""
 
 
 class Sampler(Protocol):
@@ -150,7 +150,7 @@ class Windows:
 
     def _copied(self, x: Tensor) -> Tensor:
         """As `F.unfold` and `group_patches`, in one pass: im2col on a CPU takes several times as long."""
-        x = x.unflatten(1, (-1, self._channels(x.shape[1])))
+        x = x.unflatten(1, (-1, self.channels(x.shape[1])))
         images, blocks, channels, *size = x.shape
         counts = self._counts((size[0], size[1]))
         rows = x.new_zeros(channels, *self.kernel_size, images, blocks, *counts)
@@ -174,7 +174,7 @@ class Windows:
         if self.kernel_size == (1, 1):
             self._add_pixels(x, pieces)
             return
-        if x.device.type != "cpu":  # fewer kernels to start
+        if x.device.type != "cpu" and x.numel() <= _LARGE:  # fewer kernels to start
             x.add_(F.fold(pieces, (height, width), self.kernel_size, self.dilation, self.padding, self.strides))
             return
         counts = self._counts((height, width))
@@ -186,7 +186,7 @@ class Windows:
     def rows(self, shape: torch.Size) -> int:
         size = (shape[2], shape[3])
         images = max(0, -(-(shape[0] - self._first()) // self.images))
-        blocks = shape[1] // self._channels(shape[1])
+        blocks = shape[1] // self.channels(shape[1])
         if self.kernel_size == (1, 1):
             pixels = images * math.prod(size) - self._first_pixel(*size)
             return blocks * max(0, -(-pixels // math.prod(self.strides)))
@@ -194,7 +194,7 @@ class Windows:
 
     def blocks(self, x: Tensor) -> Tensor:
         """The images that are taken, (N, C, H, W), as (N, blocks, C / blocks, H, W); conv groups stay side by side."""
-        return self._taken(x).unflatten(1, (-1, self._channels(x.shape[1])))
+        return self._taken(x).unflatten(1, (-1, self.channels(x.shape[1])))
 
     def count(self, size: Pair) -> int:
         """Sampled windows of an image of this size."""
@@ -205,21 +205,20 @@ class Windows:
         found, counts = [], self._counts(size)
         padding = (0, 0) if self.kernel_size == (1, 1) else self.padding
         for axis in (0, 1):
-            places = torch.arange(self.kernel_size[axis], device=device)[:, None] * self.dilation[axis]
-            offsets = torch.arange(size[axis], device=device) - (places - padding[axis])
+            places = _count(self.kernel_size[axis], device)[:, None] * self.dilation[axis]
+            offsets = _count(size[axis], device) - (places - padding[axis])
             step = self.strides[axis]
             found.append(((offsets % step == 0) & (offsets >= 0) & (offsets < counts[axis] * step)).to(dtype))
         return found[0], found[1]
 
     def taken_images(self, images: int, device: torch.device) -> Tensor:
         """Which images have windows that are taken, (N,), bool."""
-        return (torch.arange(images, device=device) + self.before) % self.images == 0
+        return (_count(images, device) + self.before) % self.images == 0
 
     def taken_pixels(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Which pixels a 1x1 convolution takes, (N, 1, H, W), bool."""
         images, _, height, width = shape
-        image = torch.arange(images, device=device) - self._first()
-        pixel = torch.arange(height * width, device=device)
+        image, pixel = _count(images, device) - self._first(), _count(height * width, device)
         place = image[:, None] // self.images * (height * width) + pixel - self._first_pixel(height, width)
         taken = (place % math.prod(self.strides) == 0) & (image % self.images == 0)[:, None]
         return taken.view(images, 1, height, width)
@@ -243,13 +242,13 @@ class Windows:
         taken_before = -(-self.before // self.images)
         return -taken_before * height * width % math.prod(self.strides)
 
-    def _channels(self, channels: int) -> int:
+    def channels(self, channels: int) -> int:
         """Channels that share no feature: a block's, or those of all conv groups."""
         return channels if self.groups > 1 else self.features // math.prod(self.kernel_size)
 
     def interleaved(self, channels: int) -> bool:
         """Whether a block's features are not those of neighbouring channels."""
-        return self.grouping == "published" and self.groups == 1 and self._channels(channels) < channels
+        return self.grouping == "published" and self.groups == 1 and self.channels(channels) < channels
 
     def _counts(self, size: Pair) -> Pair:
         padding = (0, 0) if self.kernel_size == (1, 1) else self.padding
@@ -322,6 +321,11 @@ class Windows:
         index = torch.arange(min(first, pixels), pixels, math.prod(self.strides), device=device)
         place = index % (height * width)
         return index.div(height * width, rounding_mode="floor"), place.div(width, rounding_mode="floor"), place % width
+
+
+def _count(to: int, device: torch.device) -> Tensor:
+    """0 to `to` - 1; a GPU divides long integers slowly."""
+    return torch.arange(to, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)

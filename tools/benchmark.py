@@ -129,7 +129,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
     parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision")
     parser.add_argument("--channels-last", action="store_true", help="memory layout of convolutions")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "reduce-overhead", "max-autotune"),
+        help="torch.compile the networks, in this mode",
+    )
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--no-evaluation", action="store_true", help="training steps only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")

@@ -363,6 +363,7 @@ def test_weight_standardised_filters_have_mean_zero_and_variance_one():
 @pytest.mark.parametrize("options", [{}, {"every": 2, "rank": 5, "fresh_steps": 1}], ids=["exact", "cheap"])
 def test_compiled_network_equals_eager_without_a_graph_break(options: dict[str, Any]):
     """Through the ahead-of-time tracer (no C++ compiler needed); a stem in a Sequential, held from step two on."""
+    torch.compiler.reset()
     torch.manual_seed(0)
     layers = (
         FastDeconv(3, 8, 3, freeze=True, freeze_iter=1, **options),
@@ -395,6 +396,7 @@ def test_compiled_network_equals_eager_without_a_graph_break(options: dict[str, 
 @pytest.mark.parametrize("options", [{}, {"every": 2, "rank": 5, "fresh_steps": 1}], ids=["exact", "cheap"])
 def test_compiled_gradients_of_statistics_are_in_full_precision_under_autocast(options: dict[str, Any]):
     """A compiled graph has its backward under the autocast of its forward."""
+    torch.compiler.reset()
     torch.manual_seed(0)
     layers = FastDeconv(3, 8, 3, **options), ChannelDeconv(4), nn.Flatten(1, 2), Delinear(7, 6, **options)
     network = nn.Sequential(*layers)
