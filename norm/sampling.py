@@ -37,6 +37,9 @@ class Sampler(Protocol):
     def pieces(self, x: Tensor) -> Tensor:
         """The patches as they are unfolded, (N, C k_h k_w, rows of an image), which `apart` reads."""
 
+    def spread(self, patches: Tensor, shape: torch.Size) -> Tensor:
+        """The adjoint of `gather` as a tensor of x's shape, in few expressions for the compiler; for one process."""
+
     def add_pieces_(self, x: Tensor, pieces: Tensor) -> None:
         """The adjoint of `pieces`, added to x."""
 
@@ -168,6 +171,20 @@ class Windows:
         total = channels * math.prod(self.kernel_size)
         self.add_pieces_(x, ungroup_patches(patches, images, total, self.groups, self.grouping))
 
+    def spread(self, patches: Tensor, shape: torch.Size) -> Tensor:
+        images, channels, height, width = shape
+        taken, pixels, every = -(-images // self.images), height * width, math.prod(self.strides)
+        apart = self.kernel_size != (1, 1) or pixels % every == 0  # pieces of each image
+        total = channels * math.prod(self.kernel_size)
+        pieces = ungroup_patches(patches, taken if apart else 1, total, self.groups, self.grouping)
+        if self.kernel_size == (1, 1):
+            each = _every(pieces, every)[..., : pixels if apart else taken * pixels]
+            each = each.view(-1, channels, pixels) if apart else each.view(channels, taken, pixels).transpose(0, 1)
+            found = each.reshape(taken, channels, height, width)
+        else:
+            found = F.fold(pieces, (height, width), self.kernel_size, self.dilation, self.padding, self.strides)
+        return _every(found.movedim(0, -1), self.images)[..., :images].movedim(-1, 0)
+
     def add_pieces_(self, x: Tensor, pieces: Tensor) -> None:
         x, pieces = self._taken(x), pieces.to(x.dtype)
         n, c, height, width = x.shape
@@ -272,6 +289,9 @@ class Windows:
 
     def _pixels(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
+        if torch.compiler.is_compiling():
+            each = x.flatten(2) if self._whole_images(x) else x.transpose(0, 1).flatten(1)[None]
+            return each[:, :, :: math.prod(self.strides)]
         if self._channels_last(x):
             return self._listed(x).transpose(1, 2)
         if self._whole_images(x):
@@ -323,6 +343,14 @@ class Windows:
         return index.div(height * width, rounding_mode="floor"), place.div(width, rounding_mode="floor"), place % width
 
 
+def _every(x: Tensor, step: int) -> Tensor:
+    """x (..., n) at every `step`-th place of zeros, (..., n step)."""
+    if step == 1:
+        return x
+    zeros = x.new_zeros(()).expand(*x.shape, step - 1)
+    return torch.cat([x.unsqueeze(-1), zeros], -1).flatten(-2)
+
+
 def _count(to: int, device: torch.device) -> Tensor:
     """0 to `to` - 1; a GPU divides long integers slowly."""
     return torch.arange(to, dtype=torch.int32, device=device)
@@ -342,6 +370,9 @@ class Rows:
 
     def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
         x.add_(patches.t().reshape(x.shape).to(x.dtype))
+
+    def spread(self, patches: Tensor, shape: torch.Size) -> Tensor:
+        return patches.t().reshape(shape)
 
     def pieces(self, x: Tensor) -> Tensor:
         return self.gather(x).unsqueeze(0)

@@ -100,8 +100,8 @@ class _Moments(torch.autograd.Function):
             to_mean.reshape(-1, to_mean.shape[-1], 1),
             *((each.reshape(-1, *each.shape[-2:])) for each in (to_covariance, centred)),
         ).div_(centred.shape[-1] if rows is None else rows)
-        if torch.compiler.is_compiling():  # which does not take what is overwritten
-            to_x = to_x.clone()
+        if torch.compiler.is_compiling():  # which takes nothing that is overwritten
+            return to_x + ctx.sampler.spread(grad.view(centred.shape), x.shape).to(to_x.dtype), None, None, None
         ctx.sampler.scatter_add_(to_x, grad.view(centred.shape))
         return to_x, None, None, None
 

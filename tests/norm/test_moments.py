@@ -112,3 +112,12 @@ def test_the_compilers_gradient_is_that_of_the_patches(case: str):
     assert torch.equal(copied, patches) and not copied.requires_grad
     torch.testing.assert_close(found, [mean, variance])
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_spread_is_what_would_be_added(case: str):
+    sampler, x = CASES[case], images()
+    patches = torch.randn_like(sampler.gather(x))
+    want = torch.zeros_like(x)
+    sampler.scatter_add_(want, patches)
+    torch.testing.assert_close(sampler.spread(patches, x.shape), want)
