@@ -222,6 +222,8 @@ class _Work:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
+        if self.settings.compile:
+            pack = torch.compiler.disable(pack)
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = self.loss()
         loss.backward()
