@@ -167,7 +167,7 @@ class RuntimeConfig(Section):
     """Seed of initial weights, order and augmentation."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Mixed precision by autocast; fp16 scales the loss."""
-    compile: bool | Literal["reduce-overhead", "max-autotune"] = False
+    compile: Literal[False, True, "reduce-overhead", "max-autotune"] = False
     """torch.compile the network; reduce-overhead starts its kernels as CUDA graphs, which pays where a GPU waits for
     the host (small networks or images)."""
     channels_last: bool = False

@@ -174,7 +174,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         text += f", sampling_stride={self.sampling_stride}, grouping={self.grouping}"
         text += ", dense_small_maps=True" if self.dense_small_maps else ""
         text += f", max_rows={self.max_rows}" if self.max_rows else ""
-        text += f", every={self.every}, rank={self.rank}" if self.every else ""
+        text += f", every={self.every}, rank={self.rank}, fresh_steps={self.fresh_steps}" if self.every else ""
         text += ", gain=True" if self.gain is not None else ""
         text += ", sync=True" if self.sync else ""
         return text + (", freeze=True" if self.freeze else "")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,14 @@ def test_compile_is_in_place_and_keeps_the_names() -> None:
     assert prepared.raw is net and list(prepared.raw.state_dict()) == names
     with torch.compiler.set_stance("force_eager"):
         assert prepared.wrapped(torch.randn(2, 3, 8, 8)).shape == (2, 2, 6, 6)
+
+
+@pytest.mark.parametrize(("chosen", "mode"), [(True, None), ("reduce-overhead", "reduce-overhead")])
+def test_the_mode_is_the_compilers(chosen: Any, mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: found.append(given))
+    prepare(small(), config(runtime__compile=chosen))
+    assert found == [{"mode": mode}]
 
 
 def test_sync_bn_in_one_process_is_said() -> None:
