@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from norm.channel_deconv import ChannelDeconv
 from norm.convert import replace, share_hooks
+from norm.folded_conv import like
 from norm.layers import Delinear, FastDeconv
 from norm.other_layers import ChannelAffine, Padded, WSConv2d
 from norm.recipes import conv_arguments
@@ -72,8 +73,9 @@ def _conv(old: nn.Conv2d, weight: Tensor, bias: Tensor | None, kind: type[nn.Con
     known = inspect.signature(kind).parameters  # layers that pad by themselves don't take all that a Conv2d does
     arguments = {name: value for name, value in conv_arguments(old).items() if name in known}
     new = kind(**arguments, bias=bias is not None)
-    new.requires_grad_(old.weight.requires_grad)
-    return _filled(new, weight, bias)
+    new = _filled(new, weight, bias)
+    new.weight = nn.Parameter(like(old.weight, weight, weight.dtype))
+    return new.requires_grad_(old.weight.requires_grad)
 
 
 def _pointwise(matrix: Tensor, offset: Tensor, groups: int = 1) -> nn.Conv2d:

@@ -48,7 +48,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, found: Statistics, how:
         return y
 
 
-def _like(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> Tensor:
+def like(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> Tensor:
     """`folded` in this dtype and in the memory format of `weight`, which may decide on that of the convolution's output
     (that of a 1x1 map is in all formats)."""
     if folded.dtype == dtype and folded.stride() == weight.stride():
@@ -76,7 +76,7 @@ class _FoldedConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, None if anew else folded, *found)
         ctx.how, ctx.dtypes = how, (weight.dtype, None if bias is None else bias.dtype)
         return F.conv2d(
-            x, _like(weight, folded, x.dtype), new_bias.to(x.dtype), how.stride, how.padding, how.dilation, how.groups
+            x, like(weight, folded, x.dtype), new_bias.to(x.dtype), how.stride, how.padding, how.dilation, how.groups
         )
 
     @staticmethod
@@ -91,7 +91,7 @@ class _FoldedConv(torch.autograd.Function):
         to_x, to_folded, to_bias = torch.ops.aten.convolution_backward(
             grad,
             x,
-            _like(weight, folded, x.dtype),
+            like(weight, folded, x.dtype),
             [len(weight)],
             how.stride,
             how.padding,

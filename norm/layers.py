@@ -165,8 +165,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             how = Geometry(stride, padding, dilation, self.groups, self.grouping)
             return folded_conv.conv(x, self.effective_weight(), self.bias, found, how, self._refolds(x, how))
         weight, bias = self.folded()
-        if not torch.is_autocast_enabled(x.device.type):
-            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        dtype = weight.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        weight, bias = folded_conv.like(self.weight, weight, dtype), bias.to(dtype)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:

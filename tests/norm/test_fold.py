@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
 import norm
+from norm import FastDeconv
 from norm.other_layers import ChannelAffine
 
 
@@ -66,3 +68,15 @@ def test_folded_half_precision_works_where_the_layer_refuses_it():
 def test_a_channel_deconv_that_saw_nothing_is_named():
     with pytest.raises(norm.NormError, match="0: a ChannelDeconv learns its channels from its input; run one batch"):
         norm.fold(nn.Sequential(norm.ChannelDeconv(4), nn.ReLU()))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_layers_keep_the_memory_format(kernel: int) -> None:
+    """A 1x1 map is in all formats: there the weight decides on the output's, in training and in evaluation."""
+    layer = FastDeconv(4, 6, kernel, padding=kernel // 2).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 1, 1)
+    plain = F.conv2d(x, layer.weight, padding=kernel // 2)
+    network = nn.Sequential(layer)
+    for each in (network(x), network.eval()(x), norm.fold(network)(x)):
+        assert each.stride() == plain.stride()
+    assert norm.fold(network)[0].weight.stride() == layer.weight.stride()
