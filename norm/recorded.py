@@ -48,6 +48,11 @@ def renew(move: Callable[..., None], held: Any, found: Tensors, rate: float, num
     recording.replay(held, found, rate)
 
 
+def by_hand(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded where this tensor is, by somebody else."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 @functools.lru_cache(maxsize=_MOST)
 def _recording(signature: Signature) -> _Recording:
     return _Recording()

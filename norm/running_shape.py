@@ -125,7 +125,7 @@ def follow(
 
 def _renew(held: Averages, pace: Pace, steps: int, mean: Tensor, scale: Tensor, patches: Tensor, joint: bool) -> None:
     """Move the shape towards that of these patches."""
-    if steps and patches.is_cuda and not joint and not torch.cuda.is_current_stream_capturing():
+    if steps and patches.is_cuda and not joint:
         recorded.renew(move, held, (mean, scale, patches), pace.rate(steps), (pace.eps, pace.n_iter))
         return
     passes = _FIRST_PASSES if steps == 0 else 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from norm import leading, processes, whitening
+from norm import leading, processes, recorded, whitening
 from norm.processes import Traffic
 from norm.running_shape import Averages, Pace, follow, follow_in_a_graph
 from norm.sampling import Grouping, Sampler
@@ -273,6 +273,12 @@ class Deconvolving(Whitening):
 
     def _count(self) -> int:
         """The training steps before this one, counted on the host as well, so that no step waits for the device."""
+        if recorded.by_hand(self.steps):
+            raise NormError(
+                f"{type(self).__name__} with every={self.every}, freeze={self.freeze} cannot be trained in a CUDA "
+                "graph that is recorded by hand: the host decides in each step what moves. Use torch.compile with "
+                'mode="reduce-overhead", or every=0 and freeze=False'
+            )
         steps = self._steps
         self._steps = steps + 1
         self.steps.fill_(steps + 1)

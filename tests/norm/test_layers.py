@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import norm
-from norm import ChannelDeconv, Delinear, FastDeconv
+from norm import ChannelDeconv, Delinear, FastDeconv, recorded
 from norm.other_layers import SamePad2d, WSConv2d
 from tests.norm.reference import inverse_root
 
@@ -409,6 +409,16 @@ def test_compiled_gradients_of_statistics_are_in_full_precision_under_autocast(o
         y.float().square().sum().backward()
     for (name, a), b in zip(network.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"every": 4}, {"freeze": True}])
+def test_a_step_that_is_recorded_by_hand_is_refused(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    layer = FastDeconv(3, 4, 3, **options)
+    monkeypatch.setattr(recorded, "by_hand", lambda _: True)
+    with pytest.raises(norm.NormError, match="cannot be trained in a CUDA graph that is recorded by hand"):
+        layer(torch.randn(2, 3, 8, 8))
+    FastDeconv(3, 4, 3)(torch.randn(2, 3, 8, 8))
+    layer.eval()(torch.randn(2, 3, 8, 8))
 
 
 def test_a_cuda_graph_does_not_record_what_the_host_decides():
