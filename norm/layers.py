@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from norm import folded_conv, processes, sampling
+from norm import folded_conv, processes
 from norm.folded_conv import Geometry
 from norm.processes import ALONE, Share
-from norm.sampling import Grouping, Pair, Rows, Windows
+from norm.sampling import Grouping, Rows, Windows
 from norm.state import FRESH_STEPS, Deconvolving, NormError, check_options
+from norm.strides import Pair, dense_strides, output_size, resolve_block, thin_out
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -41,10 +42,10 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             the layer in training mode: one a step of the optimiser, without accumulation.
         grouping: "channel": blocks of neighbouring channels, as in the paper. "published": the authors' code, whose
             blocks interleave features, and which updates one step more of every freeze cycle.
-        dense_small_maps: take more windows where the output is at most 16 high or wide (`sampling.dense_strides`).
+        dense_small_maps: take more windows where the output is at most 16 high or wide (`strides.dense_strides`).
             The authors' code does not.
         max_rows: leave out images, or make the grid of large maps coarser, until the statistics come from about so many
-            patches (`sampling.thin_out`); 0: take all that the strides leave.
+            patches (`strides.thin_out`); 0: take all that the strides leave.
         every: 0: the exact method. n: the shape of D comes from a running covariance, has no gradient, and is renewed
             in every n-th step; mean and scale stay the batch's (`norm.state.Deconvolving`).
         fresh_steps: with `every`, in the first training steps the shape is that of each batch; a frozen layer has none.
@@ -106,7 +107,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode=padding_mode
         )
-        self.block = in_channels // groups if groups > 1 else sampling.resolve_block(in_channels, block)
+        self.block = in_channels // groups if groups > 1 else resolve_block(in_channels, block)
         self.sampling_stride = sampling_stride
         self.freeze = freeze
         self.freeze_iter = freeze_iter
@@ -131,13 +132,13 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         this process's `share` of them all."""
         kernel_size, stride, dilation = (cast(Pair, each) for each in (self.kernel_size, self.stride, self.dilation))
         strides, images = (self.sampling_stride, self.sampling_stride), 1
-        positions = sampling.output_size((shape[2], shape[3]), kernel_size, stride, padding, dilation)
+        positions = output_size((shape[2], shape[3]), kernel_size, stride, padding, dilation)
         if self.dense_small_maps:
-            strides = sampling.dense_strides(positions, self.sampling_stride)
+            strides = dense_strides(positions, self.sampling_stride)
         if self.max_rows:
             blocks = self.in_channels // self.groups // self.block
             total = shape[0] * share.processes
-            images, strides = sampling.thin_out(total, blocks, positions, strides, self.max_rows)
+            images, strides = thin_out(total, blocks, positions, strides, self.max_rows)
         step = (strides[0] * stride[0], strides[1] * stride[1])
         how = (kernel_size, step, padding, dilation, self.features, self.groups, self.grouping)
         return Windows(*how, images, before=share.rank * shape[0])
@@ -150,7 +151,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return False  # it is the start of kernels that takes time there; the compiler decides what is kept
         size, kernel = (x.shape[-2], x.shape[-1]), cast(Pair, self.kernel_size)
-        positions = sampling.output_size(size, kernel, how.stride, how.padding, how.dilation)
+        positions = output_size(size, kernel, how.stride, how.padding, how.dilation)
         products = 3 * self.rank if self.few else self.features  # two thin products take the time of three
         return folded_conv.worth_it(products, len(x), positions)
 
@@ -207,7 +208,7 @@ class Delinear(Deconvolving, nn.Linear):
     ) -> None:
         check_options(block, n_iter, eps, momentum)
         super().__init__(in_features, out_features, bias)
-        self.block = sampling.resolve_block(in_features, block)
+        self.block = resolve_block(in_features, block)
         self.sync = sync
         self._set_up(self.block, n_iter, eps, momentum, every, rank, fresh_steps, gain)
 

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from norm.strides import Pair, output_size
+
 Grouping = Literal["channel", "published"]
-Pair = tuple[int, int]
-_SMALL_MAP = 64
-_FEWEST_WINDOWS = 36
 _FEW_IMAGES = 64
 """Up to so many, slices of each are faster than indices (CPU)."""
 _LITTLE, _LARGE = 2**22, 2**25
@@ -48,50 +47,6 @@ class Sampler(Protocol):
 
     def rows(self, shape: torch.Size) -> int:
         """How many patches `gather` takes from an x of this shape."""
-
-
-def resolve_block(channels: int, block: int) -> int:
-    """Channels a block holds: `block`, at most `channels`; gcd of both where `block` does not divide `channels`."""
-    return channels if block > channels else math.gcd(block, channels)
-
-
-def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    """Positions of a convolution in both directions."""
-    each = zip(size, kernel_size, stride, padding, dilation, strict=True)
-    height, width = ((side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in each)
-    return height, width
-
-
-def dense_strides(positions: Pair, most: int) -> Pair:
-    """Sampling strides that leave no small map with a corner or two: where the convolution has up to 8 positions in a
-    direction every one is taken, up to 16 every second, beyond that every `most`-th; never fewer than every `most`-th.
-
-    At stride 3 a 1x1 convolution sees one of eight images in an image-pooling branch: a covariance of one row is eps I,
-    and the layer amplifies by eps^(-1/2).
-    """
-    height, width = (min(most, 1 if side <= 8 else 2 if side <= 16 else most) for side in positions)
-    return height, width
-
-
-def thin_out(images: int, blocks: int, positions: Pair, strides: Pair, most_rows: int) -> tuple[int, Pair]:
-    """(take every so many-th image, sampling strides) that leave about `most_rows` rows, less than twice as many on
-    small maps.
-
-    Statistics depend on a window's place, so small maps (up to 64 windows) keep all windows and lose images. On larger
-    maps an image's mean and scale are not the batch's: all images stay, and the grid gets coarser, down to 36 windows.
-    """
-
-    def windows(each: Pair) -> int:
-        return -(-positions[0] // each[0]) * -(-positions[1] // each[1])
-
-    if windows(strides) > _SMALL_MAP:
-        while images * blocks * windows(strides) > most_rows:
-            wider = (strides[0] + 1, strides[1] + 1)
-            if windows(wider) < _FEWEST_WINDOWS:
-                break
-            strides = wider
-        return 1, strides
-    return max(1, min(images, images * blocks * windows(strides) // most_rows)), strides
 
 
 @dataclass(frozen=True)

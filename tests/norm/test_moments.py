@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from norm import moments
-from norm.sampling import Pair, Rows, Sampler, Windows
+from norm.sampling import Rows, Sampler, Windows
+from norm.strides import Pair
 
 D64 = torch.float64
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from norm import FastDeconv, sampling
+from norm import FastDeconv, strides
 from norm.sampling import Rows, Windows, group_patches, ungroup_patches
 
 
@@ -43,18 +43,18 @@ def test_pixels_are_every_ninth_of_the_flattened_list(size, stride, memory_forma
 
 
 def test_dense_strides_take_every_window_of_small_maps():
-    def strides(size, kernel=3, stride=1, padding=1, dilation=1, most=3):
+    def dense(size, kernel=3, stride=1, padding=1, dilation=1, most=3):
         pairs = ((each,) * 2 for each in (kernel, stride, padding, dilation))
-        return sampling.dense_strides(sampling.output_size(size, *pairs), most)
+        return strides.dense_strides(strides.output_size(size, *pairs), most)
 
-    assert strides((8, 17)) == (1, 3) and strides((9, 16)) == (2, 2) and strides((32, 33), stride=2) == (2, 3)
-    assert strides((1, 1), kernel=1, padding=0) == (1, 1) and strides((10, 20), padding=0) == (1, 3)
-    assert strides((12, 40), most=1) == (1, 1) and strides((12, 40), padding=0, dilation=2) == (1, 3)
+    assert dense((8, 17)) == (1, 3) and dense((9, 16)) == (2, 2) and dense((32, 33), stride=2) == (2, 3)
+    assert dense((1, 1), kernel=1, padding=0) == (1, 1) and dense((10, 20), padding=0) == (1, 3)
+    assert dense((12, 40), most=1) == (1, 1) and dense((12, 40), padding=0, dilation=2) == (1, 3)
 
 
 def test_blocks_follow_the_gcd_rule():
     pairs = {(64, 64): 64, (3, 64): 3, (128, 64): 64, (80, 64): 16, (112, 64): 16, (100, 7): 1}
-    assert {key: sampling.resolve_block(*key) for key in pairs} == pairs
+    assert {key: strides.resolve_block(*key) for key in pairs} == pairs
 
 
 def test_channel_blocks_are_neighbours_and_published_blocks_interleave_features():
@@ -67,12 +67,12 @@ def test_channel_blocks_are_neighbours_and_published_blocks_interleave_features(
 
 
 def test_rows_are_saved_by_images_on_small_maps_and_by_the_grid_on_large_ones():
-    assert sampling.thin_out(128, 8, (4, 4), (1, 1), 4000) == (4, (1, 1))
-    assert sampling.thin_out(32, 1, (4, 4), (1, 1), 4000) == (1, (1, 1))
-    assert sampling.thin_out(128, 1, (16, 16), (2, 2), 4000) == (2, (2, 2))
-    assert sampling.thin_out(128, 1, (32, 32), (3, 3), 4000) == (1, (6, 6))  # 36 windows stay
-    assert sampling.thin_out(2, 4, (64, 128), (3, 3), 4000) == (1, (5, 5))
-    assert sampling.thin_out(2, 16, (1, 1), (1, 1), 4) == (2, (1, 1))  # never fewer than one image
+    assert strides.thin_out(128, 8, (4, 4), (1, 1), 4000) == (4, (1, 1))
+    assert strides.thin_out(32, 1, (4, 4), (1, 1), 4000) == (1, (1, 1))
+    assert strides.thin_out(128, 1, (16, 16), (2, 2), 4000) == (2, (2, 2))
+    assert strides.thin_out(128, 1, (32, 32), (3, 3), 4000) == (1, (6, 6))  # 36 windows stay
+    assert strides.thin_out(2, 4, (64, 128), (3, 3), 4000) == (1, (5, 5))
+    assert strides.thin_out(2, 16, (1, 1), (1, 1), 4) == (2, (1, 1))  # never fewer than one image
     layer = FastDeconv(8, 4, 3, padding=1, block=4, dense_small_maps=True, max_rows=40)
     assert layer.patches(torch.randn(6, 8, 4, 4), (1, 1)).shape == (36, 2 * 16 * 2)
 
