@@ -222,7 +222,7 @@ def _nothing(*_: Any) -> None:
 
 
 _LIBRARY = torch.library.Library("network_deconvolution", "FRAGMENT")
-"""Not `torch.library.custom_op`, whose wrappers take a few times as long in every step as what is decided here."""
+"""Not `torch.library.custom_op`, whose wrappers in Python would run in every step, for each layer."""
 _LIBRARY.define(
     torch.library.infer_schema(
         renew_when_due, mutates_args=("inner", "deconv", "tilted", "last", "clock"), op_name="renew_when_due"
