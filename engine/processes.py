@@ -25,8 +25,10 @@ def in_processes(function: Callable[..., None], *args: Any, world: int = 2) -> N
     Raises:
         torch.multiprocessing.ProcessRaisedException: one of them raised; the others are ended.
     """
+    # a server that forks them, where a system has one: it may have imported what they need
+    method = "forkserver" if "forkserver" in torch.multiprocessing.get_all_start_methods() else "spawn"
     torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
-        _enter, args=(world, free_port(), function, args), nprocs=world, start_method="spawn"
+        _enter, args=(world, free_port(), function, args), nprocs=world, start_method=method
     )
 
 

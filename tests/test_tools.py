@@ -9,6 +9,8 @@ from pathlib import Path
 import cv2
 import pytest
 
+from tests import programs
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
 task: seg
@@ -33,8 +35,7 @@ report: {log_every: 1 step, eval_every: 2 steps, tensorboard: false}
 
 
 def tool(name: str, *arguments: object, cwd: Path = ROOT, status: int = 0) -> str:
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = programs.run(name, *arguments, cwd=cwd)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout if status == 0 else done.stderr
@@ -59,7 +60,9 @@ def classifier(project: Path, image_root: Path) -> str:
 
 def test_every_tool_has_help():
     for path in sorted((ROOT / "tools").glob("*.py")):
-        assert f"tools/{path.name}" in tool(path.stem, "--help")
+        command = [sys.executable, str(path), "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+        assert f"tools/{path.name}" in done.stdout and not done.stderr
 
 
 def test_show_prints_the_resolved_config_with_origins(project: Path, sample_root: Path):
@@ -204,8 +207,6 @@ def test_two_processes_train_one_network(project: Path, sample_root: Path):
 )
 def test_what_one_process_does_stops_under_torchrun_at_once(project: Path, name: str, arguments: list[str]):
     """Before anything is read: there is no x."""
-    command = [sys.executable, str(ROOT / f"tools/{name}.py"), *arguments]
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=project, env=environment)
+    done = programs.run(name, *arguments, cwd=project, env={"RANK": "0", "WORLD_SIZE": "2"})
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert f"error (process 0): tools/{name}.py" in done.stderr and "start it without torchrun" in done.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,7 @@ import torch
 from classify import timing
 from classify.config import ClassifyConfig
 from engine.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import programs
 
 
 def test_input_and_step_are_told_apart(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +63,8 @@ def test_the_program_prints_a_row_for_each_network(cifar_root: Path, tmp_path: P
         f"task: classify\nlength: 1 epoch\nbatch_size: 10\nmodel: {{name: lenet}}\nruntime: {{device: cpu}}\n"
         f"data: {{root: {cifar_root}, check_files: false, download: false}}\n"
     )
-    command = [sys.executable, str(ROOT / "tools/benchmark_input.py"), str(tmp_path / "x.yaml"), "batch_size=20"]
-    done = subprocess.run([*command, "--networks", "lenet", "mlp", "--rounds", "1"], capture_output=True, text=True)
+    networks = "--networks", "lenet", "mlp", "--rounds", "1"
+    done = programs.run("benchmark_input", tmp_path / "x.yaml", "batch_size=20", *networks)
     assert done.returncode == 0, done.stderr
     head, *rows = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()]
     assert head == ["network", "step ms", "input ms", "share"] and [row[0] for row in rows] == ["lenet", "mlp"]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import seg
 from engine.errors import UserError
 from seg.color_masks import convert_masks
 from seg.label_tables import CAMVID, CITYSCAPES, VOC, Label, LabelTable
 from seg.labels import colors_to_ids, read_label_ids
-
-TOOL = Path(seg.__file__).parents[1] / "tools/convert_masks.py"
+from tests import programs
 
 
 def colored(table: LabelTable, ids: np.ndarray) -> np.ndarray:
@@ -63,9 +59,9 @@ def test_the_program(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "in/a.png")
     (tmp_path / "labels.yaml").write_text("- {id: 5, name: road, color: [9, 9, 9], train_id: 0}\n")
-    command = [sys.executable, str(TOOL), str(tmp_path / "in"), str(tmp_path / "out")]
-    done = subprocess.run([*command, "--labels", str(tmp_path / "labels.yaml")], capture_output=True, text=True)
+    folders = tmp_path / "in", tmp_path / "out"
+    done = programs.run("convert_masks", *folders, "--labels", tmp_path / "labels.yaml")
     assert done.returncode == 0 and done.stdout == f"1 masks converted, in {tmp_path / 'out'}\n"
     assert (read_label_ids(tmp_path / "out/a.png") == 5).all()
-    done = subprocess.run([*command, "--table", "voc"], capture_output=True, text=True)
+    done = programs.run("convert_masks", *folders, "--table", "voc")
     assert done.returncode == 2 and "a.png: 16 pixels have the colour (9, 9, 9)" in done.stderr

@@ -25,6 +25,7 @@ from seg import evaluate
 from seg.config import SegConfig
 from seg.labels import TRAIN_LABEL_IDS, read_label_ids, to_label_ids, to_train_ids
 from seg.metrics import ConfusionMatrix
+from tests import programs
 
 TOOL = Path(evaluate.__file__).parents[1] / "tools" / "evaluate.py"
 
@@ -311,9 +312,7 @@ def test_a_checkpoint_is_scored_with_overrides(
 
 
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd="/"
-    )
+    return programs.run("evaluate", *arguments, cwd="/")
 
 
 def test_the_program_scores_a_folder(tmp_path: Path) -> None:

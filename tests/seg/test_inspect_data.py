@@ -30,6 +30,7 @@ from seg.labels import (
     table,
     to_train_ids,
 )
+from tests import programs
 from tests.seg import layouts
 
 ROOT = Path(inspect_data.__file__).parents[1]
@@ -316,14 +317,14 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the program
 
 
-def tool(*arguments: object, name: str = "inspect", cwd: str | Path = "/") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return programs.run("inspect", *arguments, cwd="/")
+
+
+def python(name: str, *arguments: object, cwd: str | Path) -> subprocess.CompletedProcess[str]:
+    """A program in a new Python, which finds the modules that it imports by itself."""
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_the_program(sample_root: Path, copy: Path, tmp_path: Path) -> None:
@@ -336,7 +337,9 @@ def test_the_program(sample_root: Path, copy: Path, tmp_path: Path) -> None:
     assert "page with pictures: " in done.stdout
     assert (tmp_path / "new" / "report.html").read_text().count("<img") > 5
     image_files(copy)[0].write_bytes(b"")
-    done = tool(f"data.root={copy}", cwd=ROOT / "tools")  # where the empty entry of the path is this folder
+    done = python(
+        "inspect", f"data.root={copy}", cwd=ROOT / "tools"
+    )  # where the empty entry of the path is this folder
     assert done.returncode == 1 and "unreadable image (1)" in done.stdout and "zero bytes" in done.stdout
 
 
@@ -368,5 +371,5 @@ def test_the_other_programs_still_find_the_module_of_the_standard_library() -> N
     assert str(ROOT) not in done.stdout and "function signature" in done.stdout
     code = (ROOT / "tools" / "train.py").read_text()
     assert "import inspect" not in code  # so it is a library that asks for it, as here:
-    done = tool("nowhere.yaml", name="train")
+    done = python("train", "nowhere.yaml", cwd="/")
     assert done.returncode == 2 and done.stderr == "error: nowhere.yaml: no such config file\n"

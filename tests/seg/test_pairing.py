@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,10 +22,9 @@ from seg.labels import read_label_ids, table
 from seg.metrics import ConfusionMatrix
 from seg.pairing import pair_samples
 from seg.predict import Predictor
+from tests import programs
 from tests.seg import layouts
 from tests.seg.test_datasets import Stripes, config
-
-ROOT = Path(evaluate.__file__).parents[1]
 
 
 def cityscapes(root: Path) -> None:
@@ -188,11 +186,10 @@ def test_the_program_scores_another_data_set(tmp_path: Path) -> None:
     cfg = DataConfig(name="voc", root=tmp_path / "data")
     wrong_labels(cfg, tmp_path / "out", flat)
     (tmp_path / "voc.yaml").write_text("task: seg\nlength: 1 epochs\nbatch_size: 1\ndata: {name: voc}\n")
-    tool, root = ROOT / "tools/evaluate.py", f"data.root={tmp_path}/data"
+    root = f"data.root={tmp_path}/data"
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        call = [sys.executable, str(tool), "--predictions", str(tmp_path / "out"), *map(str, arguments)]
-        return subprocess.run(call, capture_output=True, text=True, cwd="/")
+        return programs.run("evaluate", "--predictions", tmp_path / "out", *arguments, cwd="/")
 
     done = run(tmp_path / "voc.yaml", root, "--json", tmp_path / "s.json")
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -19,10 +18,10 @@ from cityscapesscripts.preparation.json2labelImg import createLabelImage, json2l
 
 from engine.errors import UserError
 from seg import sample
+from tests import programs
 
 SCORED = {label.id for label in labels if not label.ignoreInEval}
 KINDS = ("polygons.json", "labelIds.png", "instanceIds.png", "color.png")
-MAKE = Path(sample.__file__).parent.parent / "tools" / "make_sample.py"
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +297,7 @@ def test_write_error_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(MAKE), *arguments], capture_output=True, text=True)
+    return programs.run("make_sample", *arguments)
 
 
 def test_tool(tmp_path: Path) -> None:
