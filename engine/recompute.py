@@ -84,7 +84,8 @@ State = tuple[nn.Module, dict[str, Tensor | None], dict[str, Any]]
 
 
 def _states(block: nn.Module) -> list[State]:
-    """For each module copies of its buffers, and its counters and switches, which may be tensors too."""
+    """For each module copies of its buffers, and its counters and switches, which may be tensors too; layers of `norm`
+    are told that they find them."""
     return [
         (
             module,
@@ -93,7 +94,8 @@ def _states(block: nn.Module) -> list[State]:
                 name: value.clone() if isinstance(value, Tensor) else value
                 for name, value in vars(module).items()
                 if isinstance(value, (bool, int, float, Tensor))
-            },
+            }
+            | ({"rewound": True} if "rewound" in vars(module) else {}),
         )
         for module in block.modules()
     ]

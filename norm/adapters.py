@@ -61,7 +61,9 @@ def take_apart(layer: nn.Module, kind: Kind) -> tuple[nn.Module, Rebuild]:
     name = class_name(layer)
     if type(layer) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d):
         return layer, _as_it_is
-    if type(layer) is nn.SyncBatchNorm or name in _FROZEN:
+    if type(layer) is nn.SyncBatchNorm:
+        return _plain_norm(layer), _synchronised
+    if name in _FROZEN:
         return _plain_norm(layer), _as_it_is
     if name in _NORM_ACT:
         return _plain_norm(layer), lambda new: _norm_act(new, layer)
@@ -91,6 +93,10 @@ def probe(layer: nn.Module, kind: Kind) -> nn.Module:
 
 def _as_it_is(new: nn.Module) -> nn.Module:
     return new
+
+
+def _synchronised(new: nn.Module) -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(new) if type(new) is nn.BatchNorm2d else new
 
 
 def _plain_norm(layer: nn.Module) -> nn.BatchNorm2d:

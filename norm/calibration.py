@@ -64,6 +64,10 @@ class Observed:
     """The norms that read the outputs of a convolution, one entry a call."""
 
 
+_READ = (Tensor.__setitem__, Tensor.numpy, Tensor.tolist, Tensor.item)
+"""What reads or changes a tensor's values, and gives no tensor."""
+
+
 class _CountReaders(TorchFunctionMode):
     """Counts the operations that read a convolution's output; its hook has left the convolution's id on the tensor."""
 
@@ -73,7 +77,7 @@ class _CountReaders(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)) or func in _READ:
             for leaf in tree_leaves((args, kwargs or {})):
                 source = getattr(leaf, "_norm_source", None) if isinstance(leaf, Tensor) else None
                 if source is not None:
@@ -99,6 +103,8 @@ def observe(model: nn.Module, swaps: list[Swap], batches: Tensor | Iterable[Tens
         for batch in [batches] if isinstance(batches, Tensor) else batches:
             if not isinstance(batch, Tensor) or not batch.is_floating_point():
                 raise NormError(f"calibrate: expected float tensors (N, C, H, W), found {_what(batch)}")
+            if len(batch) == 0:
+                raise NormError(f"calibrate: a batch without images, of shape {tuple(batch.shape)}")
             with _CountReaders(seen.readers):
                 output = model(batch)
             for leaf in tensors(output):  # whoever gets the output reads it too
@@ -117,9 +123,9 @@ def _watch(swap: Swap, seen: Observed) -> list[Any]:
     if swap.old._forward_hooks:  # a hook of somebody's may keep the output, so no norm may be folded into the layer
         seen.readers[key] = 1
 
-    def on_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         seen.calls[key] = seen.calls.get(key, 0) + 1
-        x = args[0]
+        x = next(iter((*args, *kwargs.values())))
         if swap.kind == "norm":
             source = getattr(x, "_norm_source", None)
             if source is not None:
@@ -133,7 +139,8 @@ def _watch(swap: Swap, seen: Observed) -> list[Any]:
         if isinstance(core, FastDeconv):
             output._norm_source = key  # type: ignore[attr-defined]
 
-    return [swap.old.register_forward_pre_hook(on_input), swap.old.register_forward_hook(on_output)]
+    before = swap.old.register_forward_pre_hook(on_input, with_kwargs=True)
+    return [before, swap.old.register_forward_hook(on_output)]
 
 
 def apply(swaps: list[Swap], seen: Observed) -> None:

@@ -24,10 +24,11 @@ class ChannelDeconv(Whitening):
         n_iter, eps, momentum, sampling_stride: as in FastDeconv.
         grouping: "channel": blocks of neighbouring channels. "published": block j holds the channels whose index is j
             modulo C / block.
+        features_last: the channels stand in the last dimension, as for a Linear, and every vector is a row.
         sync: in training, take the statistics from the elements of all processes (`norm.processes`): n processes with b
             vectors each compute what one does with n b. Of feature maps each takes its own every so many-th element.
 
-    Shape: (N, C, H, W) or (N, C), kept.
+    Shape: (N, C, H, W) or (N, C), kept; with features_last (..., C).
 
     Raises:
         NormError: an option out of range, an input of another rank or with fewer than `block` channels, or `.half()`.
@@ -47,6 +48,7 @@ class ChannelDeconv(Whitening):
         momentum: float = 0.1,
         sampling_stride: int = 3,
         grouping: Grouping = "channel",
+        features_last: bool = False,
         sync: bool = False,
     ) -> None:
         check_options(block, n_iter, eps, momentum, sampling_stride)
@@ -57,6 +59,7 @@ class ChannelDeconv(Whitening):
         self.momentum = momentum
         self.sampling_stride = sampling_stride
         self.grouping: Grouping = grouping
+        self.features_last = features_last
         self.sync = sync
         self.register_buffer("running_mean", torch.zeros(block))
         self.register_buffer("running_deconv", torch.eye(block))
@@ -68,6 +71,9 @@ class ChannelDeconv(Whitening):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self._joint():  # it waits for other processes: its own piece, not traced
             return torch.compiler.disable(ChannelDeconv.forward)(self, x)  # type: ignore[no-any-return]
+        self._check_dtype(x)
+        if self.features_last and x.ndim > 2:
+            return self.forward(x.flatten(0, -2)).view_as(x)
         if x.ndim not in (2, 4):
             raise NormError(f"ChannelDeconv got an input of shape {tuple(x.shape)}; it takes (N, C) or (N, C, H, W)")
         if x.shape[1] < self.block:
@@ -79,9 +85,19 @@ class ChannelDeconv(Whitening):
             parts = [self._whiten(wide[:, :whole])]
             if whole < x.shape[1]:
                 parts.append(self._standardise(wide[:, whole:]))
-            if self.training:
+            if self._moves():
                 self.num_batches_tracked.add_(1)
             return torch.cat(parts, 1).to(x.dtype)
+
+    def _moves(self) -> bool:
+        return self.training and (torch.compiler.is_compiling() or not self._again())
+
+    @torch.no_grad()
+    def _move(self, *averages: tuple[Tensor, Tensor]) -> None:
+        """Move each average towards what was found."""
+        if self._moves():
+            for held, found in averages:  # views, as in `running_shape`
+                held.view(-1).lerp_(found.to(held.dtype).view(-1), self._rate())
 
     def _every(self, x: Tensor) -> int:
         dense = x.ndim == 2 or min(x.shape[2:]) < self.sampling_stride
@@ -102,9 +118,7 @@ class ChannelDeconv(Whitening):
         if self.training:
             sampled = rows[:, :: self._every(x)].t()
             _, mean, deconv = whitening.statistics(sampled, Rows(self.block), self.eps, self.n_iter, self._joint())
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self._rate())
-                self.running_deconv.lerp_(deconv.to(self.running_mean.dtype), self._rate())
+            self._move((self.running_mean, mean), (self.running_deconv, deconv))
         white = product(deconv, rows - mean[:, None]).view(blocks.shape)
         if self.grouping == "channel":
             white = white.transpose(0, 1)
@@ -119,9 +133,7 @@ class ChannelDeconv(Whitening):
                 mean, var = _mean_and_var(sampled)
             else:
                 mean, var = sampled.mean(), sampled.var(correction=min(1, sampled.numel() - 1))
-            with torch.no_grad():
-                for held, found in ((self.rest_mean, mean), (self.rest_var, var)):  # views, as in `running_shape`
-                    held.view(1).lerp_(found.to(held.dtype).view(1), self._rate())
+            self._move((self.rest_mean, mean), (self.rest_var, var))
         return (x - mean) * (var + self.eps).rsqrt()
 
     def _joint(self) -> bool:

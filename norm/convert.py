@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from norm import calibration
-from norm.adapters import class_name
+from norm.adapters import class_name, kind_of
 from norm.plan import Overrides, plan
 from norm.registry import Recipe, recipe
 
 Batches = Tensor | Iterable[Tensor]
+
+_COMPUTED = "torch.nn.utils."
+"""Where the hooks live that set a layer's weight before each call."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Report:
     rows: list[Row]
     deviation: float | None = None
     """With `calibrate`: largest difference of the outputs before and after, relative to the largest output."""
+    left: Mapping[str, int] = field(default_factory=dict)
+    """Convolutions and batch norms of other kinds than recipes act on: how many of each class."""
 
     @property
     def changed(self) -> list[Row]:
@@ -47,6 +53,8 @@ class Report:
         end = f"{self.recipe}: {len(self.changed)} of {len(self.rows)} layers replaced"
         if self.deviation is not None:
             end += f"; outputs differ from before by {self.deviation:.1e} of the largest"
+        if self.left:
+            end += f"; left alone: {', '.join(f'{count} {kind}' for kind, count in self.left.items())}"
         return "\n".join([*(line.rstrip() for line in lines), end])
 
 
@@ -55,8 +63,13 @@ def convert(
 ) -> Report:
     """Apply the recipe `name` to every layer of `model`, in place.
 
-    Weights survive: a new layer takes those of the old one. A layer used in several places stays one layer. Where norms
-    go, activation modules stop working in place; a functional one (`F.relu(bn(x), inplace=True)`) cannot be seen.
+    Weights survive: a new layer takes those of the old one, in parameters of its own, so convert before you make the
+    optimiser, wrap the network (DDP) or copy it (averages of weights). A layer used in several places stays one layer.
+    Transposed, 1-d and 3-d convolutions stay, and so do batch norms over vectors and sequences. Where norms go,
+    activation modules stop working in place; a functional one (`F.relu(bn(x), inplace=True)`) cannot be seen.
+
+    `torch.fx` must be told not to trace into the whitening layers, by the tracer's `leaf_modules`; it can trace the
+    network that `norm.fold` gives.
 
     Args:
         model: any nn.Module; torchvision's, timm's and segmentation-models-pytorch's networks are tested.
@@ -74,7 +87,8 @@ def convert(
 
     Raises:
         NormError: an unknown recipe or option, an override that matches no layer, a layer of an unknown subclass,
-            layers that share a weight, or `calibrate` with a recipe that does not whiten. The model is then as it was.
+            layers that share a weight, a whitening recipe that finds nothing to whiten, or `calibrate` with a recipe
+            that does not whiten. The model is then as it was.
     """
     chosen = recipe(name, **options)
     swaps = plan(model, chosen, overrides or {})
@@ -101,7 +115,9 @@ def convert(
         raise
     if any(swap.kind == "norm" and isinstance(swap.core, nn.Identity) for swap in swaps):
         _work_out_of_place(model)
-    return Report(chosen, rows, deviation)
+    others = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+    left = Counter(type(one).__name__ for one in model.modules() if isinstance(one, others) and kind_of(one) is None)
+    return Report(chosen, rows, deviation, left)
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
@@ -121,10 +137,18 @@ def _work_out_of_place(model: nn.Module) -> None:
 
 
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Hooks that something (a feature extractor, say) put on the old layer see the new one, and its handles work on."""
+    """Hooks that something (a feature extractor, say) put on the old layer see the new one, and its handles work on.
+
+    Not those that compute a weight of the old layer (`torch.nn.utils.prune`, the old `weight_norm`).
+    """
     for name in vars(old):
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name:
             setattr(new, name, getattr(old, name))
+    computing = [key for key, hook in old._forward_pre_hooks.items() if type(hook).__module__.startswith(_COMPUTED)]
+    if computing:
+        new._forward_pre_hooks = OrderedDict(
+            (key, hook) for key, hook in old._forward_pre_hooks.items() if key not in computing
+        )
     new._is_full_backward_hook = old._is_full_backward_hook
 
 

@@ -68,7 +68,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
     every. F = block k_h k_w.
 
     Raises:
-        NormError: an option out of range, an input that is not (N, C_in, H, W), or `.half()`.
+        NormError: an option out of range, an input that is not (N, C_in, H, W), of another dtype than the weight's (but
+            under autocast) or smaller than the kernel, or `.half()`.
     """
 
     def __init__(
@@ -133,6 +134,11 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         kernel_size, stride, dilation = (cast(Pair, each) for each in (self.kernel_size, self.stride, self.dilation))
         strides, images = (self.sampling_stride, self.sampling_stride), 1
         positions = output_size((shape[2], shape[3]), kernel_size, stride, padding, dilation)
+        if min(positions) < 1:
+            raise NormError(
+                f"FastDeconv: a kernel of {kernel_size[0]}x{kernel_size[1]} with dilation {dilation} does not fit into "
+                f"an input of {shape[2]}x{shape[3]} with padding {padding}"
+            )
         if self.dense_small_maps:
             strides = dense_strides(positions, self.sampling_stride)
         if self.max_rows:
@@ -155,9 +161,11 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         products = 3 * self.rank if self.few else self.features  # two thin products take the time of three
         return folded_conv.worth_it(products, len(x), positions)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise NormError(f"FastDeconv expects an input (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        self._check_dtype(x, self.weight.dtype)
         x, padding = self.pad(x)
         if self.training:
             share = processes.share() if self.sync else ALONE
@@ -187,7 +195,8 @@ class Delinear(Deconvolving, nn.Linear):
     Shape: (..., in_features) -> (..., out_features). Buffers: running_mean (block,), running_deconv (block, block).
 
     Raises:
-        NormError: an option out of range, or `.half()`.
+        NormError: an option out of range, an input of another dtype than the weight's (but under autocast), or
+            `.half()`.
     """
 
     def __init__(
@@ -216,7 +225,9 @@ class Delinear(Deconvolving, nn.Linear):
         """The input as (block, rows)."""
         return Rows(self.block).gather(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
+        self._check_dtype(x, self.weight.dtype)
         if self.training:
             x, found = self._training_statistics(x, Rows(self.block))
             weight, bias = folded_conv.folded(self.effective_weight(), self.bias, found)

@@ -32,9 +32,9 @@ def few(rank: int, features: int) -> bool:
 
 def first(features: int, rank: int) -> tuple[Tensor, Tensor]:
     """basis and inner of the identity, where the search for the directions begins: always the same ones."""
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(features, rank, generator=generator))[0]
-    return basis, torch.eye(rank + 1)
+    generator = torch.Generator("cpu").manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(features, rank, generator=generator, device="cpu"))[0]
+    return basis, torch.eye(rank + 1, device="cpu")
 
 
 def renew(

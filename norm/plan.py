@@ -12,8 +12,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from norm.adapters import Kind, Rebuild, kind_of, probe, take_apart
 from norm.other_layers import Padded
+from norm.recipes import Deconv
 from norm.registry import Place, Recipe, recipe
-from norm.state import NormError
+from norm.state import NormError, Whitening
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
@@ -59,7 +60,8 @@ def plan(model: nn.Module, chosen: Recipe, overrides: Overrides) -> list[Swap]:
         at = Place(names[0], layer is first, id(layer) in last, depthwise)
         mine, why = _recipe_for(names, chosen, overrides)
         swaps.append(_plan_layer(layer, names, at, mine, why))
-    _check_sharing(swaps)
+    _check_sharing(model, swaps)
+    _check_whitens(chosen, swaps)
     return swaps
 
 
@@ -136,18 +138,32 @@ def _first_and_last(layers: list[nn.Module]) -> tuple[nn.Module | None, set[int]
     return first, {id(layer) for layer in heads}
 
 
-def _check_sharing(swaps: list[Swap]) -> None:
-    owners: dict[int, str] = {}
+def _check_sharing(model: nn.Module, swaps: list[Swap]) -> None:
+    """A layer that is replaced gets a weight of its own, which must not cut it off from another one's."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
     for swap in swaps:
         weight = swap.old._parameters.get("weight")
-        if weight is None or swap.core is swap.plain:
-            continue
-        if id(weight) in owners:
+        if weight is not None and swap.core is not swap.plain and len(owners[id(weight)]) > 1:
+            names = owners[id(weight)]
             raise NormError(
-                f"{owners[id(weight)]} and {swap.names[0]} are two layers that share one weight; "
-                "use one layer in both places, so that it can be converted once"
+                f"{' and '.join(names)} are {'two' if len(names) == 2 else len(names)} layers that share one weight; "
+                "use one layer in all places, so that it can be converted once, or keep all of them (overrides)"
             )
-        owners[id(weight)] = swap.names[0]
+
+
+def _check_whitens(chosen: Recipe, swaps: list[Swap]) -> None:
+    """Raises NormError where batch norms go and nothing is there that would whiten in their place."""
+    gone = [swap.names[0] for swap in swaps if swap.kind == "norm" and isinstance(swap.core, nn.Identity)]
+    whitens = any(isinstance(part, Whitening) for swap in swaps for part in swap.core.modules())
+    if gone and not whitens and isinstance(chosen, Deconv):
+        raise NormError(
+            f"the network has no Conv2d that would become a whitening layer, but batch norms that would go ({gone[0]}, "
+            "...); transposed and 1-d or 3-d convolutions are left alone. Use another recipe, or 'none' to remove them"
+        )
 
 
 def layers_by_name(model: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:

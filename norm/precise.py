@@ -6,8 +6,9 @@ weights (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +19,22 @@ from norm.state import Deconvolving, NormError
 
 
 @torch.no_grad()
-def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
+def precise_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> int:
     """Replace the running statistics of batch norms and whitening layers by averages over `batches`, in place.
 
     Those layers normalise each batch by its own statistics, as in training; all others (dropout, say) work as in
-    evaluation. A later training goes on from the new averages, at its own rate. A batch norm without running statistics
-    and a frozen one stay as they are.
+    evaluation. A later training goes on from the new averages, at its own rate. Stay as they are: a batch norm without
+    running statistics, a frozen one, and a layer that no batch reaches.
 
     Args:
         model: a network; its mode comes back afterwards.
-        batches: inputs (N, C, H, W) on the network's device, with the augmentation of the training.
+        batches: inputs (N, C, H, W) on the network's device, with the augmentation of the training, or one such batch.
 
     Returns:
         How many layers have new statistics; 0 without any such layer, and then no batch is read.
 
     Raises:
-        NormError: no batch.
+        NormError: no batch, or one that is no floating-point tensor. After any error the model is as it was.
     """
     layers = [module for module in model.modules() if _averages(module)]
     if not layers:
@@ -43,20 +44,19 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
     try:
         model.eval()
         with ExitStack() as stack:
-            for layer in layers:
-                layer.training = True
-                stack.enter_context(_anew(layer))
-            for seen, batch in enumerate(batches, start=1):
-                for layer in layers:
-                    if not isinstance(layer, _BatchNorm):  # torch's count for themselves
-                        layer.momentum = 1 / seen  # type: ignore[assignment]
+            reached = [stack.enter_context(_anew(layer)) for layer in layers]
+            for batch in [batches] if isinstance(batches, Tensor) else batches:
+                if not isinstance(batch, Tensor) or not batch.is_floating_point():
+                    what = f"a tensor of {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
+                    raise NormError(f"precise_statistics: expected float tensors (N, C, H, W), found {what}")
+                seen += 1
                 model(batch)
+            if not seen:
+                raise NormError("precise_statistics: no batch was given")
     finally:
         for module, mode in modes:
             module.training = mode
-    if not seen:
-        raise NormError("precise_statistics: no batch was given")
-    return len(layers)
+    return sum(calls() > 0 for calls in reached)
 
 
 def _averages(module: nn.Module) -> bool:
@@ -66,20 +66,35 @@ def _averages(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _anew(layer: nn.Module) -> Iterator[None]:
-    """Inside, the layer's averages start anew and every batch counts; its settings and counts come back."""
+def _anew(layer: nn.Module) -> Iterator[Callable[[], int]]:
+    """Inside, the layer is in training mode, its averages start anew and every call counts, of which the function given
+    tells the number; its settings and counts come back, and its averages where there was no call, or an error."""
     names = ["momentum", *(name for name in ("freeze", "every", "fresh_steps", "_steps") if hasattr(layer, name))]
-    before = {name: getattr(layer, name) for name in names}
-    counts = {name: one.clone() for name, one in layer.named_buffers() if name in ("steps", "num_batches_tracked")}
+    settings = {name: getattr(layer, name) for name in names}
+    before = {name: one.clone() for name, one in layer.named_buffers()}
+    calls = 0
+
+    def count(module: nn.Module, args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if not isinstance(module, _BatchNorm):
+            module.momentum = 1 / calls  # type: ignore[assignment]
+
+    handle = layer.register_forward_pre_hook(count)
+    layer.training = True
     if isinstance(layer, _BatchNorm):
         layer.reset_running_stats()
         layer.momentum = None  # torch's word for the plain average
     elif isinstance(layer, Deconvolving):
         layer.freeze, layer.every, layer.fresh_steps, layer._steps = False, min(layer.every, 1), 0, 0
+    kept = False
     try:
-        yield
+        yield lambda: calls
+        kept = calls > 0
     finally:
-        for name, value in before.items():
+        handle.remove()
+        for name, value in settings.items():
             setattr(layer, name, value)
-        for name, count in counts.items():
-            getattr(layer, name).copy_(count)
+        for name, held in before.items():
+            if not kept or name in ("steps", "num_batches_tracked"):
+                getattr(layer, name).copy_(held)

@@ -1,4 +1,4 @@
-"""The recipes that the toolkit brings: bn, sync_bn, frozen_bn, gn, in, ln, none, keep and deconv."""
+"""The recipes that the toolkit brings: bn, sync_bn, frozen_bn, gn, in, ln, none, keep, deconv and deconv_fast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from norm.channel_deconv import ChannelDeconv
 from norm.layers import Delinear, FastDeconv
@@ -258,6 +258,7 @@ class Deconv(Recipe):
         return nn.Identity()
 
     def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
+        _check_wide(old.weight, at)
         last = at.last and old.kernel_size == (1, 1)
         block = self.block
         if self.block_features:
@@ -287,6 +288,7 @@ class Deconv(Recipe):
     def linear(self, old: nn.Linear, at: Place) -> nn.Module:
         if self.fc_block == 0:
             return old
+        _check_wide(old.weight, at)
         if not self.delinear:
             block = min(self.fc_block, old.in_features)
             whitening = ChannelDeconv(
@@ -294,6 +296,7 @@ class Deconv(Recipe):
                 n_iter=self.n_iter,
                 momentum=self.momentum,
                 sampling_stride=self.sampling_stride,
+                features_last=True,
                 sync=self.sync,
             )
             linear = nn.Linear(old.in_features, old.out_features, old.bias is not None)
@@ -331,6 +334,14 @@ class DeconvFast(Deconv):
     """
 
     every: int = 4
+
+
+def _check_wide(weight: Tensor, at: Place) -> None:
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        raise NormError(
+            f"{at.name} has weights of {weight.dtype}; whitening needs float32: convert the network in float32 and "
+            "train it under torch.autocast"
+        )
 
 
 def _copy_norm(old: nn.BatchNorm2d, new: nn.Module) -> nn.Module:

@@ -35,7 +35,7 @@ class Place:
     name: str
     """Dotted name, as in `named_modules`."""
     first: bool = False
-    """It is the first convolution."""
+    """It is the first convolution in the order in which the network's layers are registered."""
     last: bool = False
     """It makes the network's predictions: the last linear layer, or the last convolution and those of the same shape
     of output in other heads."""
@@ -48,7 +48,7 @@ class Recipe:
     """Keeps every layer; recipes derive from it and override what they change.
 
     `norm` is given any batch norm over (N, C, H, W) as a plain nn.BatchNorm2d (adapters keep what subclasses do
-    besides), `conv` any Conv2d, `linear` any Linear.
+    besides), `conv` any Conv2d, `linear` any Linear but those inside attention whose weights their owner reads.
     """
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:

@@ -1,6 +1,9 @@
 """The running averages of the cheap method: mean and scale move in every training step, the shape of D in every n-th;
 in the first steps, when weights change fast, it is that of each batch.
 
+One batch that overflows must not end a training, whose optimiser may have left its step out (`torch.amp.GradScaler`):
+what is not finite does not move what later steps use, the shape and, in frozen layers, mean and scale.
+
 The host counts the steps and decides; a compiled graph holds that decision as one operator, so that the graph stays
 whole.
 """
@@ -68,14 +71,24 @@ class Averages(NamedTuple):
         self._lead(*(_everywhere(*found) if joint else found), n_iter)
 
     def _whole(self, covariance: Tensor, n_iter: int) -> None:
-        self.inner.copy_(covariance)
-        self.deconv.copy_(whitening.inverse_sqrt(covariance, n_iter))
+        self._hold((self.inner, covariance), (self.deconv, whitening.inverse_sqrt(covariance, n_iter)))
 
     def _lead(self, basis: Tensor, inner: Tensor, n_iter: int) -> None:
         assert self.tilted is not None and self.last is not None
         tilted, last = leading.respond(basis, inner, n_iter)
-        for held, found in ((self.deconv, basis), (self.inner, inner), (self.tilted, tilted), (self.last, last)):
+        self._hold((self.deconv, basis), (self.inner, inner), (self.tilted, tilted), (self.last, last))
+
+    @staticmethod
+    def _hold(*shape: tuple[Tensor, Tensor]) -> None:
+        for (held, _), found in zip(shape, if_finite(*shape), strict=True):
             held.copy_(found)
+
+
+@torch.no_grad()
+def if_finite(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Of pairs of what is held and what was found, what was found if all of it is finite, else what is held."""
+    fine = torch.stack([found.isfinite().all() for _, found in pairs]).all()
+    return [torch.where(fine, found.to(held.dtype), held) for held, found in pairs]
 
 
 class Pace(NamedTuple):
@@ -183,6 +196,7 @@ def follow_in_a_graph(
         rate = (steps + 1).to(held.mean.dtype).reciprocal().clamp_min(pace.momentum)
         if still is not None:
             rate = torch.where(still, 0.0, rate)
+            mean, scale = if_finite((held.mean, mean), (held.scale, scale))
         held.mean.lerp_(mean.to(held.mean.dtype), rate)
         # a view: torch 2.11 loses what is done to a number on a CPU
         held.scale.view(-1).lerp_(scale.to(held.scale.dtype).view(-1), rate.to(held.scale.dtype))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from norm import leading, processes, recorded, whitening
 from norm.processes import Traffic
-from norm.running_shape import Averages, Pace, follow, follow_in_a_graph
+from norm.running_shape import Averages, Pace, follow, follow_in_a_graph, if_finite
 from norm.sampling import Grouping, Sampler
 from norm.whitening import Statistics
 
@@ -45,9 +45,29 @@ def check_options(block: int, n_iter: int, eps: float, momentum: float, sampling
 
 
 class Whitening(nn.Module):
-    """What the layers share: running statistics in at least float32."""
+    """What the layers share: running statistics in at least float32, which a second computation for the backward
+    (`torch.utils.checkpoint`) does not move."""
 
     running_mean: Tensor
+    rewound: bool
+    """Who computes again has put the statistics back to what the first computation found, so that they move as then."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rewound = False
+
+    def _check_dtype(self, x: Tensor, expected: torch.dtype | None = None) -> None:
+        """Raises NormError where a plain layer would refuse the input, of which a whitening one makes zeros: images in
+        integers, or another float than `expected`, but not under autocast."""
+        if not x.is_floating_point() or not (
+            expected is None or x.dtype == expected or torch.is_autocast_enabled(x.device.type)
+        ):
+            wanted = "a floating-point tensor" if expected is None else f"a tensor of {expected}"
+            raise NormError(f"{type(self).__name__} got an input of {x.dtype}; expected {wanted}")
+
+    def _again(self) -> bool:
+        """Whether this call only computes for a backward what a call before it has computed."""
+        return not self.rewound and torch._C._current_graph_task_id() != -1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         dtype = fn(self.running_mean[:0]).dtype
@@ -111,7 +131,8 @@ class Deconvolving(Whitening):
         if every:
             self.register_buffer("running_scale", torch.ones(lead))
         if self.few:
-            basis, inner = (each.repeat(*lead, 1, 1) for each in leading.first(features, rank))
+            device = self.layer_weight.device
+            basis, inner = (each.to(device).repeat(*lead, 1, 1) for each in leading.first(features, rank))
             self.register_buffer("inner", inner)
             self.register_buffer("basis", basis)
             self.register_buffer("tilted", torch.zeros_like(basis))
@@ -149,9 +170,10 @@ class Deconvolving(Whitening):
                 return
             self.running_scale.copy_(covariance.diagonal(dim1=-2, dim2=-1).mean(-1))
             self._averages().take(covariance / self.running_scale[..., None, None], self.n_iter)
-            if not self.freeze:  # the averages go on from here, they do not start anew
-                self._steps = self.fresh_steps + self.every * math.ceil(1 / max(self.momentum, 1e-3))
-                self.steps.fill_(self._steps)
+            # the averages go on from here, they do not start anew, and a frozen layer's move on as from the start
+            steps = self.fresh_steps + self.every * math.ceil(1 / max(self.momentum, 1e-3))
+            self._steps = min(steps, self._cycle()[1] - 1) if self.freeze else steps
+            self.steps.fill_(self._steps)
 
     @property
     def layer_weight(self) -> Tensor:
@@ -194,6 +216,11 @@ class Deconvolving(Whitening):
         """Steps of a freeze cycle, and in how many of them, the first ones, the statistics move."""
         return 10 * self.freeze_iter, self.freeze_iter + 1 if self.grouping == "published" else self.freeze_iter
 
+    def train(self, mode: bool = True) -> Any:
+        if mode and not self.training and "steps" in self._buffers and not self.steps.is_meta:
+            self._steps = int(self.steps)  # somebody may have copied buffers, such as `torch.optim.swa_utils`
+        return super().train(mode)
+
     def _held(self, steps: Any) -> Any:
         """Whether the statistics of the training step after `steps` others are held; an int or a tensor."""
         cycle, moving = self._cycle()
@@ -202,19 +229,27 @@ class Deconvolving(Whitening):
     def _training_statistics(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
         """x, for the layer to go on with, and the statistics of this step, from its patches or held; the running
         averages move."""
+        if len(x) == 0 and not self._joint():  # no image, no statistics: a detector's head without a proposal
+            return x, self._held_copies()
         if torch.compiler.is_compiling():
             if self._joint():  # it waits for other processes: its own piece, which is not traced
                 return torch.compiler.disable(Deconvolving._training_statistics)(self, x, sampler)
             return self._traced_statistics(x, sampler)
-        if (self.every or self.freeze) and self._held(self._count()):
+        again = self._again()
+        if (self.every or self.freeze) and self._held(self._steps - 1 if again else self._count()):
             return x, self._held_copies()
         if self.every:
             x, mean, scale = whitening.mean_and_scale(x, sampler, self.eps, self._joint())
-            pace, steps = self._pace(), self._steps - 1
-            follow(self._averages(), pace, steps, mean, scale, lambda: sampler.gather(x), self._joint())
+            if again:
+                return x, self._averages().copied().statistics(mean, scale)
+            pace, steps, move_mean, move_scale = self._pace(), self._steps - 1, mean, scale
+            if self.freeze:
+                move_mean, move_scale = if_finite((self.running_mean, mean), (self.running_scale, scale))
+            follow(self._averages(), pace, steps, move_mean, move_scale, lambda: sampler.gather(x), self._joint())
             return x, self._averages().copied().statistics(mean, scale)
         x, mean, deconv = whitening.statistics(x, sampler, self.eps, self.n_iter, self._joint())
-        self._average(mean, deconv)
+        if not again:
+            self._average(mean, deconv)
         return x, Statistics(mean, deconv)
 
     def _traced_statistics(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
@@ -242,6 +277,8 @@ class Deconvolving(Whitening):
 
     @torch.no_grad()
     def _average(self, mean: Tensor, deconv: Tensor) -> None:
+        if self.freeze:
+            mean, deconv = if_finite((self.running_mean, mean), (self.running_deconv, deconv))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_deconv.lerp_(deconv.to(self.running_deconv.dtype), self.momentum)
 

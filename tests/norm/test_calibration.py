@@ -205,3 +205,50 @@ def test_a_model_that_fails_after_the_swap_is_put_back():
     with pytest.raises(RuntimeError, match="the second run fails"):
         norm.convert(model, "deconv", calibrate=torch.randn(2, 3, 4, 4))
     assert type(model.conv) is Conv2dSame and type(model.bn) is BatchNormAct2d
+
+
+class Reading(nn.Module):
+    """Does something with what a convolution gives before the batch norm gets it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.what = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), what
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(input=x) if self.what == "keyword" else self.conv(x)
+        more = 0.0
+        if self.what == "write":
+            y[:, :, 0] = 7
+        elif self.what == "numpy":
+            more = float(y.detach().numpy().mean())
+        elif self.what == "list":
+            more = y[0, 0, 0].tolist()[0]
+        return self.norm(y) + more
+
+
+@pytest.mark.parametrize("what", ["keyword", "write", "numpy", "list"])
+def test_a_norm_is_not_folded_into_what_others_read(what):
+    model = trained(Reading(what))
+    x = torch.randn(4, 3, 9, 9)
+    with torch.no_grad():
+        want = model(x)
+        norm.convert(model, "deconv", calibrate=x)
+        torch.testing.assert_close(model(x), want, atol=1e-3, rtol=1e-3)
+    assert isinstance(model.norm, nn.Identity) == (what == "keyword")
+
+
+def test_a_batch_without_images_is_refused():
+    with pytest.raises(norm.NormError, match=r"a batch without images, of shape \(0, 3, 9, 9\)"):
+        norm.convert(trained(Reading("keyword")), "deconv", calibrate=torch.zeros(0, 3, 9, 9))
+
+
+@pytest.mark.parametrize("freeze_iter", [3, 100])
+def test_a_calibrated_frozen_layer_does_not_start_anew(freeze_iter):
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    x = torch.randn(8, 3, 9, 9) + 1
+    norm.convert(model, "deconv_fast", calibrate=x, freeze_iter=freeze_iter)
+    layer = model[0]
+    before = layer.running_mean.clone()
+    model.train()
+    layer(x + 1)
+    assert 0 < (layer.running_mean - before).abs().max() < 0.5

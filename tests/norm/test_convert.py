@@ -312,3 +312,57 @@ def test_delinear_without_effect_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(norm.NormError, match="use delinear=True"):
         norm.convert(model, "deconv", fc_block=4, delinear=False, calibrate=torch.randn(4, 3, 3, 3))
+
+
+def test_weights_that_other_layers_share_are_not_cut_off():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False), nn.Conv2d(3, 3, 1))
+    model[1].weight = model[0].weight
+    with pytest.raises(norm.NormError, match="0 and 1 are two layers that share one weight"):
+        norm.convert(model, "deconv", fc_block=4)
+    norm.convert(model, "deconv")
+    assert model[1].weight is model[0].weight
+    pair = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    pair[1].weight = pair[0].weight
+    with pytest.raises(norm.NormError, match="share one weight"):
+        norm.convert(pair, "deconv", overrides={"1": {"recipe": "keep"}})
+    norm.convert(pair, "deconv", overrides={"[01]": {"recipe": "keep"}})
+    assert pair[1].weight is pair[0].weight and isinstance(pair[2], norm.FastDeconv)
+
+
+def test_norms_do_not_go_where_nothing_whitens():
+    def generator(*more: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.ConvTranspose2d(4, 8, 4), nn.BatchNorm2d(8), nn.ReLU(), *more)
+
+    with pytest.raises(norm.NormError, match="no Conv2d that would become a whitening layer, but batch norms"):
+        norm.convert(generator(), "deconv")
+    report = norm.convert(generator(nn.Conv2d(8, 3, 1), nn.Flatten(), nn.BatchNorm1d(3)), "deconv")
+    assert str(report).endswith("left alone: 1 ConvTranspose2d, 1 BatchNorm1d") and len(report.changed) == 2
+    norm.convert(generator(), "none")
+
+
+def test_synchronised_norms_stay_so():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4))
+    norm.convert(model, "bn", momentum=0.01)
+    assert type(model[1]) is nn.SyncBatchNorm and model[1].momentum == 0.01
+    norm.convert(model, "gn", groups=2)
+    assert type(model[1]) is nn.GroupNorm
+
+
+def test_half_precision_is_refused_before_anything_is_changed():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).half()
+    with pytest.raises(norm.NormError, match="^0 has weights of torch.float16; .* convert the network in float32"):
+        norm.convert(model, "deconv")
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_features_in_the_last_dimension_are_whitened_where_a_linear_layer_reads_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Identity(), nn.Linear(4, 5))
+    norm.convert(model, "deconv", fc_block=4, delinear=False)
+    x = torch.randn(8, 16, 16, 4) @ torch.randn(4, 4) + 3
+    seen = model[3][0](x)
+    assert seen.shape == x.shape
+    covariance = torch.cov(seen.flatten(0, -2).T, correction=0)
+    torch.testing.assert_close(covariance, torch.eye(4), atol=0.1, rtol=0)
+    model.eval()
+    torch.testing.assert_close(norm.fold(model)[3](x), model[3](x))

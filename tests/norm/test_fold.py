@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 import norm
 from norm import FastDeconv
@@ -80,3 +81,19 @@ def test_layers_keep_the_memory_format(kernel: int) -> None:
     for each in (network(x), network.eval()(x), norm.fold(network)(x)):
         assert each.stride() == plain.stride()
     assert norm.fold(network)[0].weight.stride() == layer.weight.stride()
+
+
+def test_pruned_layers_fold():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    norm.convert(model, "deconv")
+    calls: list[nn.Module] = []
+    model[0].register_forward_pre_hook(lambda module, args: calls.append(module))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    x = torch.randn(5, 3, 9, 9)
+    with torch.no_grad():  # otherwise torch cannot copy a pruned layer
+        model(x)
+    plain = norm.fold(model)
+    calls.clear()
+    torch.testing.assert_close(plain(x), model.eval()(x))
+    assert calls == [plain[0], model[0]]

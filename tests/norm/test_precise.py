@@ -1,6 +1,7 @@
 """Running statistics averaged anew at fixed weights."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -98,3 +99,56 @@ def test_nothing_to_average_reads_nothing_and_no_batch_is_an_error() -> None:
     layer = nn.BatchNorm2d(4)
     with pytest.raises(NormError, match="no batch was given"):
         precise_statistics(nn.Sequential(layer), [])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.BatchNorm2d(4), lambda: FastDeconv(4, 6, 3), lambda: FastDeconv(4, 6, 3, every=4)]
+)
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ([], "no batch"),
+        ([torch.ones(2, 4, 9, 9), (torch.ones(1),)], "found tuple"),
+        ([torch.ones(2, 4, 9, 9).long()], "int64"),
+    ],
+)
+def test_after_an_error_the_model_is_as_it_was(make: Any, wrong: list[Any], text: str) -> None:
+    layer = make()
+    layer(batches()[0].float())
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(NormError, match=text):
+        precise_statistics(layer, wrong)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), layer.state_dict().values(), strict=True))
+    assert layer.training and layer.momentum == 0.1 and getattr(layer, "every", 4) in (0, 4)
+
+
+def test_one_tensor_is_one_batch() -> None:
+    layer, other = nn.BatchNorm2d(4).to(D64), nn.BatchNorm2d(4).to(D64)
+    precise_statistics(layer, batches()[0])
+    precise_statistics(other, batches()[:1])
+    assert torch.equal(layer.running_mean, other.running_mean) and layer.running_mean.any()
+
+
+class Heads(nn.Module):
+    """A layer that is called twice, one that only some batches reach, and one that none does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.some, self.never = (FastDeconv(4, 4, 1, block=4).to(D64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 2:
+            self.some(x)
+        return self.twice(x) + self.twice(3 * x + 5)
+
+
+def test_every_call_of_a_layer_counts_alike() -> None:
+    model = Heads()
+    model.never.running_mean.fill_(7)
+    torch.manual_seed(0)
+    x = [torch.randn(count, 4, 6, 6, dtype=D64) + count for count in (5, 2, 3)]
+    assert precise_statistics(model, x) == 2
+    every = torch.stack([model.twice.patches(each, (0, 0)).mean(1) for batch in x for each in (batch, 3 * batch + 5)])
+    torch.testing.assert_close(model.twice.running_mean, every.mean(0))
+    torch.testing.assert_close(model.some.running_mean, model.some.patches(x[1], (0, 0)).mean(1))
+    assert (model.never.running_mean == 7).all()
