@@ -47,7 +47,7 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
     Raises:
         UserError: it cannot be written (permission, disk full ...); the old file is untouched.
     """
-    _write_atomically(Path(path), lambda temporary: torch.save(dict(state), temporary))
+    write_atomically(Path(path), lambda temporary: torch.save(dict(state), temporary))
 
 
 def export_weights(path: str | Path, state_dict: Mapping[str, Tensor]) -> None:
@@ -59,10 +59,15 @@ def export_weights(path: str | Path, state_dict: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state_dict.items()}
-    _write_atomically(Path(path), lambda temporary: save_file(tensors, temporary))
+    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary))
 
 
-def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Call `write` with the name of a temporary file beside `path`, which then takes its place, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written; the old file is untouched.
+    """
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is overwritten by the next
     try:
         write(str(temporary))
@@ -81,7 +86,7 @@ def _write_atomically(path: Path, write: Callable[[str], None]) -> None:
         ours = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
         if not ours or is_lost_worker(error):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else full or _first_line(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else full or first_line(error)
         raise UserError(
             f"{path}: cannot write: {reason}; check the permissions and the free space of {path.parent}"
         ) from error
@@ -150,7 +155,7 @@ def _check_sums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # zipfile raises whatever a wrong byte leads to: BadZipFile, NotImplementedError, ...
-        raise UserError(f"{path}: the checkpoint is damaged: {_first_line(error)}") from None
+        raise UserError(f"{path}: the checkpoint is damaged: {first_line(error)}") from None
     if damaged is not None:
         raise UserError(
             f"{path}: the checkpoint is damaged: {damaged} in it is not what was written (wrong checksum); take "
@@ -190,7 +195,7 @@ def read(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
         if name is None and not _is_pickle(path):
             reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
             raise UserError(
-                f"{path}: the checkpoint is damaged: {reason[1] if reason else _first_line(error)}"
+                f"{path}: the checkpoint is damaged: {reason[1] if reason else first_line(error)}"
             ) from None
         held = f"refers to the code {name[1]}" if name else "is a bare pickle"
         raise UserError(
@@ -198,7 +203,7 @@ def read(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
             "containers only"
         ) from None
     except Exception as error:  # torch's unpickler raises whatever a wrong byte leads to: IndexError, TypeError, ...
-        raise UserError(f"{path}: the checkpoint is damaged: {_first_line(error)}") from None
+        raise UserError(f"{path}: the checkpoint is damaged: {first_line(error)}") from None
 
 
 def _is_pickle(path: Path) -> bool:
@@ -217,10 +222,11 @@ def _read_safetensors(path: Path, map_location: str | torch.device) -> dict[str,
     try:
         return load_file(path, device=str(map_location))
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file: {_first_line(error)}") from None
+        raise UserError(f"{path}: not a whole safetensors file: {first_line(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message; its class where there is none."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

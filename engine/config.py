@@ -122,10 +122,19 @@ class OptimConfig(Section):
     def _consistent(self) -> OptimConfig:
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
             raise ValueError("nesterov: true needs name: sgd and momentum above 0")
-        if self.schedule != "multistep" and self.milestones:
-            raise ValueError(f"milestones have no effect with schedule: {self.schedule}; set schedule: multistep")
-        if self.name == "sgd" and self.betas != (0.9, 0.999):
-            raise ValueError("betas have no effect with name: sgd; set name: adam, amsgrad or adamw")
+        name, schedule = f"name: {self.name}", f"schedule: {self.schedule}"
+        steps = self.schedule == "multistep"
+        for key, read, now, wanted in (
+            ("betas", self.name != "sgd", name, "name: adam, amsgrad or adamw"),
+            ("momentum", self.name == "sgd", name, "name: sgd"),
+            ("milestones", steps, schedule, "schedule: multistep"),
+            ("gamma", steps, schedule, "schedule: multistep"),
+            ("power", self.schedule == "poly", schedule, "schedule: poly"),
+            ("min_lr_factor", self.schedule in ("poly", "cosine"), schedule, "schedule: poly or cosine"),
+            ("warmup_factor", self.warmup.value > 0, "no warmup", "warmup, such as '500 steps'"),
+        ):
+            if not read and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} {'have' if key[-1] == 's' else 'has'} no effect with {now}; set {wanted}")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("schedule: multistep needs milestones, such as ['20 epochs', '25 epochs']")
         return self

@@ -99,6 +99,10 @@ class Curve:
         return sizes[place - 1], sizes[place]
 
 
+_SPARE = 300 * 2**20
+"""What trainings on CPUs took beyond the prediction, an evaluation included, was up to 0.25 GiB."""
+
+
 @dataclass(frozen=True)
 class Option:
     """A way to compute the global batch, and the memory that it is predicted to take."""
@@ -124,6 +128,8 @@ class Plan:
     parts: Parts = Parts(0, 0, 0, 0, 0)
     seconds: float = 0.0
     remarks: list[str] = field(default_factory=list)
+    spare: int = 0
+    """Bytes of the budget that are left to what was not measured."""
 
     def options(self) -> list[Option]:
         """Every micro-batch that divides this process's share of the batch, the largest first."""
@@ -141,7 +147,10 @@ class Plan:
 
     def choice(self) -> Option | None:
         """The largest micro-batch that fits, without computing activations again if there is one so."""
-        return next((option for option in self.options() if option.memory <= self.budget), None)
+        return next((option for option in self.options() if self.fits(option)), None)
+
+    def fits(self, option: Option) -> bool:
+        return option.memory + self.spare <= self.budget
 
     def __str__(self) -> str:
         return "\n".join([self.title, *self._parts(), "", *self._table(), "", *self._advice()])
@@ -177,7 +186,7 @@ class Plan:
 
     def _cell(self, option: Option) -> str:
         sign = "" if option.micro_batch in self.curves[option.checkpointing].measured else "~"
-        return f"{sign}{show_bytes(option.memory)}{' fits' if option.memory <= self.budget else ''}"
+        return f"{sign}{show_bytes(option.memory)}{' fits' if self.fits(option) else ''}"
 
     def _advice(self) -> list[str]:
         chosen, budget = self.choice(), show_bytes(self.budget)
@@ -246,8 +255,10 @@ def make_plan(work: Workload, budget: int, seconds: float = 60.0) -> Plan:
         if device.type == "cuda":
             plan.process = _beside_tensors(device)
         else:
+            plan.spare = _SPARE
             plan.remarks.append(
-                "a process on a CPU takes some tenths of a GiB more: buffers of libraries, the loader, validation"
+                f"a process on a CPU may take {show_bytes(_SPARE)} more, which are left free: buffers of libraries, "
+                "the loader, validation"
             )
     plan.seconds = time.monotonic() - start
     return plan

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import norm
 from engine import distributed, traffic
 from engine.config import ExperimentConfig, NormConfig, RuntimeConfig
 from engine.errors import LostProcess, UserError, is_lost_worker
 from engine.recompute import recompute_blocks
 from engine.single_values import allow_single_values
+from norm.precise import averaging
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,6 @@ def convert_norm(model: nn.Module, section: NormConfig, calibrate: Iterable[Tens
     Raises:
         UserError: the recipe does not know what to do with a layer, or an override matches nothing.
     """
-    import norm
-
     try:
         report = norm.convert(
             model, section.name, overrides=section.overrides or None, calibrate=calibrate, **section.options
@@ -128,13 +128,19 @@ def prepare(model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor]
     used. `model` is changed in place.
 
     Raises:
-        UserError: see `convert_norm` and `recompute_blocks`; sync_bn among several processes without GPUs.
+        UserError: see `convert_norm` and `recompute_blocks`; sync_bn among several processes without GPUs; precise
+            statistics of a network that has no running ones.
     """
     device = current_device(cfg.runtime)
     wanted = cfg.norm.calibrate_batches
     model.to(device)  # first, since calibration runs the network
     batches = [batch.to(device) for batch in islice(images, wanted)] if images is not None and wanted else None
     report = [convert_norm(model, cfg.norm, batches)]
+    if cfg.norm.precise_batches and not averaging(model):
+        raise UserError(
+            f"norm.precise_batches: {cfg.norm.precise_batches} has no effect, since with norm.name={cfg.norm.name} no "
+            "layer has running statistics; leave it out"
+        )
     if cfg.runtime.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if cfg.runtime.checkpointing:

@@ -4,6 +4,7 @@ of two groups is worth."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from engine import plots
 from engine.errors import UserError
-from engine.runs import Row, scored
+from engine.runs import Row, config, scored
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,28 @@ class Course:
 
 
 def groups(runs: Sequence[Path], names: Sequence[str]) -> dict[str, list[Path]]:
-    """The runs by name, in the order of their first ones."""
+    """The runs by name, in the order of their first ones. Raises UserError for a folder that is given twice for one."""
     found: dict[str, list[Path]] = {}
     for run, name in zip(runs, names, strict=True):
-        found.setdefault(name, []).append(run)
+        mine = found.setdefault(name, [])
+        if any(run.resolve() == other.resolve() for other in mine):
+            raise UserError(f"{run}: is given twice as a run of {name!r}; give it once, or under another name")
+        mine.append(run)
     return found
+
+
+def same_seeds(found: Mapping[str, Sequence[Path]]) -> list[str]:
+    """A sentence for each name that several runs of one seed have: they are not independent."""
+    lines = []
+    for name, runs in found.items():
+        seeds = Counter(config(run).get("runtime", {}).get("seed") for run in runs)
+        twice = [str(seed) for seed, count in seeds.items() if count > 1]
+        if twice:
+            lines.append(
+                f"note: {name} has several runs of seed {', '.join(twice)}; what they have in common makes the "
+                "deviation too small and p too sure"
+            )
+    return lines
 
 
 def course(name: str, runs: Sequence[Path]) -> Course:
@@ -128,6 +146,6 @@ def _difference(first: Course, other: Course) -> tuple[str, str]:
     gap = f"{100 * (np.mean(b) - np.mean(a)):+.2f}"
     at = first.epochs[first.steps.index(common[-1])]
     gap += "" if common[-1] == first.steps[-1] == other.steps[-1] else f" (epoch {at:g})"
-    if min(len(a), len(b)) < 2:
+    if min(len(a), len(b)) < 2 or np.ptp(a) == np.ptp(b) == 0:  # no deviation, nothing to hold the difference against
         return gap, "-"
     return gap, f"{ttest_ind(a, b, equal_var=False).pvalue:.3f}"

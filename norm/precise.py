@@ -36,7 +36,7 @@ def precise_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> 
     Raises:
         NormError: no batch, or one that is no floating-point tensor. After any error the model is as it was.
     """
-    layers = [module for module in model.modules() if _averages(module)]
+    layers = averaging(model)
     if not layers:
         return 0
     modes = [(module, module.training) for module in model.modules()]
@@ -59,10 +59,14 @@ def precise_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> 
     return sum(calls() > 0 for calls in reached)
 
 
-def _averages(module: nn.Module) -> bool:
-    if isinstance(module, _BatchNorm):
-        return module.track_running_stats
-    return isinstance(module, (Deconvolving, ChannelDeconv))
+def averaging(model: nn.Module) -> list[nn.Module]:
+    """The layers that have running statistics which a training moves."""
+    return [
+        module
+        for module in model.modules()
+        if (isinstance(module, _BatchNorm) and module.track_running_stats)
+        or isinstance(module, (Deconvolving, ChannelDeconv))
+    ]
 
 
 @contextmanager

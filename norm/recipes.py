@@ -243,6 +243,14 @@ class Deconv(Recipe):
                 f"deconv: freeze_iter={self.freeze_iter} and last_block={self.last_block} must be at least 1, "
                 f"fc_block={self.fc_block} at least 0"
             )
+        idle = {"rank": 64, "fresh_steps": FRESH_STEPS} if self.every == 0 else {}
+        if any(getattr(self, name) != default for name, default in idle.items()):
+            raise NormError(
+                f"deconv: rank={self.rank} and fresh_steps={self.fresh_steps} have no effect with every=0, the exact "
+                "method; set every, such as 4 (deconv_fast), or leave them out"
+            )
+        if not self.stem_freeze and self.freeze_iter != 100:
+            raise NormError(f"deconv: freeze_iter={self.freeze_iter} has no effect with stem_freeze=False")
         if not self.delinear and self.fc_block == 0:
             raise NormError("deconv: delinear=False has no effect with fc_block=0; set fc_block, such as 64")
 

@@ -13,7 +13,7 @@ from engine.optim import parameter_groups
 from engine.prepare import prepare, session
 from engine.report import Log
 from engine.resume import open_work_dir
-from seg import losses, models
+from seg import losses, models, weights
 from seg.config import SegConfig
 from seg.data import eval_batches, train_batches
 from seg.evaluate import evaluate_model
@@ -27,6 +27,7 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
         UserError: bad data, config, checkpoint or work directory, or a loss that is not finite.
     """
     cfg = loaded.config
+    weights.check_normalisation(cfg.model.backbone_weights, cfg.data.mean, cfg.data.std)
     with session(cfg.runtime):
         loss = losses.build(cfg, cache=Path(work_dir))
         labels = table(cfg.data)

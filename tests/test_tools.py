@@ -8,7 +8,9 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
 
+from seg.labels import to_label_ids
 from tests import programs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +99,37 @@ def test_predictions_score_as_the_checkpoint_does(project: Path, sample_root: Pa
         assert len(files) == 2 and cv2.imread(str(files[0])) is not None
 
 
+WITHOUT_US = """
+import json, sys, torch
+facts = {"network.json": ""}
+program = torch.export.load(sys.argv[1], extra_files=facts).module()
+with torch.no_grad():
+    torch.save(program(torch.load(sys.argv[2])), sys.argv[3])
+print(len(json.loads(facts["network.json"])["classes"]))
+assert not {"norm", "engine", "seg"} & set(sys.modules)
+"""
+
+
+def test_an_exported_program_labels_as_we_do_without_our_code(project: Path, sample_root: Path):
+    done = tool("export", "runs/x/best.pt", "--out", "x.pt2", "--size", "64", "128", cwd=project)
+    assert done.startswith("x.pt2 (") and "a program for N images of 64x128" in done
+    image = next(sample_root.glob("leftImg8bit/val/*/*.png"))
+    pixels = torch.from_numpy(cv2.imread(str(image))[..., ::-1].copy()).permute(2, 0, 1)[None] / 255
+    torch.save(pixels, project / "in.pt")
+    command = [sys.executable, "-c", WITHOUT_US, "x.pt2", "in.pt", "out.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project)
+    assert done.returncode == 0 and done.stdout == "19\n", done.stderr
+    tool("predict", "runs/x/best.pt", image, "--out", "one", cwd=project)
+    labels = cv2.imread(str(next((project / "one/labels").glob("*.png"))), cv2.IMREAD_UNCHANGED)
+    ids = to_label_ids(torch.load(project / "out.pt")[0].argmax(0).numpy().astype("uint8"))
+    assert (ids == labels).mean() > 0.999  # a tie may go either way
+
+
+def test_an_exported_classifier(project: Path, classifier: str):
+    assert "N images of 32x32" in tool("export", f"{classifier}/best.pt", "--out", "c.pt2", cwd=project)
+    assert "weights" in tool("export", f"{classifier}/best.pt", "--out", "c.safetensors", cwd=project)
+
+
 def test_one_unreadable_image_stops_nothing(project: Path, sample_root: Path):
     folder = project / "photos"
     folder.mkdir()
@@ -175,6 +208,11 @@ def test_two_processes_train_one_classifier(project: Path, classifier: str, imag
         (["predict", "runs/x/best.pt", "nothing*.png", "--out", "o"], "nothing*.png"),
         (["make_sample", "x", "--size", "big"], "error:"),
         (["compare", "runs/none", "--out", "o.png"], "runs/none"),
+        (["export", "runs/x/best.pt", "--out", "x.onnx"], "x.onnx: expected a name that ends in .pt2"),
+        (
+            ["export", "runs/x/best.pt", "--out", "x.pt2", "--size", "0", "4"],
+            "--size 0 4: expected a height and a width",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(project: Path, arguments: list[str], text: str):

@@ -55,7 +55,8 @@ def main() -> int:
 
         if args.examples is not None or args.set or args.allow_imports:
             parser.error("--examples, --set and --allow-imports go with runs that each have a name of their own")
-        print(seeds.compare(seeds.groups(args.runs, names), args.out))
+        found = seeds.groups(args.runs, names)
+        print("\n".join([seeds.compare(found, args.out), *seeds.same_seeds(found)]))
         return 0
     if task == "classify":
         if args.examples is not None or args.set or args.allow_imports:

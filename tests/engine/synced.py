@@ -74,6 +74,7 @@ def traffic(folder: Path) -> None:
         options: dict[str, Any] = {"norm__sync": True} if sync else {}
         if name != "bn":
             options["norm__stem_freeze"] = False
+        if name == "deconv_fast":
             options["norm__fresh_steps"] = 0  # what is said is of the steps that follow
         cfg = config(norm__name=name, **options)
         net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3))

@@ -277,6 +277,17 @@ def test_stored_config_imports_nothing_unless_allowed(tmp_path: Path, monkeypatc
             "optim: {betas: [0.8, 0.9]}\n",
             "x.yaml:4: optim: betas have no effect with name: sgd; set name: adam, amsgrad or adamw",
         ),
+        (
+            "optim: {schedule: cosine, power: 2}\n",
+            "x.yaml:4: optim: power has no effect with schedule: cosine; set schedule: poly",
+        ),
+        ("optim: {gamma: 0.7}\n", "x.yaml:4: optim: gamma has no effect with schedule: poly; set sch"),
+        (
+            "optim: {schedule: constant, min_lr_factor: 0.5}\n",
+            "x.yaml:4: optim: min_lr_factor has no effect with schedule: const",
+        ),
+        ("optim: {warmup_factor: 0.3}\n", "x.yaml:4: optim: warmup_factor has no effect with no warmup; set"),
+        ("optim: {name: adam, momentum: 0.3}\n", "x.yaml:4: optim: momentum has no effect with name: adam; set"),
         ("optim:\n  lr: 1\n  lr: 2\n", "x.yaml: line 6: the key 'lr' is written twice"),
         ("data: {root: !!python/name:os.system ''}\n", "x.yaml: line 4: not a value this config may hold"),
         ("data: [\n", "x.yaml: not valid YAML: line 5, column 1:"),

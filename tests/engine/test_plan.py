@@ -197,3 +197,16 @@ def test_a_single_image_is_measured_alone():
 def test_half_precision_is_probed_too():
     found = make_plan(workload(toy.config(batch=2, runtime__amp="bf16"), side=16), 2**40)
     assert "bf16" in found.title and found.choice() is not None
+
+
+def test_what_was_not_measured_is_left_free():
+    found = plan(10_000)
+    first = found.choice()
+    assert first is not None
+    found.budget = first.memory
+    assert found.choice() == first
+    found.spare = 1
+    smaller = found.choice()
+    assert smaller is None or smaller.memory < first.memory
+    found.budget += 1
+    assert found.choice() == first

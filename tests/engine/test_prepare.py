@@ -110,3 +110,11 @@ def test_other_seed_other_numbers() -> None:
     seed_all(1)
     second = (random.random(), np.random.rand(), float(torch.rand(())))
     assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_precise_statistics_of_a_network_without_running_ones_are_refused() -> None:
+    with session(RuntimeConfig(device="cpu")):
+        cfg = config(norm__name="gn", norm__precise_batches=2)
+        with pytest.raises(UserError, match="norm.precise_batches: 2 has no effect, since with norm.name=gn no layer"):
+            prepare(small(), cfg)
+        prepare(small(), config(norm__name="bn", norm__precise_batches=2))

@@ -55,3 +55,21 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     with pytest.raises(UserError, match="c: no evaluation in .*metrics.jsonl; expected"):
         seeds.course("x", [tmp_path / "c"])
+
+
+def test_one_run_is_not_two_seeds(tmp_path: Path) -> None:
+    a, b, c, d = runs(tmp_path, {"a": [0.5], "b": [0.6], "c": [0.7], "d": [0.8]})
+    with pytest.raises(UserError, match="x/../b: is given twice as a run of 'y'"):
+        seeds.groups([a, b, tmp_path / "x/../b"], ["x", "y", "y"])
+    assert len(seeds.groups([a, a], ["x", "y"])) == 2
+    for run, seed in ((a, 0), (b, 0), (c, 1), (d, 2)):
+        (run / "config.yaml").write_text(f"task: seg\nbatch_size: 2\nruntime: {{seed: {seed}}}\n")
+    assert seeds.same_seeds({"x": [a, c], "y": [b, d]}) == []
+    (note,) = seeds.same_seeds({"x": [a, b, c], "y": [d]})
+    assert note.startswith("note: x has several runs of seed 0;")
+
+
+def test_without_deviation_there_is_no_p(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    left, right = runs(tmp_path, {"a": [0.5], "b": [0.5]}), runs(tmp_path, {"c": [0.6], "d": [0.6]})
+    line = seeds.compare({"x": left, "y": right}, tmp_path / "seeds.png").splitlines()[2]
+    assert line.split()[4:8] == ["+-", "0.00", "+10.00", "-"] and not recwarn.list

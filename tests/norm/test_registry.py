@@ -72,6 +72,13 @@ def test_registering_is_checked(own_registry):
         ("deconv", {"grouping": "rows"}, "grouping is 'rows'; expected one of 'channel', 'published'"),
         ("deconv", {"block": 0}, "block is 0; it must be at least 1"),
         ("deconv", {"fc_block": -1}, "fc_block=-1 at least 0"),
+        (
+            "deconv",
+            {"rank": 10},
+            "rank=10 and fresh_steps=100 have no effect with every=0, the exact method; set every",
+        ),
+        ("deconv", {"fresh_steps": 3}, "rank=64 and fresh_steps=3 have no effect with every=0"),
+        ("deconv_fast", {"stem_freeze": False, "freeze_iter": 7}, "freeze_iter=7 has no effect with stem_freeze=False"),
         ("gn", {"groups": 0}, "groups is 0; it must be at least 1"),
         ("bn", {"eps": "x"}, r"eps is 'x'; expected float \| None"),
     ],

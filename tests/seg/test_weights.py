@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model
 
+from engine.config import from_dict
 from engine.errors import UserError
-from seg import models, weights
-from seg.config import ModelConfig
+from seg import models, train, weights
+from seg.config import ModelConfig, SegConfig
 
 
 def build(name: str, source: object, **more: object) -> nn.Module:
@@ -147,3 +148,24 @@ def test_downloads_that_fail_say_what_to_do(monkeypatch: pytest.MonkeyPatch):
 def test_weights_that_do_not_exist(name: str, source: str, message: str):
     with pytest.raises(UserError, match=f"model.backbone_weights: {message}"):
         build(f"unet/{name}", source)
+
+
+def test_images_are_normalised_as_those_that_the_package_was_trained_on():
+    half, imagenet = (0.5, 0.5, 0.5), (0.485, 0.456, 0.406)
+    weights.check_normalisation("package:efficientnet-lite0", half, half)
+    for source in (None, "timm", "/some/file.pt"):
+        weights.check_normalisation(source, imagenet, (0.229, 0.224, 0.225))
+    with pytest.raises(
+        UserError, match=r"data.mean, data.std: found \[0.485.*efficientnet-lite0 .* with \[0.5, 0.5, 0.5\]"
+    ):
+        weights.check_normalisation("package:efficientnet-lite0", imagenet, half)
+
+
+def test_a_training_refuses_another_normalisation(tmp_path):
+    config = {
+        "length": "1 step",
+        "batch_size": 2,
+        "model": {"name": "smp/fpn/tu-tf_efficientnet_lite0", "backbone_weights": "package:efficientnet-lite0"},
+    }
+    with pytest.raises(UserError, match="data.mean, data.std: found"):
+        train.run(from_dict(config, [], SegConfig, "x"), tmp_path / "run")

@@ -1,0 +1,72 @@
+"""Write a trained network for other programs, folded: nothing of its norm's statistics is left, and no code of ours.
+
+python tools/export.py runs/x/best.pt --out model.pt2 [--size 1024 2048]   # a program
+python tools/export.py runs/x/best.pt --out model.safetensors              # weights
+
+A program, torch.export.load("model.pt2").module(), takes float images (N, 3, H, W), RGB in [0, 1], of the size that is
+given (default: the training's), normalises them, and gives logits (N, classes, H, W), a classifier's (N, classes). It
+holds the classes' names (extra_files={"network.json": ""}), and is compared with the network before it is kept. Weights
+fit the network as its library builds it, without norms where layers whitened (norm.convert(model, "none")).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.errors import UserError, one_process, program
+
+
+def _segmentation(args: argparse.Namespace) -> object:
+    from engine.export import export
+    from seg.labels import table_of
+    from seg.models import from_checkpoint, multiple
+    from seg.predict import logits_of
+
+    model, cfg, meta = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
+    table = table_of(meta)
+    facts = {"task": "seg", "classes": list(table.classes), "label_ids": list(table.label_ids)}
+    logits = partial(logits_of, multiple=multiple(cfg.model))
+    size = args.size or cfg.data.crop
+    return export(model, args.out, size, logits, cfg.data.mean, cfg.data.std, facts)
+
+
+def _classification(args: argparse.Namespace) -> object:
+    from classify.network import from_checkpoint
+    from engine.export import export
+
+    model, _, info = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
+    facts = {"task": "classify", "classes": list(info.classes)}
+    size = args.size or (info.size, info.size)
+    return export(model, args.out, size, lambda network, images: network(images).float(), info.mean, info.std, facts)
+
+
+@program
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to its config")
+    parser.add_argument("--out", type=Path, required=True, help="a name that ends in .pt2 or .safetensors")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of a program's images, pixels")
+    parser.add_argument(
+        "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
+    )
+    args = parser.parse_intermixed_args(argv)
+    one_process("tools/export.py")
+    if args.size is not None and min(args.size) < 1:
+        raise UserError(f"--size {args.size[0]} {args.size[1]}: expected a height and a width in pixels")
+    from engine.checkpoint import task
+
+    write = {"seg": _segmentation, "classify": _classification}.get(found := task(args.checkpoint))
+    if write is None:
+        raise UserError(f"{args.checkpoint}: a checkpoint of the task {found!r}, expected 'seg' or 'classify'")
+    print(write(args))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
