@@ -67,7 +67,7 @@ def write_card(
         samples = labelled(eval_batches(cfg, split).samples, split)
         predictor = predictor_of(model, cfg, device, views)
         chosen = spread(samples, corruption_images)
-        measured = measure_split(predictor, cfg, samples)
+        measured = measure_split(predictor, cfg, samples, split)
         robustness = None
         if corruptions:
             items = ((s.name, image, truth) for s, image, truth in truths(chosen, cfg))

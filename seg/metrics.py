@@ -283,6 +283,14 @@ class ConfusionMatrix:
         )
 
 
+def nothing_scored(where: str) -> UserError:
+    """The error for labels (`where`) of which no pixel counts: the means over nothing are nan, and nan is no score."""
+    return UserError(
+        f"{where}: no pixel has an evaluated class, so there is nothing to score; expected labels that are not all "
+        "ignored. Look at the split with tools/inspect.py, check data.name and the label table."
+    )
+
+
 def mean(values: Iterable[float]) -> float:
     """Mean of the values that are not nan; nan if there are none."""
     valid = [value for value in values if not math.isnan(value)]

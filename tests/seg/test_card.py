@@ -139,6 +139,12 @@ def test_one_image_is_too_few(report_config: Make) -> None:
         card.measure_split(Half([]), cfg, Cityscapes(cfg.data.root, "val").samples[:1])  # type: ignore[arg-type]
 
 
+def test_labels_that_are_all_ignored(small_checkpoint: Path, void_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"the split 'val' in {void_root}: no pixel has an evaluated class"):
+        card_page.write_card(small_checkpoint, [f"data.root={void_root}"], out=tmp_path)
+    assert not (tmp_path / "card.html").exists()
+
+
 def program(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
     assert spec and spec.loader

@@ -292,6 +292,19 @@ def test_merged_and_ignored_labels_of_a_folder(tmp_path: Path) -> None:
     assert texts["label without image"].endswith(f"{stray.stem}_mask.png")
 
 
+@pytest.mark.parametrize("hidden", [["train"], ["val"], ["train", "val"]])
+def test_a_split_without_labelled_pixels(tmp_path: Path, hidden: list[str]) -> None:
+    layouts.folder(tmp_path)
+    for split in hidden:
+        layouts.hide(tmp_path, split)
+    found = inspect(tmp_path, name="folder")
+    texts = [p.text for p in found.problems if p.kind == "split without labelled pixels"]
+    assert [text.partition(":")[0] for text in texts] == hidden and inspect_page.mistakes(found) == len(hidden)
+    pixels = sum(read_label_ids(path).size for path in (tmp_path / "masks" / hidden[0]).rglob("*.png"))
+    assert f"none of its {pixels:,} label pixels has an evaluated class" in texts[0]
+    assert "split without labelled pixels (" in inspect_page.document(found)
+
+
 def test_overlays_show_images_of_the_rarest_classes(found: Inspection, sample_root: Path) -> None:
     document = inspect_page.document(found)
     shares = found.shares("train")
