@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import UserError
+from seg.html import counted
 from seg.labels import IGNORE
 
 Ids = NDArray[np.uint8]
@@ -110,11 +111,12 @@ class Calibration:
         return any(abs(math.log(self.temperature / end)) < 1e-3 for end in _RANGE)
 
     def to_json(self) -> dict[str, Any]:
+        fitted, reported = counted(self.fitted_on, "image"), counted(self.reported_on, "image")
         return {
             "temperature": self.temperature,
             "temperature at an end of its range": self.at_an_end,
-            "fitted on": f"{self.fitted_on} images with even numbers, {self.fitted_pixels} pixels drawn evenly",
-            "reported on": f"{self.reported_on} images with odd numbers, all valid pixels",
+            "fitted on": f"{fitted} with even numbers, {self.fitted_pixels} pixels drawn evenly",
+            "reported on": f"{reported} with odd numbers, all valid pixels",
             "before": self.before.to_json(),
             "after": self.after.to_json(),
         }

@@ -23,6 +23,7 @@ from seg.calibration import Calibration, Calibrator, halves
 from seg.config import SegConfig
 from seg.data import EvalBatches, Rgb, Sample
 from seg.datasets import split_name
+from seg.html import counted
 from seg.labels import table
 from seg.metrics import ConfusionMatrix, Scores, mean, nothing_scored
 from seg.per_image import Ids, ImageScores, told
@@ -152,8 +153,8 @@ def describe(
     from engine import checkpoint
 
     stored = checkpoint.load(path)
-    cities = len({sample.city for sample in samples})
-    where = f"{len(samples)} images, {cities} {'city' if cities == 1 else 'cities'}"
+    cities = len({sample.city for sample in samples} - {""})
+    where = ", ".join([counted(len(samples), "image"), *[counted(cities, "city", "cities")] * (cities > 0)])
     weights = "the average of the weights" if stored["ema"] is not None else "the weights"
     return {
         "checkpoint": str(path),
