@@ -215,7 +215,7 @@ def _robustness(card: Card, found: Robustness) -> str:
         f"mIoU in percent of {counted(found.images, 'image')} with one corruption at a time; without any: "
         f"{percent(found.clean)}. Over all corruptions and severities: {percent(found.mean)}, which is "
         f"{percent(found.retained)}% of it. The parameters are those of seg/corruptions.py, so these numbers compare "
-        "with cards of this program only."
+        "with cards of this program only. On small images neighbouring severities of a blur may be the same."
     )
     head = ["group", "corruption", *(f"severity {s}" for s in found.severities), "mean"]
     rows: list[list[object]] = [
