@@ -112,8 +112,8 @@ def colors_to_ids(colors: npt.NDArray[np.uint8], table: LabelTable, path: Path |
     """Label ids, uint8 (H, W), of a mask that shows labels in the table's colours, RGB uint8 (H, W, 3).
 
     Raises:
-        UserError: a colour that the table doesn't have, or that labels share which don't count as the same; `path` is
-            named.
+        UserError: ids in place of colours, a colour that the table doesn't have, or that labels share which don't count
+            as the same; `path` is named.
     """
     codes: dict[int, list[Label]] = {}
     for label in table.labels:
@@ -126,9 +126,15 @@ def colors_to_ids(colors: npt.NDArray[np.uint8], table: LabelTable, path: Path |
         found = codes.get(code, [])
         shown = f"({code >> 16}, {code >> 8 & 255}, {code & 255})"
         if not found:
+            remedy = (
+                "But the mask is grey and all of its values are ids of that table: it seems to hold label ids already, "
+                "which need no conversion."
+                if _like_ids(present, table)
+                else "Enter it in the label table; colours between two others come from a mask that was resized "
+                "smoothly or saved as JPEG."
+            )
             raise UserError(
-                f"{path}: {count} pixels have the colour {shown}, which no label of {table.name} has. Enter it in the "
-                "label table; colours between two others come from a mask that was resized smoothly or saved as JPEG."
+                f"{path}: {count} pixels have the colour {shown}, which no label of {table.name} has. {remedy}"
             )
         meant = _meant(found, table)
         if meant is None:
@@ -138,6 +144,12 @@ def colors_to_ids(colors: npt.NDArray[np.uint8], table: LabelTable, path: Path |
             )
         ids[place] = meant.id
     return ids[inverse].reshape(colors.shape[:2])
+
+
+def _like_ids(codes: npt.NDArray[np.uint32], table: LabelTable) -> bool:
+    """Whether colours (red, green, blue as the bytes of a number) are grey and each the id of a label."""
+    grey = codes & 255
+    return bool((codes == grey * 0x010101).all() and np.isin(grey, [label.id for label in table.labels]).all())
 
 
 def _meant(found: Sequence[Label], table: LabelTable) -> Label | None:

@@ -62,6 +62,37 @@ def test_a_colour_of_a_class_and_of_an_ignored_label_of_ones_own() -> None:
     assert (colors_to_ids(black, merged, "m.png") == 3).all()
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_masks_that_hold_ids_already(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.array([[0, 7], [7, 33]], np.uint8)).convert(mode).save(tmp_path / "in/a.png")
+    told = r"a\.png: 2 pixels have the colour \(7, 7, 7\), which .* it seems to hold label ids already"
+    with pytest.raises(UserError, match=told):
+        convert_masks(tmp_path / "in", tmp_path / "out", CITYSCAPES)
+    with pytest.raises(
+        UserError, match=r"pixels have the colour \(34, 34, 34\), which no label of Cityscapes has. Enter it"
+    ):
+        colors_to_ids(np.full((2, 2, 3), 34, np.uint8), CITYSCAPES, "m.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_have_the_colour_that_the_file_holds(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "in").mkdir()
+    table = LabelTable("t", (Label(3, "a", (0, 0, 0), 0), Label(4, "b", (9, 9, 9), 1)))
+    ids = np.array([[3, 4, 3], [4, 4, 3]], np.uint8)
+    mask = Image.fromarray(colored(table, ids))
+    if mode == "P":
+        mask = Image.fromarray(ids)
+        mask.putpalette([value for i in range(5) for value in ((0, 0, 0) if i < 4 else (9, 9, 9))])
+        mask.save(tmp_path / "in/a.png", transparency=3)
+    else:
+        mask = mask.convert(mode)
+        mask.putalpha(Image.fromarray(np.array([[0, 0, 255], [255, 128, 0]], np.uint8)))
+        mask.save(tmp_path / "in/a.png")
+    assert convert_masks(tmp_path / "in", tmp_path / "out", table) == 1
+    assert np.array_equal(read_label_ids(tmp_path / "out/a.png"), ids)
+
+
 def test_folders_that_do_not_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none: no such folder"):
         convert_masks(tmp_path / "none", tmp_path / "out", VOC)
