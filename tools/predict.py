@@ -120,8 +120,6 @@ def main(argv: list[str] | None = None) -> int:
     one_process("tools/predict.py")
     from engine.checkpoint import task
 
-    for name, quiet in (("OPENCV_FFMPEG_LOGLEVEL", "-8"), ("OPENCV_LOG_LEVEL", "SILENT")):
-        os.environ.setdefault(name, quiet)  # what is wrong with a video is told by one error of ours
     label = _classify if task(args.checkpoint) == "classify" else _segment
     summary = label(args, int(args.max_megapixels * 1e6))
     print(summary)

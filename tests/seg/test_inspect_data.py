@@ -356,6 +356,15 @@ def test_the_program(sample_root: Path, copy: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "unreadable image (1)" in done.stdout and "zero bytes" in done.stdout
 
 
+def test_opencv_does_not_tell_of_a_damaged_file_too(copy: Path) -> None:
+    for path in (image_files(copy)[0], label_files(copy)[1]):
+        path.write_bytes(path.read_bytes()[:-200])
+    done = python("inspect", f"data.root={copy}", cwd="/")
+    assert done.returncode == 1 and "unreadable image (1)" in done.stdout and "unreadable label (1)" in done.stdout
+    # libpng prints a line of its own, whatever OpenCV is told
+    assert all(line.startswith("libpng error: ") for line in done.stderr.splitlines()), done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, text",
     [
