@@ -230,8 +230,11 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load weights into `model`; every layer must match. `path` is only named in errors.
+def load_weights(
+    model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path, *, remedy: str | None = None
+) -> None:
+    """Load weights into `model`; every layer must match. `path` is only named in errors, which end with `remedy`, by
+    default with the keys of the config that describe a whole network.
 
     Batch norm's `num_batches_tracked` may be missing, as in files that are older than it; the model's own stays.
 
@@ -257,7 +260,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], path: str |
     lines += _listing("of another shape", [f"{name}: here {a}, in the file {b}" for name, (a, b) in shapes.items()])
     lines += _listing("missing in the file", missing)
     lines += _listing("unexpected in the file", unexpected)
-    lines.append(f"  {_hint(list(here), list(shapes), missing, unexpected)}")
+    lines.append(f"  {remedy or _hint(list(here), list(shapes), missing, unexpected)}")
     raise UserError("\n".join(lines))
 
 

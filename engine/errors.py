@@ -11,6 +11,8 @@ from typing import ParamSpec
 from engine.signals import Interrupted
 
 P = ParamSpec("P")
+_QUIET = {"OPENCV_LOG_LEVEL": "SILENT", "OPENCV_FFMPEG_LOGLEVEL": "-8"}
+"""What OpenCV takes from the environment when it is imported: one error of ours tells what is wrong with a file."""
 
 
 class UserError(Exception):
@@ -67,10 +69,15 @@ def one_process(what: str) -> None:
 
 
 def program(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorator for a program's `main`: a UserError and `Interrupted` become one line and their status, Ctrl-C 130."""
+    """Decorator for a program's `main`: a UserError and `Interrupted` become one line and their status, Ctrl-C 130.
+
+    OpenCV, which `main` imports, is told to be silent, unless the environment says otherwise.
+    """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        for name, level in _QUIET.items():
+            os.environ.setdefault(name, level)
         try:
             return main(*args, **kwargs)
         except UserError as error:

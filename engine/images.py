@@ -36,6 +36,8 @@ SUFFIXES = frozenset(
 )
 """Endings of the files that are taken from folders, in lower case; a file named by itself may have any. Some that
 cannot be read (.heic) are among them: a photo that is reported is better than one that is passed over."""
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"})
+"""Endings, in lower case, of the files that are taken for videos."""
 MAX_PIXELS = 128_000_000
 """Images with more pixels are refused before they are decoded, unless told otherwise."""
 
@@ -61,11 +63,12 @@ class Found:
     name: str
 
 
-def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Array:
+def read_image(path: Path | str, max_pixels: int = MAX_PIXELS, *, opaque: bool = False) -> Array:
     """An image file as upright RGB, uint8 (H, W, 3).
 
     Grey, palette, CMYK and 1-bit images are converted, 16-bit ones lose their lower byte, transparent pixels show
-    white, the EXIF orientation is applied, an animation gives its first frame. Float images must lie in [0, 1].
+    white (with `opaque`, the colour that the file holds: a mask's, say), the EXIF orientation is applied, an animation
+    gives its first frame. Float images must lie in [0, 1].
     Raises UserError (naming the file) if it can't be opened, isn't an image, is cut off, or has more than `max_pixels`.
     PostScript (EPS) is refused: it is a program, and showing it would run it.
     """
@@ -73,7 +76,7 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Array:
     try:
         with _open(path) as file, _pil_limit(max_pixels), Image.open(file, formats=_formats()) as image:
             image.load()
-            return _rgb(_upright(image), path)
+            return _rgb(_upright(image), path, opaque)
     except Image.DecompressionBombError as error:
         size = re.search(r"\((\d+) pixels\)", str(error))
         found = f"{int(size[1]) / 1e6:.4g} megapixels" if size else "too many pixels"
@@ -92,12 +95,15 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Array:
         raise UserError(f"{show(path)}: cannot be decoded ({type(error).__name__}: {error}).") from error
 
 
-def find_images(inputs: Sequence[str | Path], own: Sequence[Path] = ()) -> tuple[list[Found], list[str]]:
+def find_images(
+    inputs: Sequence[str | Path], own: Sequence[Path] = (), *, videos: bool = False
+) -> tuple[list[Found], list[str]]:
     """Images that files, folders (recursively, by suffix, hidden files left out) and globs name: (images, problems).
 
     The order is that of the inputs, sorted within each; a file named twice comes once. Files in the folders `own` (the
     program's outputs) are left out, so that none is read again and no input is overwritten. Outputs are named by the
     path relative to the folder or the glob's fixed part; names that meet are told apart by folders above or suffix.
+    With `videos`, for a program that takes a video by itself, that is said of a folder that holds nothing else.
     """
     problems: list[str] = []
     left_out: list[str] = []
@@ -109,7 +115,7 @@ def find_images(inputs: Sequence[str | Path], own: Sequence[Path] = ()) -> tuple
         for key, path, relative in others:
             chosen.setdefault(key, (path, relative))
         if not files:
-            problems.append(f"{show(text) or 'an empty name'}: no such file or no image in it.")
+            problems.append(f"{show(text) or 'an empty name'}: {_nothing(text, videos)}")
         elif not others:
             left_out.append(f"{show(text)}: only outputs of this program, which are left out.")
     if not chosen:
@@ -200,7 +206,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if way is None else image.transpose(way)
 
 
-def _rgb(image: Image.Image, path: Path) -> Array:
+def _rgb(image: Image.Image, path: Path, opaque: bool) -> Array:
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
@@ -212,6 +218,8 @@ def _rgb(image: Image.Image, path: Path) -> Array:
         return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
+        if opaque:
+            return np.array(layer)[..., :3].copy()
         paper = Image.new("RGB", image.size, (255, 255, 255))
         paper.paste(layer, mask=layer.getchannel("A"))
         return np.array(paper)
@@ -229,6 +237,14 @@ def _expand(text: str, problems: list[str]) -> Iterator[tuple[Path, Path]]:
         for hit in _glob(text, problems):
             inner = _walk(hit, problems) if os.path.isdir(hit) else [hit]
             yield from ((p, p.relative_to(fixed)) for p in inner)
+
+
+def _nothing(text: str, videos: bool) -> str:
+    """What is said of an input that names no image."""
+    lonely = next(_walk(text, [], VIDEO_SUFFIXES), None) if videos and text and os.path.isdir(text) else None
+    if lonely is None:
+        return "no such file or no image in it."
+    return f"no image in it, but videos; a video is given by itself, such as {show(lonely)}."
 
 
 def _glob(pattern: str, problems: list[str]) -> list[Path]:

@@ -355,6 +355,11 @@ class _Work:
         means = self.watch.means(advice=self.advice())
         if means is not None:
             self.log.train(self.state.step, means.loss, means.parts, self.rates)
+            if means.empty:  # a loss of 0 would look like success
+                self.log.message(
+                    "warning: every target since the last report is ignored, so nothing was learned; if this goes on, "
+                    "look at the labels of the training split"
+                )
 
     def check_and_save(self, *paths: Path) -> None:
         """Never over a good checkpoint with a bad one: first the losses up to here, then the weights."""

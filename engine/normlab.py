@@ -315,7 +315,8 @@ def draw(wanted: Request, known: Outcomes) -> None:
             axes.set(title=title, xlabel="micro-batch")
             axes.grid(alpha=0.3)
             if title != panels[0][0]:
-                axes.set_ylim(bottom=0)
+                highest = axes.dataLim.y1  # -inf without a point
+                axes.set_ylim(0, 1.08 * highest if highest > 0 else None)
         figure.axes[0].legend(fontsize=8)
 
 

@@ -22,8 +22,6 @@ from engine.images import check_writable, show
 
 Array = NDArray[np.uint8]
 
-SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"})
-"""Endings, in lower case, of the files that are taken for videos."""
 CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi": "MJPG", ".webm": "VP80"}
 """Endings of the files that can be written, and the codec of each."""
 LOSSLESS = {".mkv": "FFV1", ".avi": "FFV1"}

@@ -29,6 +29,8 @@ class Seen(NamedTuple):
 class Means(NamedTuple):
     loss: float
     parts: dict[str, float]
+    empty: bool
+    """Whether there was no valid element at all; the means are 0 then."""
 
 
 class Watch:
@@ -67,7 +69,7 @@ class Watch:
         names = list(self._sums)
         means = [value / weight if weight else 0.0 for value in values]
         self._sums, self._weight = {}, None
-        return Means(means[0], dict(zip(names[1:], means[1:], strict=True)))
+        return Means(means[0], dict(zip(names[1:], means[1:], strict=True)), weight == 0)
 
     def unreported(self) -> dict[str, float] | None:
         """The sums since the last `means`, for `restore`: "weight" of the elements, "sum/" of the loss, "sum/NAME" of a

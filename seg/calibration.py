@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import UserError
+from seg.html import counted
 from seg.labels import IGNORE
 
 Ids = NDArray[np.uint8]
@@ -110,11 +111,12 @@ class Calibration:
         return any(abs(math.log(self.temperature / end)) < 1e-3 for end in _RANGE)
 
     def to_json(self) -> dict[str, Any]:
+        fitted, reported = counted(self.fitted_on, "image"), counted(self.reported_on, "image")
         return {
             "temperature": self.temperature,
             "temperature at an end of its range": self.at_an_end,
-            "fitted on": f"{self.fitted_on} images with even numbers, {self.fitted_pixels} pixels drawn evenly",
-            "reported on": f"{self.reported_on} images with odd numbers, all valid pixels",
+            "fitted on": f"{fitted} with even numbers, {self.fitted_pixels} pixels drawn evenly",
+            "reported on": f"{reported} with odd numbers, all valid pixels",
             "before": self.before.to_json(),
             "after": self.after.to_json(),
         }
@@ -154,6 +156,9 @@ class Calibrator:
 
     def report_on(self, log_probabilities: Tensor, truth: Ids) -> None:
         """Count all valid pixels of an image of the second half, without and with the temperature."""
+        self._images[1] += 1
+        if (truth == IGNORE).all():
+            return  # and no reason to fit: of a split of such images alone the scores say what is wrong
         if self.temperature is None:
             self.temperature = self._fit()
         true = torch.from_numpy(truth.ravel()).to(log_probabilities.device)
@@ -161,15 +166,16 @@ class Calibrator:
         values, true = log_probabilities.flatten(1)[:, valid], true[valid].long()
         self.before.update(values.log_softmax(0), true)
         self.after.update((values / self.temperature).log_softmax(0), true)
-        self._images[1] += 1
 
     def result(self) -> Calibration:
-        """Raises UserError with fewer than two images."""
-        if min(self._images) == 0 or self.temperature is None:
+        """Raises UserError with fewer than two images, or without a valid pixel to fit the temperature to."""
+        if min(self._images) == 0:
             raise UserError(
                 f"calibration: {sum(self._images)} image(s); at least 2 are needed, one to fit the temperature to and "
                 "one to report it on."
             )
+        if self.temperature is None:
+            self.temperature = self._fit()
         pixels = sum(len(truth) for truth in self._truths)
         return Calibration(self.temperature, self.before, self.after, self._images[0], pixels, self._images[1])
 

@@ -22,8 +22,10 @@ from seg.boundary import BoundaryIoU
 from seg.calibration import Calibration, Calibrator, halves
 from seg.config import SegConfig
 from seg.data import EvalBatches, Rgb, Sample
+from seg.datasets import split_name
+from seg.html import counted
 from seg.labels import table
-from seg.metrics import ConfusionMatrix, Scores, mean
+from seg.metrics import ConfusionMatrix, Scores, mean, nothing_scored
 from seg.per_image import Ids, ImageScores, told
 from seg.predict import Predictor
 from seg.robustness import Robustness
@@ -78,9 +80,15 @@ class Card:
 
 
 def measure_split(
-    predictor: Predictor | Averaged, cfg: SegConfig, samples: Sequence[Sample]
+    predictor: Predictor | Averaged, cfg: SegConfig, samples: Sequence[Sample], split: str | None = None
 ) -> tuple[Scores, BoundaryIoU, Calibration, ImageScores, list[Example]]:
-    """Everything but the robustness, each image predicted once and the worst ones once more."""
+    """Everything but the robustness, each image predicted once and the worst ones once more.
+
+    `split` is what an error calls the samples, by default the config's `data.val_split`.
+
+    Raises:
+        UserError: bad data, fewer than two images, or no valid pixel in any of them.
+    """
     labels = table(cfg.data)
     confusion, boundary = ConfusionMatrix(labels=labels), BoundaryIoU(labels.classes)
     images, calibrator = ImageScores(labels.classes), Calibrator(seed=cfg.runtime.seed)
@@ -109,7 +117,7 @@ def measure_split(
     images.images.sort(key=lambda one: (one.city, one.name))
     scores = confusion.scores()
     if math.isnan(scores.pixel_accuracy):
-        raise UserError(f"{cfg.data.root}: no pixel of the split has an evaluated class, so there is nothing to score.")
+        raise nothing_scored(split_name(cfg.data, split))
     worst = {one.name: rank for rank, one in enumerate(images.worst(WORST))}
     shown = sorted((s for s in samples if s.name in worst), key=lambda s: worst[s.name])
     examples = [
@@ -145,8 +153,8 @@ def describe(
     from engine import checkpoint
 
     stored = checkpoint.load(path)
-    cities = len({sample.city for sample in samples})
-    where = f"{len(samples)} images, {cities} {'city' if cities == 1 else 'cities'}"
+    cities = len({sample.city for sample in samples} - {""})
+    where = ", ".join([counted(len(samples), "image"), *[counted(cities, "city", "cities")] * (cities > 0)])
     weights = "the average of the weights" if stored["ema"] is not None else "the weights"
     return {
         "checkpoint": str(path),

@@ -16,7 +16,7 @@ from seg.averaging import Views, predictor_of
 from seg.card import Card, config_text, describe, labelled, measure_split, spread, truths
 from seg.corruptions import CORRUPTIONS, corrupt
 from seg.data import eval_batches
-from seg.html import chart, folded, legend, page, paragraph, percent, picture, row, saved, section, table
+from seg.html import chart, counted, folded, legend, page, paragraph, percent, picture, row, saved, section, table
 from seg.labels import scored_table
 from seg.metrics import mean
 from seg.per_image import told
@@ -67,7 +67,7 @@ def write_card(
         samples = labelled(eval_batches(cfg, split).samples, split)
         predictor = predictor_of(model, cfg, device, views)
         chosen = spread(samples, corruption_images)
-        measured = measure_split(predictor, cfg, samples)
+        measured = measure_split(predictor, cfg, samples, split)
         robustness = None
         if corruptions:
             items = ((s.name, image, truth) for s, image, truth in truths(chosen, cfg))
@@ -107,15 +107,19 @@ def _summary(card: Card) -> str:
     rows.append(["calibration error (ECE) as it is", percent(calibration.before.ece())])
     rows.append([f"calibration error with temperature {calibration.temperature:.3f}", percent(calibration.after.ece())])
     if card.robustness is not None:
-        rows.append(["mIoU under corruptions", percent(card.robustness.mean)])
+        images = counted(card.robustness.images, "image")  # often fewer than those of the mIoU above
+        rows.append([f"mIoU under corruptions, of {images}", percent(card.robustness.mean)])
+        rows.append(["mIoU without corruption, of the same", percent(card.robustness.clean)])
     return section("Summary", table(["score", "%"], rows))
 
 
 def _classes(card: Card) -> str:
     scores, boundary = card.scores, card.boundary.class_iou()
+    instances = not math.isnan(scores.mean_iiou)
     rows = []
     for i, (name, iou) in enumerate(scores.class_iou.items()):
-        values = iou, boundary[name], scores.class_iiou.get(name, math.nan), scores.class_accuracy[name]
+        iiou = [scores.class_iiou.get(name, math.nan)] * instances
+        values = iou, boundary[name], *iiou, scores.class_accuracy[name]
         pixels = int(scores.matrix[list(scores.labels.groups[i])].sum())
         rows.append([name, *map(percent, values), f"{pixels:,}"])
     matrix = scores.class_matrix()
@@ -124,12 +128,11 @@ def _classes(card: Card) -> str:
     def bars(figure: Any) -> None:
         draw.bars(figure.add_subplot(), both, list(scores.class_iou), "Class IoU and boundary IoU, %")
 
-    missing = [name for name, iou in scores.class_iou.items() if math.isnan(iou)]
-    note = f"Neither in the labels nor predicted, so left out of the means: {', '.join(missing)}." if missing else ""
+    notes = [f"{line[0].upper()}{line[1:]}." for line in scores.absent()]
     return section(
         "Classes",
-        table(["class", "IoU", "boundary IoU", "iIoU", "accuracy", "true pixels"], rows),
-        *([paragraph(note)] if note else []),
+        table(["class", "IoU", "boundary IoU", *["iIoU"] * instances, "accuracy", "true pixels"], rows),
+        *map(paragraph, notes),
         chart(bars, (7.5, 1.4 + 0.32 * len(rows))),
         saved(lambda path: draw.plot_confusion(matrix, list(scores.class_iou), path)),
     )
@@ -141,9 +144,9 @@ def _calibration(card: Card) -> str:
     one = card.calibration
     words = (
         f"The temperature {one.temperature:.3f} was fitted to {one.fitted_pixels:,} pixels, drawn evenly from the "
-        f"{one.fitted_on} images with even numbers (in the order of the files, from 0). Everything below is of the "
-        f"other {one.reported_on} images, all {one.before.pixels:,} valid pixels. A temperature above 1 means that the "
-        "network is too sure of itself; it changes no predicted class."
+        f"{counted(one.fitted_on, 'image')} with even numbers (in the order of the files, from 0). Everything below is "
+        f"of the other {counted(one.reported_on, 'image')}, all {one.before.pixels:,} valid pixels. A temperature "
+        "above 1 means that the network is too sure of itself; it changes no predicted class."
     )
     if one.at_an_end:
         words += " This one is at an end of the range searched: no temperature calibrates this network well."
@@ -166,7 +169,7 @@ def _images(card: Card) -> str:
     images, colors = card.images, card.scores.labels.colors
     values = [one.mean_iou for one in images.images if not math.isnan(one.mean_iou)]
     cities = [[c.name, c.images, percent(c.mean_iou), percent(c.wrong)] for c in images.cities()]
-    worst = [[o.name, o.city, percent(o.mean_iou), percent(o.wrong)] for o in images.worst(10)]
+    worst = [[o.name, *[o.city] * bool(cities), percent(o.mean_iou), percent(o.wrong)] for o in images.worst(10)]
     quantiles = np.quantile(values, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]).tolist() if values else []
 
     def histogram(figure: Any) -> None:
@@ -192,14 +195,14 @@ def _images(card: Card) -> str:
     )
     head = ["lowest", "5%", "25%", "median", "75%", "95%", "highest"]
     return section(
-        "Images and cities",
+        "Images and cities" if cities else "Images",
         paragraph(words),
-        table(["city", "images", "mIoU %", "wrong pixels %"], cities),
+        *([table(["city", "images", "mIoU %", "wrong pixels %"], cities)] if cities else []),
         table(head, [[percent(q) for q in quantiles]]),
         chart(histogram, (8, 3)),
         section(
             "Worst images",
-            table(["image", "city", "mIoU %", "wrong pixels %"], worst),
+            table(["image", *["city"] * bool(cities), "mIoU %", "wrong pixels %"], worst),
             legend(card.scores.labels.classes, colors) if pictures else "",
             *pictures,
             level=3,
@@ -209,10 +212,10 @@ def _images(card: Card) -> str:
 
 def _robustness(card: Card, found: Robustness) -> str:
     words = (
-        f"mIoU in percent of {found.images} images, each with one corruption at a time; without any they have "
+        f"mIoU in percent of {counted(found.images, 'image')} with one corruption at a time; without any: "
         f"{percent(found.clean)}. Over all corruptions and severities: {percent(found.mean)}, which is "
         f"{percent(found.retained)}% of it. The parameters are those of seg/corruptions.py, so these numbers compare "
-        "with cards of this program only."
+        "with cards of this program only. On small images neighbouring severities of a blur may be the same."
     )
     head = ["group", "corruption", *(f"severity {s}" for s in found.severities), "mean"]
     rows: list[list[object]] = [

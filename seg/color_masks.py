@@ -25,5 +25,6 @@ def convert_masks(masks: Path, out: Path, table: LabelTable) -> int:
         raise UserError("; ".join(problems) or f"{masks}: no image in it.")
     check_writable(out)
     for item in found:
-        write_png(out / f"{item.name}.png", colors_to_ids(read_image(item.path), table, item.path), inside=out)
+        colors = read_image(item.path, opaque=True)  # what lies below transparent pixels is their label, not white
+        write_png(out / f"{item.name}.png", colors_to_ids(colors, table, item.path), inside=out)
     return len(found)

@@ -4,7 +4,8 @@ The idea is that of Hendrycks and Dietterich (ICLR 2019, arXiv 1903.12261) and o
 (CVPR 2020, arXiv 1908.05005); the parameters are this file's own, so scores compare among networks that were measured
 here, not with those papers. `CORRUPTIONS` holds all of them. A corruption is a pure function of (image, name of the
 image, corruption, severity); its draws (where drops fall, which way the camera moved) are the same in all severities.
-Lengths in pixels are those for a shorter side of 512 and grow with the image.
+Lengths in pixels are those for a shorter side of 512 and grow with the image; kernels and radii are whole, so that
+neighbouring severities of a blur may be the same on small images (defocus from 426 lines down, motion blur from 227).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ Rgb = NDArray[np.uint8]
 
 SEVERITIES = (1, 2, 3, 4, 5)
 _REFERENCE_SIDE = 512
+_SMALLEST_SIDE = 4
+"""Pixels to which shorter sides are filled up meanwhile: there is no sixth of a pixel, and no room for rain."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,12 @@ CORRUPTIONS: Mapping[str, Corruption] = MappingProxyType(
             "RandomBrightnessContrast",
             {"contrast_limit": (-0.2, -0.4, -0.55, -0.7, -0.82), "brightness_limit": (0.08, 0.16, 0.22, 0.28, 0.33)},
         ),
-        # resolution left of each side
+        # resolution left of each side; no exact fraction such as a quarter, which may change less than the severity
+        # before it: its blocks of whole pixels are given back in their place, others half a pixel off
         "pixelate": Corruption(
             "digital",
             "Downscale",
-            {"scale_range": (0.6, 0.45, 0.33, 0.25, 0.17)},
+            {"scale_range": (0.64, 0.44, 0.34, 0.24, 0.17)},
             {"interpolation_pair": {"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_NEAREST}},
         ),
     }
@@ -135,8 +139,12 @@ def corrupt(image: Rgb, corruption: str, severity: int, name: str, seed: int = 0
     key = zlib.crc32(f"{name}/{corruption}".encode())
     generator = np.random.default_rng([seed, key])
     pipeline.set_random_state(generator, random.Random(int(generator.integers(2**63))))
+    height, width = image.shape[:2]
+    rows, columns = (max(0, _SMALLEST_SIDE - side) for side in (height, width))
+    if rows or columns:
+        image = cv2.copyMakeBorder(image, 0, rows, 0, columns, cv2.BORDER_REPLICATE).astype(np.uint8, copy=False)
     result: Rgb = pipeline(image=image)["image"]
-    return result
+    return np.ascontiguousarray(result[:height, :width])
 
 
 def parameters(corruption: str, severity: int, shorter_side: int = _REFERENCE_SIDE) -> dict[str, Any]:

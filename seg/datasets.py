@@ -101,6 +101,11 @@ def splits(cfg: DataConfig) -> list[str]:
     return list(dict.fromkeys([cfg.train_split, *coarse, cfg.val_split, "test"]))
 
 
+def split_name(cfg: DataConfig, split: str | None = None) -> str:
+    """What messages call a split, by default the validation split."""
+    return f"the split {split or cfg.val_split!r} in {cfg.root}"
+
+
 def cityscapes(cfg: DataConfig, split: str) -> Listing:
     """Cityscapes, see `seg.cityscapes`; `data.coarse_share` adds train_extra of gtCoarse to the training."""
     return cityscapes_listing(cfg.root, split)

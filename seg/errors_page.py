@@ -26,8 +26,10 @@ from seg.averaging import Averaged, Views, predictor_of
 from seg.card import describe, labelled
 from seg.config import SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
+from seg.datasets import split_name
 from seg.html import legend, page, paragraph, percent, picture, row, section, table
 from seg.labels import IGNORE, scored_table
+from seg.metrics import nothing_scored
 from seg.per_image import Ids, ImageScore, ImageScores, told
 from seg.predict import Predictor
 
@@ -106,7 +108,8 @@ def write_errors(
         allow_imports: permits the stored config to import its modules.
 
     Raises:
-        UserError: bad data, a split without labels, a page that can't be written: before the work.
+        UserError: bad data, a split without labels, a page that can't be written: before the work; or labels that are
+            all ignored.
     """
     from engine.prepare import session
     from seg.html import write
@@ -126,6 +129,8 @@ def write_errors(
         samples = labelled(eval_batches(cfg, split).samples, split)
         predictor = predictor_of(model, cfg, device, views)
         found = search(predictor, cfg, samples)
+        if not any(one.matrix.any() for one in found.images.images):
+            raise nothing_scored(split_name(cfg.data, split))
         facts = describe(path, model, cfg, split, samples, views)
         write(out, document(found, facts, _Pictures(predictor, cfg, samples), worst, by, suspects))
     wrong = sum(int(one.matrix.sum() - np.trace(one.matrix)) for one in found.images.images)

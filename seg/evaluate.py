@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,9 @@ from seg.averaging import Views, predictor_of
 from seg.config import DataConfig, SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
 from seg.datasets import samples as samples_of
+from seg.datasets import split_name
 from seg.labels import CITYSCAPES, TRAIN_LABEL_IDS, LabelTable, read_instance_ids, read_label_ids, scored_table, table
-from seg.metrics import ConfusionMatrix, Scores, mean
+from seg.metrics import ConfusionMatrix, Scores, mean, nothing_scored
 from seg.pairing import pair_files, pair_samples
 
 
@@ -54,7 +56,8 @@ def evaluate_model(
         The scores, and panels image | label | prediction by sample name, uint8 RGB (H, W, 3); on rank 0 only.
 
     Raises:
-        UserError: bad data (see seg.data), or a split without labels.
+        UserError: bad data (see seg.data), a split without labels, or one whose labels are all ignored (a trial run
+            with `max_batches` may see ignored pixels only).
     """
     world, rank = distributed.world_size(), distributed.rank()
     batches = batches or eval_batches(cfg, split, world, rank)
@@ -80,7 +83,10 @@ def evaluate_model(
                     panels[sample.name] = draw.panel(item["image"], truth, ids, table=labels)
     finally:
         model.train(training)
-    return confusion.reduce().scores(), panels
+    scores = confusion.reduce().scores()
+    if max_batches is None and math.isnan(scores.pixel_accuracy):
+        raise nothing_scored(split_name(cfg.data, split))
+    return scores, panels
 
 
 def evaluate_checkpoint(
@@ -142,7 +148,8 @@ def evaluate_folder(predictions: Path | str, ground_truth: Path | str, workers: 
         workers: threads, by default as many as there are cores.
 
     Raises:
-        UserError: missing, ambiguous or unreadable files, other sizes, ids that are no label ids.
+        UserError: missing, ambiguous or unreadable files, other sizes, ids that are no label ids, labels that are all
+            ignored.
     """
     pairs = pair_files(Path(predictions), Path(ground_truth))
     instances = [truth.with_name(truth.name.replace("labelIds", "instanceIds")) for _, truth in pairs]
@@ -153,7 +160,7 @@ def evaluate_folder(predictions: Path | str, ground_truth: Path | str, workers: 
             f"is {missing[0]}. Unpack them all for the iIoU, or remove all of them."
         )
     files = [(*pair, None if missing else path) for pair, path in zip(pairs, instances, strict=True)]
-    return _score_files(Path(predictions), files, CITYSCAPES, workers)
+    return _score_files(Path(predictions), files, CITYSCAPES, workers, f"{ground_truth} (--ground-truth)")
 
 
 def evaluate_predictions(
@@ -168,8 +175,8 @@ def evaluate_predictions(
         workers: threads, by default as many as there are cores.
 
     Raises:
-        UserError: missing, surplus, ambiguous or unreadable files, a split without labels, other sizes, ids that the
-            table doesn't have.
+        UserError: missing, surplus, ambiguous or unreadable files, a split without labels, or with ignored ones only,
+            other sizes, ids that the table doesn't have.
     """
     split = split or data.val_split
     samples = samples_of(data, split)
@@ -181,13 +188,17 @@ def evaluate_predictions(
         )
     paths = pair_samples(Path(predictions), samples, data, split)
     files = [(path, one.label, one.instance) for path, one in zip(paths, samples, strict=True) if one.label is not None]
-    return _score_files(Path(predictions), files, table(data), workers)
+    return _score_files(Path(predictions), files, table(data), workers, split_name(data, split))
 
 
 def _score_files(
-    predictions: Path, files: Sequence[tuple[Path, Path, Path | None]], labels: LabelTable, workers: int | None
+    predictions: Path,
+    files: Sequence[tuple[Path, Path, Path | None]],
+    labels: LabelTable,
+    workers: int | None,
+    where: str,
 ) -> Scores:
-    """Scores of (prediction, label file, instance file)."""
+    """Scores of (prediction, label file, instance file); `where` is what an error calls the label files."""
 
     def count(number: int) -> ConfusionMatrix:
         prediction, truth, instance = files[number]
@@ -202,6 +213,8 @@ def _score_files(
         for one in pool.map(count, range(len(files))):
             total.merge(one)
     scores = total.scores()
+    if math.isnan(scores.pixel_accuracy):
+        raise nothing_scored(where)
     if labels.is_official:
         _refuse_train_ids(scores, predictions)
     return scores

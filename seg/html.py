@@ -137,6 +137,11 @@ def percent(value: float | None) -> str:
     return "-" if value is None or value != value else f"{100 * value:.2f}"
 
 
+def counted(number: int, what: str, several: str = "") -> str:
+    """Such as '1 image' or '2 images'; `several` is the plural of a word that takes more than an s."""
+    return f"{number:,} {what if number == 1 else several or what + 's'}"
+
+
 def _cell(value: object) -> str:
     text = str(value)
     plain = text.rstrip("%").replace(",", "").strip()

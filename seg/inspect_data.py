@@ -134,7 +134,7 @@ def inspect(data: DataConfig, say: Callable[[str], None] = print) -> Inspection:
         seen = list(told(pool.map(look, entries), len(entries), "files", say))
     found = Inspection(data, labels, seen, problems)
     found.problems.extend(problem for entry in seen for problem in entry.problems)
-    for check in (_duplicates, _instance_files, _sizes, _train_ids, _classes):
+    for check in (_duplicates, _instance_files, _sizes, _train_ids, _unlabelled_splits, _classes):
         found.problems.extend(check(found))
     return found
 
@@ -280,11 +280,20 @@ def _train_ids(found: Inspection) -> Iterator[Problem]:
         yield Problem("labels look like train ids", text)
 
 
+def _unlabelled_splits(found: Inspection) -> Iterator[Problem]:
+    """Splits from which nothing is learned, or on which nothing is scored, though each of their files is sound."""
+    for split in dict.fromkeys((found.data.train_split, found.data.val_split)):
+        pixels = int(found.pixels(split).sum())
+        if pixels and not any(found.class_pixels(split)):
+            text = f"{split}: none of its {pixels:,} label pixels has an evaluated class, all are ignored or unknown"
+            yield Problem("split without labelled pixels", text)
+
+
 def _classes(found: Inspection) -> Iterator[Problem]:
     train_split, val_split = found.data.train_split, found.data.val_split
     train, val = found.shares(train_split), found.shares(val_split)
     if not any(train.values()):
-        return
+        return  # what there is to say of each class is said of the split
     images = dict(zip(found.labels.classes, found.class_images(train_split), strict=True))
     for name, share in train.items():
         if share == 0 and val[name] > 0:

@@ -143,9 +143,9 @@ def _meaning(labels: LabelTable, value: int) -> tuple[str, str]:
 
 def _shares(found: Inspection) -> str:
     used = dict.fromkeys((found.data.train_split, found.data.val_split))
-    splits = [split for split in used if found.pixels(split).any()]
+    splits = [split for split in used if any(found.class_pixels(split))]
     if not splits:
-        return paragraph("No labels, so no shares.")
+        return paragraph("No labelled pixels, so no shares.")
     names, every = list(found.labels.classes), {split: found.shares(split) for split in splits}
 
     def bars(figure: Any) -> None:

@@ -56,7 +56,7 @@ def label_files(
     if unknown or not save:
         raise UserError(f"Cannot save {', '.join(unknown) or 'nothing'}; choose from {', '.join(KINDS)}.")
     out = Path(out)
-    found, problems = find_images(inputs, own=[out / kind for kind in KINDS])
+    found, problems = find_images(inputs, own=[out / kind for kind in KINDS], videos=True)
     if not found:
         raise UserError("; ".join(problems))
     check_writable(out)

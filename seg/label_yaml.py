@@ -157,6 +157,8 @@ def _label(path: Path, number: int, entry: Any) -> Label:
     train_id = _byte(where, "train_id", entry.get("train_id", IGNORE))
     if ignore and train_id != IGNORE:
         raise UserError(f"{where}: has both train_id {train_id} and ignore: true; remove one of them.")
+    if not ignore and train_id == IGNORE and "train_id" in entry:
+        raise UserError(f"{where}: train_id {IGNORE} is kept for ignored pixels; write ignore: true in its place.")
     if not ignore and train_id == IGNORE:
         raise UserError(f"{where}: has no train_id; give one from 0 on, or ignore: true.")
     category = entry.get("category", "")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,8 @@ def colors_to_ids(colors: npt.NDArray[np.uint8], table: LabelTable, path: Path |
     """Label ids, uint8 (H, W), of a mask that shows labels in the table's colours, RGB uint8 (H, W, 3).
 
     Raises:
-        UserError: a colour that the table doesn't have, or that two of its labels share; `path` is named.
+        UserError: ids in place of colours, a colour that the table doesn't have, or that labels share which don't count
+            as the same; `path` is named.
     """
     codes: dict[int, list[Label]] = {}
     for label in table.labels:
@@ -125,17 +126,42 @@ def colors_to_ids(colors: npt.NDArray[np.uint8], table: LabelTable, path: Path |
         found = codes.get(code, [])
         shown = f"({code >> 16}, {code >> 8 & 255}, {code & 255})"
         if not found:
-            raise UserError(
-                f"{path}: {count} pixels have the colour {shown}, which no label of {table.name} has. Enter it in the "
-                "label table; colours between two others come from a mask that was resized smoothly or saved as JPEG."
+            remedy = (
+                "But the mask is grey and all of its values are ids of that table: it seems to hold label ids already, "
+                "which need no conversion."
+                if _like_ids(present, table)
+                else "Enter it in the label table; colours between two others come from a mask that was resized "
+                "smoothly or saved as JPEG."
             )
-        if len(found) > 1:
+            raise UserError(
+                f"{path}: {count} pixels have the colour {shown}, which no label of {table.name} has. {remedy}"
+            )
+        meant = _meant(found, table)
+        if meant is None:
             raise UserError(
                 f"{path}: the colour {shown} is that of both {found[0].name!r} and {found[1].name!r} in the labels of "
                 f"{table.name}; give each label a colour of its own."
             )
-        ids[place] = found[0].id
+        ids[place] = meant.id
     return ids[inverse].reshape(colors.shape[:2])
+
+
+def _like_ids(codes: npt.NDArray[np.uint32], table: LabelTable) -> bool:
+    """Whether colours (red, green, blue as the bytes of a number) are grey and each the id of a label."""
+    grey = codes & 255
+    return bool((codes == grey * 0x010101).all() and np.isin(grey, [label.id for label in table.labels]).all())
+
+
+def _meant(found: Sequence[Label], table: LabelTable) -> Label | None:
+    """The one of the labels with the same colour that a pixel of it gets; None where they do not count as the same.
+
+    The tables of data sets are fixed: there a class goes before an ignored label (Cityscapes paints 'polegroup' as
+    'pole').
+    """
+    fixed = table in TABLES.values()
+    classes = [label for label in found if label.train_id != IGNORE]
+    chosen = classes if classes and fixed else found
+    return chosen[0] if len({label.train_id for label in chosen}) == 1 else None
 
 
 def read_label_ids(path: Path) -> Ids:

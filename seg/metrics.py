@@ -128,12 +128,13 @@ class Scores:
             "",
             f"pixel accuracy {_percent(self.pixel_accuracy).strip()}, frequency-weighted IoU "
             f"{_percent(self.frequency_weighted_iou).strip()}, {self.images} images, {self.matrix.sum()} pixels",
-            *self._absent(),
+            *self.absent(),
         ]
         return "\n".join(lines)
 
-    def _absent(self) -> list[str]:
-        """Lines about classes that are in no label file."""
+    def absent(self) -> list[str]:
+        """Lines about classes that are in no label file: those that no mean counts, and those that are predicted and so
+        count as 0."""
         absent = [name for name, accuracy in self.class_accuracy.items() if math.isnan(accuracy)]
         left_out = [name for name in absent if math.isnan(self.class_iou[name])]
         wrong = [name for name in absent if name not in left_out]
@@ -281,6 +282,14 @@ class ConfusionMatrix:
             images=images,
             labels=self.labels,
         )
+
+
+def nothing_scored(where: str) -> UserError:
+    """The error for labels (`where`) of which no pixel counts: the means over nothing are nan, and nan is no score."""
+    return UserError(
+        f"{where}: no pixel has an evaluated class, so there is nothing to score; expected labels that are not all "
+        "ignored. Look at the split with tools/inspect.py, check data.name and the label table."
+    )
 
 
 def mean(values: Iterable[float]) -> float:

@@ -72,9 +72,9 @@ class ImageScores:
         return sorted(known, key=lambda one: (one.mean_iou, one.name))[:wanted]
 
     def cities(self) -> list[ImageScore]:
-        """The scores of each city, its pixels added up, in the order of the names."""
+        """The scores of each city, its pixels added up, in the order of the names; most data sets know of none."""
         found = []
-        for city in sorted({one.city for one in self.images}):
+        for city in sorted({one.city for one in self.images} - {""}):
             matrices = [one.matrix for one in self.images if one.city == city]
             found.append(ImageScore(city, city, np.sum(matrices, axis=0), len(matrices)))
         return found

@@ -26,6 +26,7 @@ from engine.pipeline import ahead, behind
 from engine.video import Reader, check_name, writing
 from seg import draw, labels
 from seg.flicker import Flicker, Motion
+from seg.html import counted
 from seg.label_files import KINDS
 
 Array = NDArray[np.uint8]
@@ -92,6 +93,8 @@ class Summary:
         ]
         if not math.isnan(self.flicker.share):
             lines.append("flicker (pixels that change class from a frame to the next): " + self._flicker())
+        elif self.cuts:
+            lines.append(f"flicker: no two neighbouring frames of one scene; {counted(self.cuts, 'scene cut')}")
         lines += [f"remark: {text}" for text in self.remarks]
         return "\n".join([*lines, *(f"problem: {text}" for text in self.problems)])
 
@@ -99,7 +102,7 @@ class Summary:
         text = _shares(self.flicker)
         if self.smoothed is not None:
             text += f"; after smoothing {_shares(self.smoothed)}"
-        return text + (f"; {self.cuts} scene cut{'s' if self.cuts != 1 else ''} left out" if self.cuts else "")
+        return text + (f"; {counted(self.cuts, 'scene cut')} left out" if self.cuts else "")
 
 
 def _shares(found: Flicker) -> str:

@@ -15,6 +15,7 @@ from engine import checkpoint
 from engine.errors import UserError
 
 _HEADS = ("fc.", "classifier.", "aux_classifier.")
+_REMEDY = "check model.backbone_weights, which must be of the encoder that model.name names"
 _WRAPPERS = ("module.", "network.", "backbone.", "encoder.", "model.")
 
 
@@ -155,7 +156,8 @@ def load_exactly(backbone: nn.Module, state: Mapping[str, Tensor], source: str) 
     for prefix in ("module.", "backbone.", "features."):
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    checkpoint.load_weights(backbone, {k: v for k, v in state.items() if not k.startswith(_HEADS)}, source)
+    kept = {k: v for k, v in state.items() if not k.startswith(_HEADS)}
+    checkpoint.load_weights(backbone, kept, source, remedy=_REMEDY)
 
 
 def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -168,7 +170,7 @@ def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], source: str) -
     """
     folded = {_folded(key): value for key, value in state.items()}
     found = {key: folded[_folded(key)] for key in encoder.state_dict() if _folded(key) in folded}
-    checkpoint.load_weights(encoder, found, source)
+    checkpoint.load_weights(encoder, found, source, remedy=_REMEDY)
 
 
 def _folded(key: str) -> str:

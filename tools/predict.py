@@ -66,8 +66,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
+    from engine.images import VIDEO_SUFFIXES
     from engine.prepare import session
-    from engine.video import SUFFIXES
     from seg.label_files import label_files
     from seg.labels import table_of
     from seg.models import from_checkpoint
@@ -76,7 +76,7 @@ def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
 
     if args.out is None or args.topk is not None:
         raise UserError(f"{args.checkpoint}: a segmentation network; give --out DIR for its pictures, and no --topk")
-    videos = [path for path in args.inputs if Path(path).suffix.lower() in SUFFIXES and not os.path.isdir(path)]
+    videos = [path for path in args.inputs if Path(path).suffix.lower() in VIDEO_SUFFIXES and not os.path.isdir(path)]
     if videos and len(args.inputs) > 1:
         raise UserError(f"{videos[0]}: a video goes alone; found {len(args.inputs)} inputs, start the program for each")
     if args.smooth is not None and not videos:
@@ -120,8 +120,6 @@ def main(argv: list[str] | None = None) -> int:
     one_process("tools/predict.py")
     from engine.checkpoint import task
 
-    for name, quiet in (("OPENCV_FFMPEG_LOGLEVEL", "-8"), ("OPENCV_LOG_LEVEL", "SILENT")):
-        os.environ.setdefault(name, quiet)  # what is wrong with a video is told by one error of ours
     label = _classify if task(args.checkpoint) == "classify" else _segment
     summary = label(args, int(args.max_megapixels * 1e6))
     print(summary)

@@ -332,6 +332,16 @@ def test_what_is_not_there_is_a_problem(photos: Path, tmp_path: Path) -> None:
     assert problems[4] == "an empty name: no such file or no image in it."
 
 
+def test_a_folder_of_videos(tmp_path: Path) -> None:
+    (tmp_path / "clips/day").mkdir(parents=True)
+    for name in ("b.MP4", "day/a.mkv"):
+        (tmp_path / "clips" / name).touch()
+    assert find_images([tmp_path / "clips"])[1] == [f"{tmp_path / 'clips'}: no such file or no image in it."]
+    told = f"no image in it, but videos; a video is given by itself, such as {tmp_path / 'clips/b.MP4'}."
+    assert find_images([tmp_path / "clips"], videos=True)[1] == [f"{tmp_path / 'clips'}: {told}"]
+    assert find_images([""], videos=True)[1] == ["an empty name: no such file or no image in it."]
+
+
 def test_a_folder_that_may_not_be_read_is_a_problem(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.scandir
 

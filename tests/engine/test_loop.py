@@ -79,6 +79,14 @@ def test_step_without_a_valid_pixel(tmp_path: Path) -> None:
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train"] == [0.0, 0.0]
 
 
+def test_steps_without_a_valid_pixel_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = "warning: every target since the last report is ignored, so nothing was learned"
+    train(config(steps=3, void=True), tmp_path / "void")
+    assert capsys.readouterr().out.count(told) == 2  # as often as the loss
+    train(config(steps=3), tmp_path / "sound")
+    assert told not in capsys.readouterr().out
+
+
 def test_clipping_bounds_the_update(tmp_path: Path) -> None:
     cfg = config(steps=1, optim__lr=1.0, optim__clip_norm=0.01, optim__weight_decay=0.0)
     before: dict[str, Tensor] = {}

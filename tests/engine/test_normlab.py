@@ -5,8 +5,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -126,6 +128,30 @@ def test_a_grid_is_trained_drawn_and_not_trained_twice(ask: Any, trainer: Traine
     assert picture is not None and picture.shape[1] > 1000
     assert make(wanted, ToyConfig, ["train"]) and len(trainer.started) == 4
     assert (wanted.folder / "lab.md").read_text() == text
+
+
+def test_curves_of_nearly_equal_values_lie_below_the_upper_frame(ask: Any, monkeypatch: pytest.MonkeyPatch):
+    """Limits taken from values of a narrow range leave almost no room above them, once they begin at 0."""
+    wanted, real, drawn = ask(), normlab.plots.figure, []
+
+    @contextmanager
+    def kept(*arguments: Any) -> Iterator[Any]:
+        with real(*arguments) as figure:
+            yield figure
+            drawn.append(figure)
+
+    def outcome(cell: Any, state: str) -> Any:
+        memory, seconds = (3 << 30) + (cell.batch << 20), 4 + cell.batch / 1000
+        return SimpleNamespace(cell=cell, state=state, last=0.5, step=4, seconds=seconds, memory=memory)
+
+    monkeypatch.setattr(normlab.plots, "figure", kept)
+    for state in ("done", "failed"):
+        found = cells(wanted, ToyConfig)
+        normlab.draw(wanted, {(one.norm.slug, one.batch, one.seed): outcome(one, state) for one in found})
+    for axes in drawn[0].axes[1:]:
+        highest = max(max(line.get_ydata()) for line in axes.lines)
+        assert axes.get_ylim() == pytest.approx((0, 1.08 * highest))
+    assert all(axes.get_ylim()[0] == 0 for axes in drawn[1].axes[1:])  # without a point
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from engine import checkpoint
 from seg.config import SegConfig
@@ -41,6 +43,18 @@ def report_config(sample_root: Path) -> Callable[..., SegConfig]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def void_root(tmp_path_factory: pytest.TempPathFactory, sample_root: Path) -> Path:
+    """The sample data, but every pixel of the split val is 'unlabeled'; to be read only."""
+    root = tmp_path_factory.mktemp("void") / "cityscapes"
+    shutil.copytree(sample_root, root)
+    for path in (root / "gtFine" / "val").glob("*/*Ids.png"):
+        with Image.open(path) as label:
+            size = label.size
+        Image.new("L", size, 0).save(path)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,11 @@ from seg import card, card_page, evaluate
 from seg.averaging import Views, predictor_of
 from seg.boundary import BoundaryIoU
 from seg.config import SegConfig
-from seg.data import Cityscapes, read_pair
+from seg.data import Cityscapes, eval_batches, read_pair
 from seg.labels import to_train_ids
 from seg.models import from_checkpoint
 from seg.robustness import Robustness
+from tests.seg import layouts
 
 TOOL = Path(evaluate.__file__).parents[1] / "tools" / "evaluate.py"
 Make = Callable[..., SegConfig]
@@ -137,6 +138,71 @@ def test_one_image_is_too_few(report_config: Make) -> None:
     cfg = report_config()
     with pytest.raises(UserError, match="the split has 1 image, a card needs at least 2"):
         card.measure_split(Half([]), cfg, Cityscapes(cfg.data.root, "val").samples[:1])  # type: ignore[arg-type]
+
+
+def test_labels_that_are_all_ignored(small_checkpoint: Path, void_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"the split 'val' in {void_root}: no pixel has an evaluated class"):
+        card_page.write_card(small_checkpoint, [f"data.root={void_root}"], out=tmp_path)
+    assert not (tmp_path / "card.html").exists()
+
+
+class Unicorns:
+    """Says 'car' everywhere, and in the upper half what the data set of `layouts.folder` has no pixel of, or 'road'."""
+
+    def __init__(self, upper: int) -> None:
+        self.upper = upper
+
+    def predict(self, image: np.ndarray) -> np.ndarray:
+        ids = np.zeros(image.shape[:2], np.uint8)
+        ids[: len(ids) // 2] = self.upper
+        return ids
+
+    def probabilities(self, image: np.ndarray) -> Tensor:
+        ids = torch.from_numpy(self.predict(image)).long()
+        return torch.full((3, *ids.shape), 0.1).scatter_(0, ids[None], 0.8)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, report_config: Make) -> SegConfig:
+    """Two images in no city, without instance ids."""
+    root = tmp_path_factory.mktemp("folder")
+    layouts.folder(root)
+    return report_config(name="folder", root=root)
+
+
+def page_of(cfg: SegConfig, path: Path, upper: int, robustness: Robustness | None = None) -> str:
+    samples = eval_batches(cfg).samples
+    facts = card.describe(path, torch.nn.Identity(), cfg, "val", samples, None)
+    measured = card.measure_split(Unicorns(upper), cfg, samples)  # type: ignore[arg-type]
+    return card_page.document(card.Card(facts, "", *measured, robustness))
+
+
+def test_classes_in_no_label_file_are_told_as_on_the_console(plain: SegConfig, small_checkpoint: Path) -> None:
+    predicted, not_predicted = (page_of(plain, small_checkpoint, upper) for upper in (2, 1))
+    wrong = "<p>In no label file, but predicted, so 0 in the mean IoU: unicorn.</p>"
+    left_out = "<p>In no label file, so '-' and no part of the mean IoU: unicorn.</p>"
+    assert wrong in predicted and left_out not in predicted
+    assert left_out in not_predicted and wrong not in not_predicted
+
+
+def test_a_data_set_without_cities_and_instances(plain: SegConfig, small_checkpoint: Path, four: Any) -> None:
+    found = page_of(plain, small_checkpoint, 1)
+    assert f"{plain.data.root}, split val: 2 images<" in found
+    assert "<th>city" not in found and "cities" not in found and "<th>iIoU" not in found
+    cfg, samples = four
+    measured = card.measure_split(Half(samples), cfg, samples)  # type: ignore[arg-type]
+    assert len(measured[3].cities()) == len({sample.city for sample in samples})
+    whole = card_page.document(card.Card({}, "", *measured, None))
+    assert whole.count("<th>city") == 2 and "Images and cities" in whole and "<th>iIoU" in whole
+
+
+def test_the_summary_says_of_which_images_the_robustness_is(plain: SegConfig, small_checkpoint: Path) -> None:
+    one, many = (Robustness(n, 0.4321, {"fog": (0.25,)}, (1,)) for n in (1, 1500))
+    found = page_of(plain, small_checkpoint, 1, one)
+    assert "mIoU under corruptions, of 1 image<" in found and "mIoU in percent of 1 image with one corruption" in found
+    assert "mIoU without corruption, of the same</td><td class=number>43.21<" in found
+    assert "the 1 image with even numbers" in found and "the other 1 image, all" in found and "1 images" not in found
+    assert "mIoU under corruptions, of 1,500 images<" in page_of(plain, small_checkpoint, 1, many)
 
 
 def program(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from engine.errors import UserError
 from seg.color_masks import convert_masks
-from seg.label_tables import CAMVID, CITYSCAPES, VOC, Label, LabelTable
+from seg.label_tables import ACDC, CAMVID, CITYSCAPES, KITTI, VOC, Label, LabelTable
 from seg.labels import colors_to_ids, read_label_ids
 from tests import programs
 
@@ -38,11 +38,59 @@ def test_colours_that_are_no_label_or_two() -> None:
     pixels[0, 0] = (1, 2, 3)
     with pytest.raises(UserError, match=r"m\.png: 1 pixels have the colour \(1, 2, 3\), which no label of CamVid has"):
         colors_to_ids(pixels, CAMVID, "m.png")
-    with pytest.raises(UserError, match=r"the colour \(0, 0, 0\) is that of both 'unlabeled' and 'ego vehicle'"):
-        colors_to_ids(np.zeros((2, 2, 3), np.uint8), CITYSCAPES, "m.png")
     twins = LabelTable("t", (Label(0, "a", (0, 0, 0), 0), Label(1, "b", (0, 0, 0), 1)))
     with pytest.raises(UserError, match="both 'a' and 'b' in the labels of t; give each label a colour of its own"):
         colors_to_ids(np.zeros((2, 2, 3), np.uint8), twins, "m.png")
+
+
+@pytest.mark.parametrize("table", [CITYSCAPES, KITTI, ACDC], ids=["cityscapes", "kitti", "acdc"])
+def test_colours_that_labels_share_and_count_as_the_same(table: LabelTable) -> None:
+    """Of Cityscapes' own colours, black is that of five ignored labels, and 'polegroup' has that of 'pole'."""
+    every = np.array([[label.id for label in table.labels]], np.uint8)
+    found = colors_to_ids(colored(table, every), table, "m.png")
+    classes = table.to_train_ids(every, "") != 255
+    assert np.array_equal(found[classes], every[classes])
+    assert (found[0, :5] == 0).all() and found[0, 18] == 17
+
+
+def test_a_colour_of_a_class_and_of_an_ignored_label_of_ones_own() -> None:
+    black = np.zeros((2, 2, 3), np.uint8)
+    mixed = LabelTable("t", (Label(0, "a", (0, 0, 0), 0), Label(1, "b", (0, 0, 0), 255)))
+    with pytest.raises(UserError, match="both 'a' and 'b' in the labels of t; give each label a colour of its own"):
+        colors_to_ids(black, mixed, "m.png")
+    merged = LabelTable("t", (Label(3, "a", (0, 0, 0), 0), Label(4, "b", (0, 0, 0), 0)))
+    assert (colors_to_ids(black, merged, "m.png") == 3).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+def test_masks_that_hold_ids_already(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.array([[0, 7], [7, 33]], np.uint8)).convert(mode).save(tmp_path / "in/a.png")
+    told = r"a\.png: 2 pixels have the colour \(7, 7, 7\), which .* it seems to hold label ids already"
+    with pytest.raises(UserError, match=told):
+        convert_masks(tmp_path / "in", tmp_path / "out", CITYSCAPES)
+    with pytest.raises(
+        UserError, match=r"pixels have the colour \(34, 34, 34\), which no label of Cityscapes has. Enter it"
+    ):
+        colors_to_ids(np.full((2, 2, 3), 34, np.uint8), CITYSCAPES, "m.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_have_the_colour_that_the_file_holds(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "in").mkdir()
+    table = LabelTable("t", (Label(3, "a", (0, 0, 0), 0), Label(4, "b", (9, 9, 9), 1)))
+    ids = np.array([[3, 4, 3], [4, 4, 3]], np.uint8)
+    mask = Image.fromarray(colored(table, ids))
+    if mode == "P":
+        mask = Image.fromarray(ids)
+        mask.putpalette([value for i in range(5) for value in ((0, 0, 0) if i < 4 else (9, 9, 9))])
+        mask.save(tmp_path / "in/a.png", transparency=3)
+    else:
+        mask = mask.convert(mode)
+        mask.putalpha(Image.fromarray(np.array([[0, 0, 255], [255, 128, 0]], np.uint8)))
+        mask.save(tmp_path / "in/a.png")
+    assert convert_masks(tmp_path / "in", tmp_path / "out", table) == 1
+    assert np.array_equal(read_label_ids(tmp_path / "out/a.png"), ids)
 
 
 def test_folders_that_do_not_do(tmp_path: Path) -> None:

@@ -39,6 +39,24 @@ def test_each_is_deterministic_and_grows_with_the_severity(image: np.ndarray, na
     assert all(b > 0.93 * a for a, b in zip(changes, changes[1:], strict=False)), changes
 
 
+@pytest.mark.parametrize("height", [128, 256, 360, 480, 1024])
+def test_pixelate_grows_with_the_severity_at_any_size(height: int) -> None:
+    """A quarter of the sides changed less than a third did, where it has blocks of whole pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, 2 * height, 3), dtype=np.uint8)
+    image = cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 2), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    changes = [distance(corrupt(image, "pixelate", severity, "a"), image) for severity in SEVERITIES]
+    assert all(b > 1.02 * a for a, b in zip(changes, changes[1:], strict=False)), changes
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (2, 2), (3, 40)])
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_images_of_hardly_a_pixel(name: str, size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for severity in SEVERITIES:
+        found = corrupt(image, name, severity, "a")
+        assert found.shape == image.shape and found.dtype == np.uint8
+
+
 @pytest.mark.parametrize("name", ["gaussian_noise", "motion_blur", "fog", "rain"])
 def test_images_and_seeds_have_draws_of_their_own(image: np.ndarray, name: str) -> None:
     one = corrupt(image, name, 3, "a")

@@ -150,6 +150,12 @@ def test_the_program(
     assert tool.main() == 2 and "has no label to score against" in capsys.readouterr().err
 
 
+def test_labels_that_are_all_ignored(small_checkpoint: Path, void_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"the split 'val' in {void_root}: no pixel has an evaluated class"):
+        errors_page.write_errors(small_checkpoint, tmp_path / "e.html", [f"data.root={void_root}"])
+    assert not (tmp_path / "e.html").exists()
+
+
 def test_mistakes_come_before_the_work(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors_page, "search", lambda *args: pytest.fail("the work was begun"))
     (tmp_path / "file").touch()

@@ -267,6 +267,17 @@ def test_unknown_ids_in_a_label_file_name_it(sample_root: Path, tmp_path: Path) 
         evaluate.evaluate_model(Coarse(), config(tmp_path / "copy"))
 
 
+def test_labels_that_are_all_ignored_have_no_score(void_root: Path, tmp_path: Path) -> None:
+    told = rf"the split 'val' in {void_root}: no pixel has an evaluated class, so there is nothing to score"
+    with pytest.raises(UserError, match=told):
+        evaluate.evaluate_model(Coarse(), config(void_root))
+    scores, _ = evaluate.evaluate_model(Coarse(), config(void_root), max_batches=1)  # a trial run sees but a part
+    assert math.isnan(scores.mean_iou)
+    void = np.zeros((8, 8), np.uint8)
+    with pytest.raises(UserError, match=r"/t \(--ground-truth\): no pixel has an evaluated class"):
+        evaluate.evaluate_folder(*one(tmp_path, void, void))
+
+
 def test_pictures_are_written(sample_root: Path, tmp_path: Path) -> None:
     scores, pictures = evaluate.evaluate_model(Coarse(), config(sample_root))
     evaluate.write_pictures(scores, pictures, tmp_path / "out")

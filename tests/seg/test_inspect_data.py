@@ -292,6 +292,19 @@ def test_merged_and_ignored_labels_of_a_folder(tmp_path: Path) -> None:
     assert texts["label without image"].endswith(f"{stray.stem}_mask.png")
 
 
+@pytest.mark.parametrize("hidden", [["train"], ["val"], ["train", "val"]])
+def test_a_split_without_labelled_pixels(tmp_path: Path, hidden: list[str]) -> None:
+    layouts.folder(tmp_path)
+    for split in hidden:
+        layouts.hide(tmp_path, split)
+    found = inspect(tmp_path, name="folder")
+    texts = [p.text for p in found.problems if p.kind == "split without labelled pixels"]
+    assert [text.partition(":")[0] for text in texts] == hidden and inspect_page.mistakes(found) == len(hidden)
+    pixels = sum(read_label_ids(path).size for path in (tmp_path / "masks" / hidden[0]).rglob("*.png"))
+    assert f"none of its {pixels:,} label pixels has an evaluated class" in texts[0]
+    assert "split without labelled pixels (" in inspect_page.document(found)
+
+
 def test_overlays_show_images_of_the_rarest_classes(found: Inspection, sample_root: Path) -> None:
     document = inspect_page.document(found)
     shares = found.shares("train")
@@ -341,6 +354,15 @@ def test_the_program(sample_root: Path, copy: Path, tmp_path: Path) -> None:
         "inspect", f"data.root={copy}", cwd=ROOT / "tools"
     )  # where the empty entry of the path is this folder
     assert done.returncode == 1 and "unreadable image (1)" in done.stdout and "zero bytes" in done.stdout
+
+
+def test_opencv_does_not_tell_of_a_damaged_file_too(copy: Path) -> None:
+    for path in (image_files(copy)[0], label_files(copy)[1]):
+        path.write_bytes(path.read_bytes()[:-200])
+    done = python("inspect", f"data.root={copy}", cwd="/")
+    assert done.returncode == 1 and "unreadable image (1)" in done.stdout and "unreadable label (1)" in done.stdout
+    # libpng prints a line of its own, whatever OpenCV is told
+    assert all(line.startswith("libpng error: ") for line in done.stderr.splitlines()), done.stderr
 
 
 @pytest.mark.parametrize(

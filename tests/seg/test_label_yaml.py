@@ -47,6 +47,7 @@ ROAD = "- {id: 0, name: road, color: [1, 2, 3], train_id: 0}\n"
         (ROAD + "- {name: car, color: [1, 2, 3], train_id: 1}", r"entry 2 \('car'\): has no id"),
         (ROAD + "- {id: 1, name: car, train_id: 1}", r"entry 2 \('car'\): has no color"),
         (ROAD + "- {id: 1, name: car, color: [1, 2, 3]}", r"entry 2 \('car'\): has no train_id; .* or ignore: true"),
+        (ROAD + "- {id: 1, name: car, color: [1, 2, 3], train_id: 255}", r"255 is kept for ignored .* ignore: true in"),
         (ROAD + "- {id: 256, name: car, color: [1, 2, 3], train_id: 1}", r"id: found 256, expected .* 0 to 255"),
         (ROAD + "- {id: -1, name: car, color: [1, 2, 3], train_id: 1}", r"id: found -1, expected a whole number"),
         (ROAD + "- {id: true, name: car, color: [1, 2, 3], train_id: 1}", r"id: found True"),

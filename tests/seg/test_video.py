@@ -188,6 +188,17 @@ def test_a_scene_cut_starts_the_average_anew(tmp_path: Path):
     assert work.motion.cuts == 1 and work.flicker.share == 0
 
 
+@pytest.mark.parametrize("smoothing", [None, 0.4])
+def test_nothing_but_scene_cuts_is_said_in_place_of_the_flicker(tmp_path: Path, smoothing: float | None):
+    dark, light = np.full((48, 64, 3), 10, np.uint8), np.full((48, 64, 3), 240, np.uint8)
+    path = drive(tmp_path / "cuts.avi", [dark, light, dark, light])
+    more = {"smoothing": smoothing, "probabilities": shares, **QUIET}
+    text = str(label_video(bright, path, tmp_path / "out.avi", **more))
+    path = drive(tmp_path / "cut.avi", [dark, light])
+    assert text.splitlines()[-1] == "flicker: no two neighbouring frames of one scene; 3 scene cuts"
+    assert "of one scene; 1 scene cut" in str(label_video(bright, path, tmp_path / "out.avi", **more)).splitlines()[-1]
+
+
 def test_odd_sides_lose_a_pixel_and_it_is_said(tmp_path: Path):
     path = tmp_path / "odd.mkv"
     frame = np.random.default_rng(0).integers(0, 256, (47, 63, 3), np.uint8)

@@ -87,6 +87,15 @@ def test_files_that_do_not_fit(tmp_path: Path):
         build("unet/resnet34", tmp_path / "r18.pth")
 
 
+@pytest.mark.parametrize("name", ["smp/unet/resnet50", "fcn_resnet50"])
+def test_a_file_of_another_encoder_names_the_key_to_look_at(tmp_path: Path, name: str):
+    torch.save(get_model("resnet18", weights=None).state_dict(), tmp_path / "r18.pth")
+    with pytest.raises(UserError) as caught:
+        models.build(ModelConfig(name=name, backbone_weights=str(tmp_path / "r18.pth")), 5)
+    last = str(caught.value).splitlines()[-1]
+    assert last == "  check model.backbone_weights, which must be of the encoder that model.name names"
+
+
 def test_a_checkpoint_fills_everything_so_nothing_is_read():
     cfg = ModelConfig(name="smp/unet/resnet18", backbone_weights="nowhere.pth")
     assert models.build(cfg, 5, pretrained=False)
