@@ -162,7 +162,8 @@ def _check_whitens(chosen: Recipe, swaps: list[Swap]) -> None:
     if gone and not whitens and isinstance(chosen, Deconv):
         raise NormError(
             f"the network has no Conv2d that would become a whitening layer, but batch norms that would go ({gone[0]}, "
-            "...); transposed and 1-d or 3-d convolutions are left alone. Use another recipe, or 'none' to remove them"
+            "...). fc_block whitens linear layers; transposed, 1-d and 3-d convolutions are left alone: use another "
+            "recipe for them, or 'none' to remove the norms"
         )
 
 

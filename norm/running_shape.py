@@ -80,14 +80,21 @@ class Averages(NamedTuple):
 
     @staticmethod
     def _hold(*shape: tuple[Tensor, Tensor]) -> None:
-        for (held, _), found in zip(shape, if_finite(*shape), strict=True):
-            held.copy_(found)
+        fine = _finite(*(found for _, found in shape))
+        for held, found in shape:
+            torch.where(fine, found.to(held.dtype), held, out=held)
+
+
+def _finite(*found: Tensor) -> Tensor:
+    """Whether all values are finite, (), bool: they are if their sum is. In few kernels."""
+    total = torch.stack([each.sum() for each in found]).sum()
+    return total - total == 0
 
 
 @torch.no_grad()
 def if_finite(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Of pairs of what is held and what was found, what was found if all of it is finite, else what is held."""
-    fine = torch.stack([found.isfinite().all() for _, found in pairs]).all()
+    fine = _finite(*(found for _, found in pairs))
     return [torch.where(fine, found.to(held.dtype), held) for held, found in pairs]
 
 

@@ -81,7 +81,8 @@ def test_other_classes_channels_and_sizes(name):
 def test_converted_networks_train(name, recipe):
     model = narrow(name)
     assert model.training and any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    norm.convert(model, recipe, **(DECONV if recipe == "deconv" else {}))
+    more = {"fc_block": 32} if name == "mlp" else {}  # which has nothing but linear layers
+    norm.convert(model, recipe, **({**DECONV, **more} if recipe == "deconv" else {}))
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     if recipe == "deconv":
         assert all(type(module) is not nn.Conv2d for module in model.modules())

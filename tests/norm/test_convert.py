@@ -338,6 +338,10 @@ def test_norms_do_not_go_where_nothing_whitens():
     report = norm.convert(generator(nn.Conv2d(8, 3, 1), nn.Flatten(), nn.BatchNorm1d(3)), "deconv")
     assert str(report).endswith("left alone: 1 ConvTranspose2d, 1 BatchNorm1d") and len(report.changed) == 2
     norm.convert(generator(), "none")
+    layers = [nn.Flatten(), nn.Linear(4, 4), nn.Unflatten(1, (4, 1, 1)), nn.BatchNorm2d(4)]
+    with pytest.raises(norm.NormError, match=r"\(3, ...\). fc_block whitens linear layers"):
+        norm.convert(nn.Sequential(*layers), "deconv")
+    norm.convert(nn.Sequential(*layers), "deconv", fc_block=4)
 
 
 def test_synchronised_norms_stay_so():
