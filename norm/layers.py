@@ -137,7 +137,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         if min(positions) < 1:
             raise NormError(
                 f"FastDeconv: a kernel of {kernel_size[0]}x{kernel_size[1]} with dilation {dilation} does not fit into "
-                f"an input of {shape[2]}x{shape[3]} with padding {padding}"
+                f"an input of {shape[2]}x{shape[3]} with padding {padding}; give larger images, or more padding"
             )
         if self.dense_small_maps:
             strides = dense_strides(positions, self.sampling_stride)

@@ -80,6 +80,7 @@ class Averages(NamedTuple):
 
     @staticmethod
     def _hold(*shape: tuple[Tensor, Tensor]) -> None:
+        """Into each first tensor the second one, if all of these are finite."""
         fine = _finite(*(found for _, found in shape))
         for held, found in shape:
             torch.where(fine, found.to(held.dtype), held, out=held)

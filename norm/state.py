@@ -63,10 +63,17 @@ class Whitening(nn.Module):
             expected is None or x.dtype == expected or torch.is_autocast_enabled(x.device.type)
         ):
             wanted = "a floating-point tensor" if expected is None else f"a tensor of {expected}"
-            raise NormError(f"{type(self).__name__} got an input of {x.dtype}; expected {wanted}")
+            raise NormError(
+                f"{type(self).__name__} got an input of {x.dtype}; expected {wanted}: convert it (images in integers: "
+                "x.float() / 255), or train under torch.autocast"
+            )
 
     def _again(self) -> bool:
-        """Whether this call only computes for a backward what a call before it has computed."""
+        """Whether this call only computes for a backward what a call before it has computed.
+
+        With `every`, or where a frozen layer begins to hold, that is the latest call: several calls inside one
+        checkpoint are not told apart.
+        """
         return not self.rewound and torch._C._current_graph_task_id() != -1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
