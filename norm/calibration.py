@@ -24,7 +24,7 @@ from norm.channel_deconv import ChannelDeconv
 from norm.layers import Delinear, FastDeconv
 from norm.other_layers import ChannelAffine
 from norm.plan import Swap
-from norm.state import NormError
+from norm.state import NormError, float_batches
 
 
 @dataclass
@@ -100,11 +100,7 @@ def observe(model: nn.Module, swaps: list[Swap], batches: Tensor | Iterable[Tens
         for swap in swaps:
             for handle in _watch(swap, seen):
                 stack.callback(handle.remove)
-        for batch in [batches] if isinstance(batches, Tensor) else batches:
-            if not isinstance(batch, Tensor) or not batch.is_floating_point():
-                raise NormError(f"calibrate: expected float tensors (N, C, H, W), found {_what(batch)}")
-            if len(batch) == 0:
-                raise NormError(f"calibrate: a batch without images, of shape {tuple(batch.shape)}")
+        for batch in float_batches("calibrate", batches):
             with _CountReaders(seen.readers):
                 output = model(batch)
             for leaf in tensors(output):  # whoever gets the output reads it too
@@ -266,10 +262,6 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _what(value: Any) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _join(*parts: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from norm.channel_deconv import ChannelDeconv
-from norm.state import Deconvolving, NormError
+from norm.state import Deconvolving, NormError, float_batches
 
 
 @torch.no_grad()
@@ -34,25 +34,22 @@ def precise_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> 
         How many layers have new statistics; 0 without any such layer, and then no batch is read.
 
     Raises:
-        NormError: no batch, or one that is no floating-point tensor. After any error the model is as it was.
+        NormError: no batch, one without images, or one that is no floating-point tensor. After any error the model is
+            as it was.
     """
     layers = averaging(model)
     if not layers:
         return 0
     modes = [(module, module.training) for module in model.modules()]
-    seen = 0
     try:
         model.eval()
         with ExitStack() as stack:
             reached = [stack.enter_context(_anew(layer)) for layer in layers]
-            for batch in [batches] if isinstance(batches, Tensor) else batches:
-                if not isinstance(batch, Tensor) or not batch.is_floating_point():
-                    what = f"a tensor of {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
-                    raise NormError(f"precise_statistics: expected float tensors (N, C, H, W), found {what}")
-                seen += 1
+            seen = 0
+            for seen, batch in enumerate(float_batches("precise_statistics", batches), start=1):
                 model(batch)
             if not seen:
-                raise NormError("precise_statistics: no batch was given")
+                raise NormError("precise_statistics: no batch was given; give at least one tensor (N, C, H, W)")
     finally:
         for module, mode in modes:
             module.training = mode

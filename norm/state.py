@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,6 +42,21 @@ def check_options(block: int, n_iter: int, eps: float, momentum: float, sampling
         raise NormError(f"eps is {eps}; it must be greater than 0, else a covariance of few rows has no inverse root")
     if not 0 <= momentum <= 1:
         raise NormError(f"momentum is {momentum}; it must lie between 0 and 1")
+
+
+def float_batches(what: str, batches: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches, or the one batch; `what` is the argument or function that errors name.
+
+    Raises:
+        NormError: one is no floating-point tensor, or has no images.
+    """
+    for batch in [batches] if isinstance(batches, Tensor) else batches:
+        if not isinstance(batch, Tensor) or not batch.is_floating_point():
+            found = f"a tensor of {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise NormError(f"{what}: expected float tensors (N, C, H, W), found {found}")
+        if len(batch) == 0:
+            raise NormError(f"{what}: a batch without images, of shape {tuple(batch.shape)}")
+        yield batch
 
 
 class Whitening(nn.Module):
