@@ -45,10 +45,10 @@ def precise_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> 
         model.eval()
         with ExitStack() as stack:
             reached = [stack.enter_context(_anew(layer)) for layer in layers]
-            seen = 0
-            for seen, batch in enumerate(float_batches("precise_statistics", batches), start=1):
+            batch: Tensor | None = None
+            for batch in float_batches("precise_statistics", batches):
                 model(batch)
-            if not seen:
+            if batch is None:
                 raise NormError("precise_statistics: no batch was given; give at least one tensor (N, C, H, W)")
     finally:
         for module, mode in modes:
