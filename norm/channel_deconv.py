@@ -27,6 +27,7 @@ class ChannelDeconv(Whitening):
         features_last: the channels stand in the last dimension, as for a Linear, and every vector is a row.
         sync: in training, take the statistics from the elements of all processes (`norm.processes`): n processes with b
             vectors each compute what one does with n b. Of feature maps each takes its own every so many-th element.
+        device, dtype: of the statistics; float32 or float64.
 
     Shape: (N, C, H, W) or (N, C), kept; with features_last (..., C).
 
@@ -50,6 +51,8 @@ class ChannelDeconv(Whitening):
         grouping: Grouping = "channel",
         features_last: bool = False,
         sync: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_options(block, n_iter, eps, momentum, sampling_stride)
         super().__init__()
@@ -61,12 +64,21 @@ class ChannelDeconv(Whitening):
         self.grouping: Grouping = grouping
         self.features_last = features_last
         self.sync = sync
-        self.register_buffer("running_mean", torch.zeros(block))
-        self.register_buffer("running_deconv", torch.eye(block))
-        self.register_buffer("rest_mean", torch.zeros(()))
-        self.register_buffer("rest_var", torch.ones(()))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+        sizes: dict[str, tuple[int, ...]] = {"running_mean": (block,), "running_deconv": (block, block)}
+        for name, size in {**sizes, "rest_mean": (), "rest_var": ()}.items():
+            self.register_buffer(name, torch.empty(size, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.int64, device=device))
+        self._check_wide(self.running_mean.dtype)
+        self.reset_parameters()
         self.seen: tuple[int, int] | None = None
+
+    def reset_parameters(self) -> None:
+        """Begin anew; there is nothing but running statistics."""
+        self.running_mean.zero_()
+        self.running_deconv.copy_(torch.eye(self.block, device=self.running_deconv.device))
+        self.rest_mean.zero_()
+        self.rest_var.fill_(1)
+        self.num_batches_tracked.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self._joint():  # it waits for other processes: its own piece, not traced

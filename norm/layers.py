@@ -56,7 +56,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         sync: in training, take the statistics from the patches of all processes (`norm.processes`): n processes with b
             images each compute what one computes with n b images. `max_rows` then counts the rows of all of them, so
             that a process may have none. All must have equally many images.
-        padding_mode: as in Conv2d.
+        padding_mode, device, dtype: as in Conv2d; float32 or float64.
 
     Shape: (N, C_in, H, W) -> (N, C_out, H_out, W_out) as Conv2d. The dtype of the output is Conv2d's; statistics,
     inverse root and W D are computed in float32 under autocast (float64 for a float64 layer).
@@ -99,6 +99,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         gain: bool = False,
         sync: bool = False,
         padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_options(block, n_iter, eps, momentum, sampling_stride)
         if freeze_iter < 1 or max_rows < 0:
@@ -106,7 +108,17 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         if grouping not in ("channel", "published"):
             raise NormError(f"grouping is {grouping!r}; it must be 'channel' or 'published'")
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode=padding_mode
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
         )
         self.block = in_channels // groups if groups > 1 else resolve_block(in_channels, block)
         self.sampling_stride = sampling_stride
@@ -214,9 +226,11 @@ class Delinear(Deconvolving, nn.Linear):
         fresh_steps: int = FRESH_STEPS,
         gain: bool = False,
         sync: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_options(block, n_iter, eps, momentum)
-        super().__init__(in_features, out_features, bias)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.block = resolve_block(in_features, block)
         self.sync = sync
         self._set_up(self.block, n_iter, eps, momentum, every, rank, fresh_steps, gain)

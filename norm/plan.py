@@ -62,6 +62,7 @@ def plan(model: nn.Module, chosen: Recipe, overrides: Overrides) -> list[Swap]:
         swaps.append(_plan_layer(layer, names, at, mine, why))
     _check_sharing(model, swaps)
     _check_whitens(chosen, swaps)
+    _check_effect(chosen, overrides, swaps)
     return swaps
 
 
@@ -158,13 +159,32 @@ def _check_sharing(model: nn.Module, swaps: list[Swap]) -> None:
 def _check_whitens(chosen: Recipe, swaps: list[Swap]) -> None:
     """Raises NormError where batch norms go and nothing is there that would whiten in their place."""
     gone = [swap.names[0] for swap in swaps if swap.kind == "norm" and isinstance(swap.core, nn.Identity)]
-    whitens = any(isinstance(part, Whitening) for swap in swaps for part in swap.core.modules())
-    if gone and not whitens and isinstance(chosen, Deconv):
+    if gone and not any(_whitens(swap) for swap in swaps) and isinstance(chosen, Deconv):
         raise NormError(
             f"the network has no Conv2d that would become a whitening layer, but batch norms that would go ({gone[0]}, "
             "...). fc_block whitens linear layers; transposed, 1-d and 3-d convolutions are left alone: use another "
             "recipe for them, or 'none' to remove the norms"
         )
+
+
+def _whitens(swap: Swap) -> bool:
+    return any(isinstance(part, Whitening) for part in swap.core.modules())
+
+
+def _check_effect(chosen: Recipe, overrides: Overrides, swaps: list[Swap]) -> None:
+    """Raises NormError where options of whitening are given to layers of which none whitens: norms, which go, or linear
+    layers without fc_block."""
+    for pattern, options in overrides.items():
+        if "recipe" in options:
+            continue
+        mine = [swap for swap in swaps if any(fnmatchcase(name, pattern) for name in swap.names)]
+        recipes = [_recipe_for(swap.names, chosen, overrides)[0] for swap in mine]
+        if all(isinstance(each, Deconv) for each in recipes) and not any(_whitens(swap) for swap in mine):
+            names = ", ".join(swap.names[0] for swap in mine[:3]) + (", ..." if len(mine) > 3 else "")
+            raise NormError(
+                f"overrides[{pattern!r}] has no effect: it matches {names}, and nothing there whitens. Norms go, and "
+                "linear layers stay without fc_block; name a convolution, or keep a norm with {'recipe': 'keep'}"
+            )
 
 
 def layers_by_name(model: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:

@@ -83,6 +83,13 @@ class Whitening(nn.Module):
                 "x.float() / 255), or train under torch.autocast"
             )
 
+    def _check_wide(self, dtype: torch.dtype, what: str = "be made in", then: str = "") -> None:
+        if dtype in (torch.float16, torch.bfloat16):
+            raise NormError(
+                f"{type(self).__name__} cannot {what} {dtype}: its statistics and inverse roots need float32. Train "
+                f"under torch.autocast instead, or deploy norm.fold(model).half().{then}"
+            )
+
     def _again(self) -> bool:
         """Whether this call only computes for a backward what a call before it has computed.
 
@@ -92,13 +99,11 @@ class Whitening(nn.Module):
         return not self.rewound and torch._C._current_graph_task_id() != -1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        dtype = fn(self.running_mean[:0]).dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            raise NormError(
-                f"{type(self).__name__} cannot be turned to {dtype}: its statistics and inverse roots need float32. "
-                "Train under torch.autocast instead, or deploy norm.fold(model).half(). The layers before this one may "
-                "have been turned already: build the model anew"
-            )
+        self._check_wide(
+            fn(self.running_mean[:0]).dtype,
+            "be turned to",
+            " The layers before this one may have been turned already: build the model anew",
+        )
         return super()._apply(fn, recurse)
 
 
@@ -148,28 +153,56 @@ class Deconvolving(Whitening):
         self.every, self.fresh_steps = every, 0 if self.freeze else fresh_steps
         self.few = bool(every) and leading.few(rank, features)
         self.rank = rank if self.few else features
-        lead = () if self.groups == 1 else (self.groups,)
-        self.register_buffer("running_mean", torch.zeros(features * self.groups))
-        if every:
-            self.register_buffer("running_scale", torch.ones(lead))
-        if self.few:
-            device = self.layer_weight.device
-            basis, inner = (each.to(device).repeat(*lead, 1, 1) for each in leading.first(features, rank))
-            self.register_buffer("inner", inner)
-            self.register_buffer("basis", basis)
-            self.register_buffer("tilted", torch.zeros_like(basis))
-            self.register_buffer("last", torch.ones(lead))
-        elif every:
-            self.register_buffer("inner", torch.eye(features).repeat(*lead, 1, 1))
-            self.register_buffer("shape", torch.eye(features).repeat(*lead, 1, 1))
-        else:
-            self.register_buffer("running_deconv", torch.eye(features).repeat(*lead, 1, 1))
+        weight = self.layer_weight
+        self._check_wide(weight.dtype)
+        for name, size in self._sizes().items():
+            self.register_buffer(name, weight.new_empty(size))
         self._clock = torch.zeros((), dtype=torch.int64, device="cpu")
         if every or self.freeze:
-            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_parameter("gain", None)
-        if gain:
-            self.gain = nn.Parameter(_norms(self.layer_weight.detach()))
+            self.register_buffer("steps", weight.new_empty((), dtype=torch.int64))
+        self.register_parameter("gain", nn.Parameter(_norms(weight.detach())) if gain else None)
+        self.reset_running_stats()
+
+    def _sizes(self) -> dict[str, tuple[int, ...]]:
+        """Of the running averages."""
+        lead = () if self.groups == 1 else (self.groups,)
+        whole, thin = (*lead, self.features, self.features), (*lead, self.features, self.rank)
+        mean: dict[str, tuple[int, ...]] = {"running_mean": (self.features * self.groups,)}
+        if not self.every:
+            return {**mean, "running_deconv": whole}
+        moments = {**mean, "running_scale": lead}
+        if not self.few:
+            return {**moments, "inner": whole, "shape": whole}
+        return {**moments, "inner": (*lead, self.rank + 1, self.rank + 1), "basis": thin, "tilted": thin, "last": lead}
+
+    @torch.no_grad()
+    def reset_running_stats(self) -> None:
+        """Begin anew, as batch norms do."""
+        self.running_mean.zero_()
+        if self.every:
+            self.running_scale.fill_(1)
+        if self.few:
+            basis, inner = leading.first(self.features, self.rank)
+            self.basis.copy_(basis)
+            self.inner.copy_(inner)
+            self.tilted.zero_()
+            self.last.fill_(1)
+        else:
+            for held in (self.inner, self.shape) if self.every else (self.running_deconv,):
+                held.copy_(torch.eye(self.features, device=held.device))
+        if "steps" in self._buffers:
+            self.steps.zero_()
+        self._steps = 0
+
+    def reset_parameters(self) -> None:
+        """Weight and bias as a plain layer's, gain and statistics to match: a new layer, also after `to_empty`."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "running_mean" not in self._buffers:
+            return  # the plain layer's own constructor
+        self.reset_running_stats()
+        if self.gain is not None:
+            with torch.no_grad():
+                self.gain.copy_(_norms(self.layer_weight))
 
     def deconv(self) -> Tensor:
         """D of evaluation, (F, F) or (groups, F, F)."""
