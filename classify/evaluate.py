@@ -18,7 +18,7 @@ from classify.draw import plot_class_accuracy, plot_mistakes
 from classify.scores import MOST_CLASSES, Mistake, Scores, left_out
 from engine import distributed
 from engine.errors import UserError
-from engine.images import write_bytes
+from engine.images import check_results_writable, write_bytes
 
 
 def evaluate_model(
@@ -135,8 +135,9 @@ def evaluate_and_report(
     (default `scores_SPLIT` beside the checkpoint), all scores to `json_file` (default `scores.json` in it).
 
     Raises:
-        UserError: as `evaluate_checkpoint`; a file cannot be written.
+        UserError: as `evaluate_checkpoint`; before the work, if the files can't be written.
     """
+    check_results_writable(path, out, json_file)
     result = evaluate_checkpoint(path, overrides, split, allow_imports=allow_imports)
     if result is None:  # another process has them
         return

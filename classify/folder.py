@@ -39,7 +39,8 @@ def class_folders(root: Path, split: str) -> tuple[str, ...]:
     """The classes of a split, sorted: the folders in root/split that are not hidden.
 
     Raises:
-        UserError: root or the split's folder is missing, or has no folders in it.
+        UserError: root or the split's folder is missing, or has no folders in it, or one with a name that cannot be
+            written into tables and pictures.
     """
     place = root / split
     if not place.is_dir():
@@ -53,6 +54,12 @@ def class_folders(root: Path, split: str) -> tuple[str, ...]:
     classes = tuple(_folders(place))
     if not classes:
         raise UserError(f"{place}: no class folders in it; expected {place.name}/<class>/<images>, a folder for each.")
+    for name in classes:
+        if images.show(name) != name:
+            raise UserError(
+                f"{place}: the class folder {images.show(name)}: its name holds control characters, or bytes that are "
+                "no UTF-8, and stands in tables and pictures; rename it."
+            )
     return classes
 
 
@@ -83,8 +90,8 @@ def find(root: Path, split: str, classes: tuple[str, ...]) -> Files:
     empty = [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]
     if empty:
         raise UserError(
-            f"{place}: no image in {len(empty)} of {len(classes)} class folders: {_some(empty)}. Fill or remove them; "
-            f"an image's name ends in one of {' '.join(sorted(images.SUFFIXES))}."
+            f"{place}: no image in {len(empty)} of {len(classes)} class folders: {_some(empty)}. Fill or remove them, "
+            f"in all splits; an image's name ends in one of {' '.join(sorted(images.SUFFIXES))}."
         )
     return Files(np.array([os.fsencode(path) for path, _ in samples]), labels)
 

@@ -17,7 +17,7 @@ from classify.augment import Normalize, evaluation_steps
 from classify.config import ClassifyConfig
 from classify.data import DataInfo
 from engine.errors import UserError
-from engine.images import MAX_PIXELS, Array, Found, find_images, read_image, show, write_bytes
+from engine.images import MAX_PIXELS, Array, Found, check_writable, find_images, read_image, show, write_bytes
 
 MOST_BYTES = 1 << 28
 """A batch ends with the image with which its files hold so many bytes decoded."""
@@ -124,6 +124,8 @@ def classify_files(
     found, problems = find_images(inputs, own=[out] if out else [])
     if not found:
         raise UserError("; ".join(problems))
+    if out:
+        check_writable(out)
     summary = Summary(problems=problems)
     for batch in _batches(found, batch_size, max_pixels, summary, say):
         best = predict([image for _, image in batch]).topk(topk, 1)

@@ -20,7 +20,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import core_schema
 
-from engine import yaml_layers
+from engine import recipe_layers, yaml_layers
 from engine.config_errors import explain
 from engine.errors import UserError
 from engine.yaml_layers import Layer
@@ -235,7 +235,8 @@ class ExperimentConfig(Section):
     norm: NormConfig = NormConfig.model_construct()
     recipes: dict[str, dict[str, Any]] = {}
     """What `norm` holds for this network when norm.name is a certain recipe: its name -> options, overrides, and under
-    `optim` what that section holds then, such as its own rate. Keys written under `norm` and `optim` themselves win."""
+    `optim` what that section holds then, such as its own rate. It wins over the base files' `norm` and `optim`; keys
+    that this file or the command line writes there win over it."""
     runtime: RuntimeConfig = RuntimeConfig()
     report: ReportConfig = ReportConfig()
     imports: tuple[str, ...] = ()
@@ -314,10 +315,7 @@ def from_dict(
 
 
 def _resolve(layers: list[Layer], schema: Schema[C], source: str, import_from: str | None) -> Loaded[C]:
-    layer: Layer = {}
-    for above in layers:
-        layer = _merge(layer, above)
-    layer = _with_recipe(layer)
+    layer = recipe_layers.combine(layers, NormConfig.model_fields["name"].default)
     data = yaml_layers.to_plain(layer)
     imports = data.get("imports") or []
     if import_from is not None and isinstance(imports, list | tuple):
@@ -343,30 +341,6 @@ def _resolve(layers: list[Layer], schema: Schema[C], source: str, import_from: s
     everything = yaml_layers.leaves(yaml_layers.from_plain(plain, "default"))
     origins = {".".join(path): written.get(path, "default") for path, _ in everything}
     return Loaded(config, origins, "".join(f"{text}\n" for text, _ in _lines(plain)))
-
-
-def _merge(below: Layer, above: Layer) -> Layer:
-    """Merge; another `norm.name` drops what was said under `norm` so far, since it belongs to the other recipe."""
-    old, new = below.get("norm"), above.get("norm")
-    if isinstance(old, dict) and isinstance(new, dict) and "name" in new:
-        before = yaml_layers.to_plain(old).get("name", NormConfig.model_fields["name"].default)
-        if yaml_layers.to_plain(new["name"]) != before:
-            below = {**below, "norm": {}}
-    return yaml_layers.merge(below, above)
-
-
-def _with_recipe(layer: Layer) -> Layer:
-    """Put what `recipes` says about the chosen recipe below what `norm` and `optim` say themselves."""
-    section, recipes = layer.get("norm", {}), layer.get("recipes")
-    if not isinstance(section, dict) or not isinstance(recipes, dict):
-        return layer
-    name = yaml_layers.to_plain(section).get("name", NormConfig.model_fields["name"].default)
-    chosen = recipes.get(name) if isinstance(name, str) else None
-    if not isinstance(chosen, dict):
-        return layer
-    options = {key: one for key, one in chosen.items() if key != "optim"}
-    layer = {**layer, "norm": yaml_layers.merge(options, section)}
-    return yaml_layers.merge({"optim": chosen["optim"]}, layer) if "optim" in chosen else layer
 
 
 def _import(names: Sequence[Any], source: str, folder: str) -> None:

@@ -319,6 +319,13 @@ def _key(path: Path) -> Path:
     return Path(os.path.realpath(path.parent), path.name)
 
 
+def check_results_writable(checkpoint: Path, out: Path | None, json_file: Path | None) -> None:
+    """`check_writable` for the scores of a checkpoint, which lie beside it where nothing else is said."""
+    for folder in (out or checkpoint.parent, json_file.parent if json_file else checkpoint.parent):
+        if folder != checkpoint.parent or folder.is_dir():  # a checkpoint that is missing has an error of its own
+            check_writable(folder)
+
+
 def check_writable(folder: Path) -> None:
     """Finds out before the first prediction rather than after it. Raises UserError."""
     probe = folder / f".{uuid4().hex[:12]}.part"

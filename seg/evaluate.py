@@ -15,7 +15,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import UserError
-from engine.images import check_writable, write_png
+from engine.images import check_results_writable, write_png
 from seg import draw
 from seg.averaging import Views, predictor_of
 from seg.config import DataConfig, SegConfig
@@ -126,9 +126,7 @@ def evaluate_and_report(
 ) -> None:
     """`evaluate_checkpoint`, printed and written: pictures to `out` (default `scores_SPLIT` beside the checkpoint), all
     scores to `json_file` (default `scores.json` in it). Raises UserError before the work if they can't be written."""
-    for folder in (out or path.parent, json_file.parent if json_file else path.parent):
-        if folder != path.parent or folder.is_dir():  # a checkpoint that is missing has an error of its own
-            check_writable(folder)
+    check_results_writable(path, out, json_file)
     result = evaluate_checkpoint(path, overrides, split, allow_imports=allow_imports, views=views)
     if result is not None:  # None on all but the first of several processes
         scores, pictures, split = result

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from classify.config import ClassifyConfig
 from classify.data import DataInfo
-from classify.evaluate import check_classes, draw, evaluate_model
+from classify.evaluate import check_classes, draw, evaluate_and_report, evaluate_model
 from classify.scores import Scores, left_out
 from engine.errors import UserError
 
@@ -113,3 +113,13 @@ def test_a_data_set_with_other_classes_is_an_error():
         check_classes(two, DataInfo(("b", "a"), 3, 4, (0.5,) * 3, (0.5,) * 3), "x.pt")
     with pytest.raises(UserError, match="takes images of 3 channels, the data set's have 1"):
         check_classes(two, DataInfo(("a", "b"), 1, 4, (0.5,), (0.5,)), "x.pt")
+
+
+def test_results_that_cannot_be_written_are_told_before_the_work(tmp_path: Path):
+    (tmp_path / "x.pt").write_bytes(b"no checkpoint, which would be found next")
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="file: cannot write there"):
+        evaluate_and_report(tmp_path / "x.pt", out=file)
+    with pytest.raises(UserError, match="file: cannot write there"):
+        evaluate_and_report(tmp_path / "x.pt", json_file=file / "scores.json")

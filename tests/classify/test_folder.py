@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -87,6 +88,14 @@ def test_empty_class_folders_are_named(root: Path) -> None:
     (root / "train/bee").mkdir()
     (root / "train/bee/label.txt").write_text("x")
     with pytest.raises(UserError, match=r"train: no image in 1 of 3 class folders: bee. Fill or remove.*\.jpeg"):
+        data.train_batches(config(root), CPU)
+
+
+@pytest.mark.parametrize("name", [b"z\xe9", b"a\tb"])
+def test_class_folders_whose_names_are_no_text_are_an_error(root: Path, name: bytes) -> None:
+    for split in ("train", "val"):
+        os.rename(root / split / "bee", os.fsencode(root / split) + b"/" + name)
+    with pytest.raises(UserError, match=r"train: the class folder (z\\udce9|a\\tb): its name .* rename it"):
         data.train_batches(config(root), CPU)
 
 

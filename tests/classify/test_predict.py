@@ -85,6 +85,17 @@ def test_one_bad_file_stops_nothing(tmp_path: Path):
     assert "1 image classified, 2 problems:" in str(summary)
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path):
+    save(tmp_path / "a.png", (1, 2, 3))
+    (tmp_path / "out").write_text("a file")
+
+    def predict(images: object) -> torch.Tensor:
+        raise AssertionError("began to work")
+
+    with pytest.raises(UserError, match="out: cannot write there"):
+        classify_files(predict, ("x", "y"), [tmp_path / "a.png"], out=tmp_path / "out")
+
+
 def test_nothing_to_do_and_a_topk_out_of_range_are_errors(tmp_path: Path):
     with pytest.raises(UserError, match="typo.png: no such file"):
         run([tmp_path / "typo.png"])

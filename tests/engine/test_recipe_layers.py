@@ -1,0 +1,56 @@
+"""What files, their bases and the command line say about a norm, and which of it wins."""
+
+from pathlib import Path
+
+from engine.config import ExperimentConfig, Loaded, load
+
+BASE = """
+task: t
+length: 1 epoch
+batch_size: 2
+optim: {lr: 0.1, momentum: 0.8}
+norm: {name: deconv, block: 16, n_iter: 3}
+recipes:
+  deconv: {fc_block: 8, eps: 0.001, optim: {weight_decay: 0.5}}
+  gn: {groups: 4, optim: {lr: 0.3}}
+"""
+
+
+def read(folder: Path, text: str, *overrides: str) -> Loaded[ExperimentConfig]:
+    (folder / "base.yaml").write_text(BASE)
+    (folder / "x.yaml").write_text("base: base.yaml\n" + text)
+    return load(folder / "x.yaml", overrides, ExperimentConfig)
+
+
+def test_a_recipe_wins_over_what_base_files_write_for_every_norm(tmp_path):
+    loaded = read(tmp_path, "recipes: {deconv: {n_iter: 2, optim: {lr: 0.02}}}\n")
+    optim = loaded.config.optim
+    assert (optim.lr, optim.momentum, optim.weight_decay) == (0.02, 0.8, 0.5)
+    assert loaded.config.norm.options == {"fc_block": 8, "eps": 0.001, "block": 16, "n_iter": 2}
+    assert loaded.origins["optim.lr"] == f"{tmp_path / 'x.yaml'}:2"
+    assert loaded.origins["optim.momentum"] == f"{tmp_path / 'base.yaml'}:5"
+
+
+def test_the_file_itself_and_the_command_line_win_over_its_recipe(tmp_path):
+    text = "optim: {lr: 0.05}\nnorm: {n_iter: 4}\nrecipes: {deconv: {n_iter: 2, optim: {lr: 0.02}}}\n"
+    config = read(tmp_path, text).config
+    assert config.optim.lr == 0.05 and config.norm.options["n_iter"] == 4
+    config = read(tmp_path, text, "optim.lr=0.7", "recipes.deconv.optim.lr=0.9", "norm.n_iter=6").config
+    assert config.optim.lr == 0.7 and config.norm.options["n_iter"] == 6
+    assert read(tmp_path, text, "recipes.deconv.optim.lr=0.9").config.optim.lr == 0.9
+    assert read(tmp_path, "optim: {weight_decay: 0.1}").config.optim.weight_decay == 0.1
+
+
+def test_another_norm_drops_the_options_of_the_first_but_not_its_own_recipe(tmp_path):
+    config = read(tmp_path, "recipes: {gn: {eps: 0.01}}\n", "norm.name=gn").config
+    assert config.norm.options == {"groups": 4, "eps": 0.01} and config.optim.lr == 0.1  # as its own file writes
+    config = read(tmp_path, "norm: {name: gn, groups: 2}\nrecipes: {gn: {optim: {lr: 0.3}}}\n").config
+    assert config.norm.options == {"groups": 2} and config.optim.lr == 0.3
+    config = read(tmp_path, "norm: {name: gn}\n", "norm.name=deconv").config
+    assert config.norm.options == {"fc_block": 8, "eps": 0.001}
+
+
+def test_what_was_resolved_reads_back_as_it_was(tmp_path):
+    loaded = read(tmp_path, "recipes: {deconv: {n_iter: 2, optim: {lr: 0.02}}}\n", "optim.momentum=0.7")
+    (tmp_path / "saved.yaml").write_text(loaded.text)
+    assert load(tmp_path / "saved.yaml", [], ExperimentConfig).config == loaded.config
