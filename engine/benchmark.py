@@ -97,6 +97,7 @@ def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list
     Raises:
         UserError: see `engine.prepare.convert_norm`; a network that does not take the input.
     """
+    _check(case, settings.device)
     works = [_Work(case, variant, settings) for variant in variants]
     rows = [Row(case.name, variant.label) for variant in variants]
     trained = _in_turn([work.step for work in works], settings)
@@ -109,6 +110,16 @@ def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list
     if settings.evaluation:
         _evaluate(rows, works, settings)
     return rows
+
+
+def _check(case: Case, device: torch.device) -> None:
+    network = case.build().to(device).eval()
+    try:
+        with torch.no_grad():
+            network(torch.zeros(case.shape, device=device))
+    except (RuntimeError, ValueError) as error:
+        size = "x".join(map(str, case.shape))
+        raise UserError(f"{case.name}: cannot compute an input of {size}: {str(error).splitlines()[0]}") from None
 
 
 def _evaluate(rows: Sequence[Row], works: Sequence[_Work], settings: Settings) -> None:

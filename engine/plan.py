@@ -190,15 +190,15 @@ class Plan:
 
     def _advice(self) -> list[str]:
         chosen, budget = self.choice(), show_bytes(self.budget)
-        notes = [
-            *self.remarks,
-            f"measured in {self.seconds:.0f} s; ~: not measured, on the line through those that are",
-        ]
+        guessed = any(o.micro_batch not in self.curves[o.checkpointing].measured for o in self.options())
+        sign = "; ~: not measured, on the line through those that are" if guessed else ""
+        notes = [*self.remarks, f"measured in {self.seconds:.0f} s{sign}"]
         if chosen is None:
             least = min(self.options(), key=lambda option: option.memory)
             how = f"micro_batch={least.micro_batch} runtime.checkpointing={str(least.checkpointing).lower()}"
-            return [*notes, f"nothing fits into {budget}: the least is {show_bytes(least.memory)}, with {how}"]
-        more = next((o for o in self.options() if o.memory <= self.budget and o.micro_batch > chosen.micro_batch), None)
+            left = f", and {show_bytes(self.spare)} more are left to what was not measured" if self.spare else ""
+            return [*notes, f"nothing fits into {budget}: the least is {show_bytes(least.memory)}{left}, with {how}"]
+        more = next((o for o in self.options() if self.fits(o) and o.micro_batch > chosen.micro_batch), None)
         if more is not None:
             notes.append(
                 f"runtime.checkpointing=true would allow micro_batch={more.micro_batch}, for about a third more time"

@@ -13,6 +13,7 @@ import numpy as np
 
 from engine import plots
 from engine.errors import UserError
+from engine.resume import differences
 from engine.runs import Row, config, scored
 
 
@@ -62,6 +63,21 @@ def same_seeds(found: Mapping[str, Sequence[Path]]) -> list[str]:
                 f"note: {name} has several runs of seed {', '.join(twice)}; what they have in common makes the "
                 "deviation too small and p too sure"
             )
+    return lines
+
+
+def unlike(found: Mapping[str, Sequence[Path]]) -> list[str]:
+    """A sentence for each run that differs from the first one of its name in more than the seed."""
+    lines = []
+    for name, (first, *others) in found.items():
+        then = config(first)
+        for run in others:
+            now = config(run)
+            more = [line for line in differences(then, now) if not line.startswith("runtime.seed:")]
+            if then.get("length") != now.get("length"):
+                more.append(f"length: was {then.get('length')}, now {now.get('length')}")
+            if more:
+                lines.append(f"note: {name}: from {first} to {run} more changes than the seed: {'; '.join(more)}")
     return lines
 
 

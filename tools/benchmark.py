@@ -44,6 +44,8 @@ def parse_case(text: str) -> tuple[Any, dict[str, Any]]:
     if found is None:
         raise UserError(f"case {text!r}: expected NETWORK:NxCxHxW, such as resnet18:32x3x32x32")
     name, shape = found[1], tuple(map(int, found.groups()[1:]))
+    if min(shape) < 1:
+        raise UserError(f"case {text!r}: the sizes must be at least 1")
     if name.startswith("conv:"):
         numbers = dict(part.split("=", 1) for part in name[5:].split(",") if "=" in part)
         places = [part for part in name[5:].split(",") if "=" not in part]
@@ -145,6 +147,8 @@ def main() -> int:
     args = parser.parse_args()
     if min(args.rounds, args.steps) < 1:
         parser.error("--rounds and --steps must be at least 1")
+    if args.threads is not None and args.threads < 1:
+        parser.error("--threads must be at least 1")
     import torch
 
     from engine import benchmark

@@ -3,7 +3,8 @@
 python tools/compare.py runs/bn runs/deconv --out compare.png --names "batch norm" deconvolution --examples 3
 python tools/compare.py runs/a0 runs/a1 runs/b0 runs/b1 --names a a b b --out seeds.png
 
-Runs of one name are seeds of one experiment: their mean, their deviation, and whether a difference is more than chance.
+Runs that --names calls the same are seeds of one experiment: their mean, their deviation, and whether a difference is
+more than chance.
 """
 
 from __future__ import annotations
@@ -31,13 +32,19 @@ def task_of(runs: list[Path]) -> str:
     return task
 
 
+def names_of(runs: list[Path]) -> list[str]:
+    """The folders' names; their paths where two have the same name."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+
+
 @program
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="work directories of tools/train.py")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
     parser.add_argument(
-        "--names", nargs="+", help="what to call the runs (default: their folders' names); one for several: seeds"
+        "--names", nargs="+", help="what to call the runs (default: their folders); one for several: seeds"
     )
     seg = parser.add_argument_group("segmentation only")
     seg.add_argument("--examples", type=int, metavar="N", help="validation images to show (2)")
@@ -48,15 +55,15 @@ def main() -> int:
     args = parser.parse_args()
     if args.names and len(args.names) != len(args.runs):
         parser.error(f"{len(args.names)} names for {len(args.runs)} runs")
-    names = args.names or [run.name for run in args.runs]
+    names = args.names or names_of(args.runs)
     task = task_of(args.runs)
-    if len(set(names)) < len(names):
+    if args.names and len(set(names)) < len(names):
         from engine import seeds
 
         if args.examples is not None or args.set or args.allow_imports:
             parser.error("--examples, --set and --allow-imports go with runs that each have a name of their own")
         found = seeds.groups(args.runs, names)
-        print("\n".join([seeds.compare(found, args.out), *seeds.same_seeds(found)]))
+        print("\n".join([seeds.compare(found, args.out), *seeds.same_seeds(found), *seeds.unlike(found)]))
         return 0
     if task == "classify":
         if args.examples is not None or args.set or args.allow_imports:

@@ -26,7 +26,15 @@ def write(folder: Path, factor: float, classes: int = 3, speed: float = 100.0, t
         if step % 4 == 0:
             accuracies = {f"accuracy/class {i}": factor * step / 10 for i in range(classes)}
             top1 = factor * (step if step == 4 else 3) / 10
-            rows.append({"kind": "eval", "step": step, "score": top1, "scalars": {"top1": top1, **accuracies}})
+            rows.append(
+                {
+                    "kind": "eval",
+                    "step": step,
+                    "epoch": step / 4,
+                    "score": top1,
+                    "scalars": {"top1": top1, **accuracies},
+                }
+            )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -112,6 +120,15 @@ def test_the_program_tells_the_task_from_the_runs(tmp_path: Path, monkeypatch, c
     assert "a run of the task 'paint', expected 'seg' or 'classify'" in capsys.readouterr().err
     assert start(monkeypatch, tmp_path / "none", "--out", tmp_path / "c.png") == 2
     assert "none: no run in this folder" in capsys.readouterr().err
+
+
+def test_folders_of_one_name_are_two_runs_but_by_names_seeds(tmp_path: Path, monkeypatch, capsys):
+    runs = [write(tmp_path / "a/run", 1.0), write(tmp_path / "b/run", 1.5)]
+    assert start(monkeypatch, *runs, "--out", tmp_path / "c.png") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [[str(runs[0]), "40.00%"], [str(runs[1]), "60.00%"]]
+    assert start(monkeypatch, *runs, "--out", tmp_path / "c.png", "--names", "x", "x") == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["x", "2"]
 
 
 def test_options_that_would_do_nothing_are_refused(tmp_path: Path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from torch import nn
 from engine import benchmark
 from engine.benchmark import Case, Settings, Variant
 from engine.config import NormConfig
+from engine.errors import UserError
 
 QUICK = Settings(rounds=1)
 
@@ -57,6 +58,11 @@ def test_a_network_that_cannot_be_traced_is_not_folded():
     (row,) = benchmark.measure(Case("x", Odd, (2, 4, 8, 8)), variants("bn"), Settings(rounds=1, memory=False))
     assert row.folded is None and row.evaluation and row.saved is None
     assert benchmark.table([row]).splitlines()[1].split()[-1] == "-"
+
+
+def test_an_input_that_the_network_does_not_take_is_an_error():
+    with pytest.raises(UserError, match="x: cannot compute an input of 2x3x16x16: .*channels"):
+        benchmark.measure(Case("x", layer, (2, 3, 16, 16)), variants("bn"), QUICK)
 
 
 def test_a_profile_is_written(tmp_path):

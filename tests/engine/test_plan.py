@@ -12,7 +12,7 @@ from engine.config import ExperimentConfig
 from engine.errors import UserError
 from engine.loop import Batch
 from engine.optim import parameter_groups
-from engine.plan import Curve, Parts, Plan, Workload, make_plan, parse_size
+from engine.plan import Curve, Option, Parts, Plan, Workload, make_plan, parse_size
 from engine.prepare import session
 from tests.engine import toy
 
@@ -129,6 +129,16 @@ def test_if_nothing_fits_the_least_is_told():
     assert "the least is 0.0 MiB, with micro_batch=1 runtime.checkpointing=false" in str(
         plan(1000, checkpointing=False)
     )
+    found.spare = 300 * 2**20
+    assert "the least is 0.0 MiB, and 0.29 GiB more are left to what was not measured, with" in str(found)
+
+
+def test_what_is_left_free_counts_for_advice_too():
+    found = plan(1999)
+    assert "would allow micro_batch=8" in str(found)
+    found.spare = 1999 - next(o.memory for o in found.options() if o.micro_batch == 1)
+    assert found.choice() == Option(1, 8, False, 1999 - found.spare)
+    assert "would allow micro_batch=2" in str(found)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

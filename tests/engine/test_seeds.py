@@ -69,6 +69,18 @@ def test_one_run_is_not_two_seeds(tmp_path: Path) -> None:
     assert note.startswith("note: x has several runs of seed 0;")
 
 
+def test_runs_of_one_name_that_differ_in_more_than_the_seed_are_told(tmp_path: Path) -> None:
+    a, b, c = runs(tmp_path, {"a": [0.5], "b": [0.6], "c": [0.7]})
+    text = "task: seg\nbatch_size: 2\nlength: {}\noptim: {{lr: {}}}\nruntime: {{seed: {}, workers: {}}}\n"
+    (a / "config.yaml").write_text(text.format("2 epochs", 0.1, 0, 4))
+    (b / "config.yaml").write_text(text.format("2 epochs", 0.1, 1, 0))
+    (c / "config.yaml").write_text(text.format("3 epochs", 0.2, 2, 4))
+    assert seeds.unlike({"x": [a, b], "y": [c]}) == []
+    (note,) = seeds.unlike({"x": [a, b, c]})
+    assert note.startswith(f"note: x: from {a} to {c} more changes than the seed: ")
+    assert note.endswith(": optim.lr: was 0.1, now 0.2; length: was 2 epochs, now 3 epochs")
+
+
 def test_without_deviation_there_is_no_p(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     left, right = runs(tmp_path, {"a": [0.5], "b": [0.5]}), runs(tmp_path, {"c": [0.6], "d": [0.6]})
     line = seeds.compare({"x": left, "y": right}, tmp_path / "seeds.png").splitlines()[2]
