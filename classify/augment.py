@@ -67,7 +67,18 @@ class Mixing:
         return mixed
 
 
+MOST_STRETCHED = 8
+"""Longer side over the shorter one. Of images beyond it the middle is taken first: 4 x 200,000 pixels would become
+256 x 12,800,000 on the way to their central square, which is the same without the rest."""
+
+
+def _middle(image: Tensor) -> Tensor:
+    height, width = image.shape[-2:]
+    longest = MOST_STRETCHED * min(height, width)
+    return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
+
+
 def evaluation_steps(cfg: DataConfig, size: int) -> v2.Compose:
     """A uint8 image (C, H, W) of any size -> (C, size, size): the central square, of `folder` without its rim."""
     shorter = (cfg.eval_resize or round(size / 0.875)) if cfg.name == "folder" else size
-    return v2.Compose([v2.Resize(shorter, antialias=True), v2.CenterCrop(size)])
+    return v2.Compose([_middle, v2.Resize(shorter, antialias=True), v2.CenterCrop(size)])

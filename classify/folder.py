@@ -6,6 +6,7 @@ speed. Images of any kind become RGB, or grey where the config's mean has one nu
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,7 +73,7 @@ def _folders(place: Path) -> list[str]:
 
 
 def find(root: Path, split: str, classes: tuple[str, ...]) -> Files:
-    """The images of a split, also those in folders below a class's; class i is `classes[i]`.
+    """The images of a split, also those in folders below a class's, but not hidden ones; class i is `classes[i]`.
 
     Raises:
         UserError: as `class_folders`; the split has other classes, or a class has no image.
@@ -85,7 +86,8 @@ def find(root: Path, split: str, classes: tuple[str, ...]) -> Files:
             f"{place}: its class folders are not the {len(classes)} of the training split: {'; '.join(parts)}. The "
             "splits must have the same class folders."
         )
-    samples = make_dataset(str(place), {name: i for i, name in enumerate(classes)}, None, _is_image, allow_empty=True)
+    which = {name: i for i, name in enumerate(classes)}
+    samples = make_dataset(str(place), which, None, functools.partial(_is_image, place), allow_empty=True)
     labels = np.array([label for _, label in samples], np.int64)
     empty = [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]
     if empty:
@@ -96,9 +98,9 @@ def find(root: Path, split: str, classes: tuple[str, ...]) -> Files:
     return Files(np.array([os.fsencode(path) for path, _ in samples]), labels)
 
 
-def _is_image(path: str) -> bool:
-    name = os.path.basename(path)
-    return os.path.splitext(name)[1].lower() in images.SUFFIXES and not name.startswith(".")
+def _is_image(place: Path, path: str) -> bool:
+    parts = os.path.relpath(path, place).split(os.sep)
+    return os.path.splitext(path)[1].lower() in images.SUFFIXES and not any(part.startswith(".") for part in parts)
 
 
 def _some(names: list[str]) -> str:

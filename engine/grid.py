@@ -88,12 +88,24 @@ def variant(text: str, option: str, check: Callable[[str, Sequence[str]], None])
         UserError: it is neither NAME nor NAME:key=value.
     """
     name, colon, rest = text.partition(":")
-    keys = re.split(r",(?![^\[{(]*[\]})])", rest) if colon else []  # not at a comma inside brackets
+    keys = _split(rest) if colon else []
     if not name or any("=" not in key for key in keys):
         raise UserError(f"{option}: found {text!r}, expected NAME or NAME:key=value[,key=value], as bn:optim.lr=0.02")
     check(f"{option}: {text}", keys)
     slug = re.sub(r"[^A-Za-z0-9.+-]+", "_", text).strip("_")
     return Variant(text, (f"norm.name={name}", *(key.strip() for key in keys)), slug)
+
+
+def _split(text: str) -> list[str]:
+    """At the commas outside of brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def check_distinct(option: str, given: Sequence[Any]) -> None:

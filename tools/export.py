@@ -6,7 +6,8 @@ python tools/export.py runs/x/best.pt --out model.safetensors              # wei
 A program, torch.export.load("model.pt2").module(), takes float images (N, 3, H, W), RGB in [0, 1], of the size that is
 given (default: the training's), normalises them, and gives logits (N, classes, H, W), a classifier's (N, classes). It
 holds the classes' names (extra_files={"network.json": ""}), and is compared with the network before it is kept. Weights
-fit the network as its library builds it, without norms where layers whitened (norm.convert(model, "none")).
+fit the network as its library builds it, converted alike: norm.convert(model, "none") where layers whitened, "gn" for
+gn.
 """
 
 from __future__ import annotations

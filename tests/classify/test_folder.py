@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from classify import augment, data, folder
 from classify.config import ClassifyConfig
@@ -81,6 +82,16 @@ def test_missing_folders(root: Path) -> None:
     picture(root / "flat/x.png", 1)
     with pytest.raises(UserError, match="flat: no class folders in it; expected flat/<class>/<images>"):
         folder.class_folders(root, "flat")
+
+
+def test_hidden_folders_are_left_out_at_any_depth(root: Path) -> None:
+    before = len(folder.find(root, "train", CLASSES).labels)
+    picture(root / "train/cat/.ipynb_checkpoints/0-checkpoint.png", 1)
+    picture(root / "train/cat/below/.thumbnails/0.png", 1)
+    picture(root / "train/cat/below/1.png", 1)
+    assert len(folder.find(root, "train", CLASSES).labels) == before + 1
+    hidden = root.rename(root.parent / ".hidden")  # what lies above is the user's choice
+    assert len(folder.find(hidden, "train", CLASSES).labels) == before + 1
 
 
 def test_empty_class_folders_are_named(root: Path) -> None:
@@ -198,6 +209,15 @@ def test_evaluation_takes_the_middle(tmp_path: Path) -> None:
 
     assert white_columns() == pytest.approx(32 * 37 / 40, abs=0.3), "37 = round(32 / 0.875) high"
     assert white_columns(eval_resize=32) == pytest.approx(32 * 32 / 40, abs=0.3)
+
+
+@pytest.mark.parametrize("size", [(10, 200), (200, 10)])
+def test_of_stretched_images_the_middle_is_the_same_at_less_cost(size: tuple[int, int]) -> None:
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8))
+    steps = augment.evaluation_steps(config(Path(), size=16).data, 16)
+    whole = v2.functional.center_crop(v2.functional.resize(image, [18], antialias=True), [16, 16])
+    assert torch.equal(steps(image), whole)
+    assert steps.transforms[0](torch.zeros(3, 4, 200_000)).shape == (3, 4, 32)
 
 
 def test_each_validation_image_is_on_one_rank(root: Path) -> None:

@@ -47,6 +47,11 @@ def test_a_variant_is_a_norm_and_keys():
     assert found.slug == "deconv_norm.block_32_optim.milestones_1_epoch_2_epochs"
 
 
+def test_commas_inside_brackets_of_brackets_part_no_keys():
+    found = grid.variant("deconv:norm.overrides={a: {n_iter: 3}, b: {x: [1, 2]}},optim.lr=1", "--norms", accept)
+    assert found.overrides[1:] == ("norm.overrides={a: {n_iter: 3}, b: {x: [1, 2]}}", "optim.lr=1")
+
+
 @pytest.mark.parametrize("text", ["", ":a=1", "bn:lr"])
 def test_other_words_are_no_variant(text: str):
     with pytest.raises(UserError, match="expected NAME or NAME:key=value"):
