@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from classify import losses, models, network
-from classify.config import ClassifyConfig
-from classify.data import describe
+from classify import losses, models, network, sets
+from classify.config import ClassifyConfig, DataConfig
+from classify.data import DataInfo, describe
 from engine.config import Loaded
 from engine.loop import Batch
 from engine.optim import parameter_groups
@@ -28,7 +28,16 @@ def workload(cfg: ClassifyConfig) -> Workload:
         head = set(models.classifier_names(model))
         return parameter_groups(model, cfg.optim, lambda name: name not in head)
 
-    return Workload(cfg, build, losses.build(cfg.loss), batch, groups, network.blank_images(info))
+    held = _held(cfg.data, info)
+    return Workload(cfg, build, losses.build(cfg.loss), batch, groups, network.blank_images(info), held)
+
+
+def _held(data: DataConfig, info: DataInfo) -> int:
+    """Bytes of the images that lie in memory: those of the training, padded, and those of the validation."""
+    if data.name == "folder":
+        return 0
+    sides = {data.train_split: info.size + 2 * data.crop_padding, data.val_split: info.size}
+    return sum(sets.count(data, split) * info.channels * side**2 for split, side in sides.items())
 
 
 def plan(loaded: Loaded[ClassifyConfig], budget: int) -> Plan:

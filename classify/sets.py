@@ -44,6 +44,8 @@ class KnownSet:
     std: Numbers
     splits: Mapping[str, str]
     """What a config may call a split -> its own name."""
+    images: Mapping[str, int]
+    """How many a split has, by its own name."""
     files: Callable[[Path, str], list[File]]
     """(data.root, split) -> the files that the split is in."""
     read: Callable[[Sequence[Path], Expected], Arrays]
@@ -63,10 +65,7 @@ def load(cfg: DataConfig, split: str) -> Arrays:
         UserError: there is no such split; files are missing and can't be downloaded, differ from the published ones
             (`data.check_files`), are damaged or hold something else. The message says what to do.
     """
-    known = SETS[cfg.name]
-    if split not in known.splits:
-        raise UserError(f"{cfg.name} has no split {split!r}; there are: {', '.join(known.splits)}.")
-    own = known.splits[split]
+    known, own = SETS[cfg.name], _own(cfg, split)
     _complete(cfg, known, own)
     files = known.files(cfg.root, own)
     if cfg.check_files:
@@ -103,6 +102,18 @@ def _complete(cfg: DataConfig, known: KnownSet, split: str) -> None:
         )
 
 
+def count(cfg: DataConfig, split: str) -> int:
+    """The images of a split as it is published, which is not read. Raises UserError for a split that there is not."""
+    return SETS[cfg.name].images[_own(cfg, split)]
+
+
+def _own(cfg: DataConfig, split: str) -> str:
+    splits = SETS[cfg.name].splits
+    if split not in splits:
+        raise UserError(f"{cfg.name} has no split {split!r}; there are: {', '.join(splits)}.")
+    return splits[split]
+
+
 def _check_md5(file: File) -> None:
     if file.md5 is None:
         return
@@ -131,6 +142,7 @@ def _cifar(kind: type[datasets.CIFAR10], classes: tuple[str, ...], mean: Numbers
         mean,
         std,
         {"train": "train", "test": "test", "val": "test"},
+        {"train": 50_000, "test": 10_000},
         files,
         readers.batches,
         "https://www.cs.toronto.edu/~kriz/cifar.html",
@@ -149,6 +161,7 @@ def _mnist(kind: type[datasets.MNIST], page: str, md5: tuple[str, ...], mean: fl
         (mean,),
         (std,),
         {"train": "train", "test": "test", "val": "test"},
+        {"train": 60_000, "test": 10_000},
         lambda root, split: [File(root / kind.__name__ / "raw" / name, md5) for name, md5 in files[split]],
         readers.idx,
         page,
@@ -177,6 +190,7 @@ def _imagenet(size: int) -> KnownSet:
         IMAGENET_MEAN,
         IMAGENET_STD,
         {"train": "train", "val": "val", "test": "val"},
+        {"train": 1_281_167, "val": 50_000},
         functools.partial(_imagenet_files, size),
         readers.batches,
         "https://image-net.org/download-images (downsampled images; free, after a registration)",
@@ -250,6 +264,7 @@ SETS: Mapping[str, KnownSet] = {
         (0.4377, 0.4438, 0.4728),
         (0.1980, 0.2010, 0.1970),
         {"train": "train", "test": "test", "val": "test", "extra": "extra"},
+        {"train": 73_257, "test": 26_032, "extra": 531_131},
         lambda root, split: [File(root / name, md5) for _, name, md5 in [datasets.SVHN.split_list[split]]],
         readers.svhn,
         "http://ufldl.stanford.edu/housenumbers",
@@ -261,6 +276,7 @@ SETS: Mapping[str, KnownSet] = {
         (0.4467, 0.4398, 0.4066),
         (0.2603, 0.2566, 0.2713),
         {"train": "train", "test": "test", "val": "test"},
+        {"train": 5_000, "test": 8_000},
         _stl10_files,
         readers.stl10,
         "https://cs.stanford.edu/~acoates/stl10",

@@ -266,8 +266,8 @@ class ExperimentConfig(Section):
         if self.batch_size % (world_size * micro):
             raise UserError(
                 f"batch_size: {self.batch_size} images cannot be divided evenly among {world_size} processes with "
-                f"micro-batches of {micro}; choose a batch_size that is a multiple of {world_size * micro}, or set "
-                "micro_batch"
+                f"micro-batches of {micro}; choose a batch_size that is a multiple of {world_size * micro}, or "
+                f"{'another' if self.micro_batch else 'set'} micro_batch"
             )
         return Split(micro, self.batch_size // (world_size * micro))
 

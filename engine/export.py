@@ -70,14 +70,15 @@ def export(
     images of this height and width, or weights (.safetensors), for which the size does not matter.
 
     Raises:
-        UserError: another suffix, a network that torch cannot export, one whose program computes something else, or a
+        UserError: another suffix, a size that the network does not take, a network that torch cannot
+            export, one whose program computes something else, or a
             file that cannot be written.
     """
+    if path.suffix not in (".pt2", ".safetensors"):
+        raise UserError(f"--out {path}: expected a name that ends in .pt2 (a program) or .safetensors (weights)")
     if path.suffix == ".safetensors":
         checkpoint.export_weights(path, norm.fold(network).state_dict())
         return Exported(path, "the folded network's weights")
-    if path.suffix != ".pt2":
-        raise UserError(f"--out {path}: expected a name that ends in .pt2 (a program) or .safetensors (weights)")
     found = _program(Deployed(norm.fold(network), logits, mean, std).eval(), (len(mean), *size))
     buffer = io.BytesIO()
     torch.export.save(found, buffer, extra_files={FACTS: json.dumps({**facts, "input": _input(mean, size)})})
@@ -97,9 +98,18 @@ def _input(mean: Sequence[float], size: tuple[int, int]) -> str:
 
 
 def _program(module: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    images = torch.rand(2, *shape)
     try:
         with torch.no_grad():
-            return torch.export.export(module, (torch.rand(2, *shape),), dynamic_shapes=({0: Dim.DYNAMIC},))
+            module(images)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--size {shape[-2]} {shape[-1]}: the network cannot compute images of this size "
+            f"({checkpoint.first_line(error)}); give another one"
+        ) from error
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
     except Exception as error:  # whatever a network of a library does that torch cannot trace
         raise UserError(
             f"torch.export cannot take this network as a program ({checkpoint.first_line(error)}); export its weights "

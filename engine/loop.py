@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import distributed
 from engine.config import ExperimentConfig, Length
 from engine.errors import UserError
-from engine.optim import build_ema, build_optimizer, build_schedule, learning_rates
+from engine.optim import build_ema, build_optimizer, build_schedule, late_milestones, learning_rates
 from engine.prepare import Prepared, lost_processes, seed_all
 from engine.report import Evaluation, Log
 from engine.resume import BEST, LAST
@@ -241,11 +241,15 @@ class _Work:
             remark = state.restore(resume, str(path))
             self.watch.restore(resume.get("unreported"))
             if path.resolve().parent != self.dir.resolve():
-                state.best_score, state.best_step = None, 0  # its best.pt is elsewhere; this folder gets one of its own
+                # its best.pt is elsewhere; this folder gets one of its own, even of a training that is finished
+                state.best_score, state.best_step, state.score = None, 0, None
             self.log.message(f"resumed after step {state.step} of {plan.total}" + (f"; {remark}" if remark else ""))
             if state.step >= plan.total:
                 self.log.message("the training is finished; a greater length=... would go on")
         self.log.message(plan.text)
+        late = late_milestones(cfg.optim, plan.total, plan.per_epoch)
+        if late:
+            self.log.message(f"note: optim.milestones: the training ends before {', '.join(late)}")
         if self.evaluate is not None and cfg.norm.precise_batches:
             # read once: another epoch's batches cannot be read while one is under way
             first = itertools.islice(_stream(self.batches, 0, 0, cfg.runtime.seed), cfg.norm.precise_batches)
@@ -348,7 +352,8 @@ class _Work:
             self.check_and_save(self.dir / LAST, *kept)
 
     def advice(self) -> str:
-        return f"{self.state.saved}; try a lower optim.lr, optim.clip_norm=1 or runtime.amp=none"
+        amp = "" if self.cfg.runtime.amp == "none" else " or runtime.amp=none"
+        return f"{self.state.saved}; try a lower optim.lr or optim.clip_norm=1{amp}"
 
     def report(self) -> None:
         """Log the mean loss since the last report, or stop if it is not finite."""

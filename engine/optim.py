@@ -92,6 +92,11 @@ def schedule_factor(cfg: OptimConfig, total_steps: int, steps_per_epoch: int) ->
     return factor
 
 
+def late_milestones(cfg: OptimConfig, total_steps: int, steps_per_epoch: int) -> list[str]:
+    """Those of a multistep schedule that the training does not come to."""
+    return [str(one) for one in cfg.milestones if one.steps(steps_per_epoch) >= total_steps]
+
+
 def build_schedule(optimizer: Optimizer, cfg: OptimConfig, total_steps: int, steps_per_epoch: int) -> LambdaLR:
     """The schedule, to be stepped once after each step of the optimiser."""
     return LambdaLR(optimizer, schedule_factor(cfg, total_steps, steps_per_epoch))

@@ -42,6 +42,8 @@ class Workload:
     """The optimiser's parameter groups."""
     images: list[Tensor]
     """To convert the network with, where the config wants images for that."""
+    held: int = 0
+    """Bytes of data that lie in memory, on the device, all the time."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class Plan:
     remarks: list[str] = field(default_factory=list)
     spare: int = 0
     """Bytes of the budget that are left to what was not measured."""
+    data: int = 0
+    """Bytes of the data set where it lies in memory."""
 
     def options(self) -> list[Option]:
         """Every micro-batch that divides this process's share of the batch, the largest first."""
@@ -143,7 +147,9 @@ class Plan:
 
     def memory(self, micro_batch: int, accumulation: int, checkpointing: bool) -> int:
         """Bytes at the peak of a training step."""
-        return self.process + self.parts.lasting + self.curves[checkpointing].step(micro_batch, accumulation)
+        return (
+            self.process + self.data + self.parts.lasting + self.curves[checkpointing].step(micro_batch, accumulation)
+        )
 
     def choice(self) -> Option | None:
         """The largest micro-batch that fits, without computing activations again if there is one so."""
@@ -159,6 +165,7 @@ class Plan:
         parts = self.parts
         named = {
             "the program itself": self.process,
+            "the data set": self.data,
             "parameters": parts.parameters,
             "buffers": parts.buffers,
             "optimizer": parts.optimizer,
@@ -243,7 +250,7 @@ def make_plan(work: Workload, budget: int, seconds: float = 60.0) -> Plan:
         share = cfg.model_copy(update={"micro_batch": None}).split(ranks).micro_batch
         process = process_peak() if device.type == "cpu" else 0
         asked = cfg.runtime.checkpointing
-        plan = Plan(_title(work, device), budget, cfg.batch_size, ranks, process, {asked: Curve()})
+        plan = Plan(_title(work, device), budget, cfg.batch_size, ranks, process, {asked: Curve()}, data=work.held)
         _measure(work, plan, asked, share, seconds)
         if not asked and plan.memory(share, 1, asked) > budget and not cfg.runtime.compile:
             plan.curves[True] = Curve()

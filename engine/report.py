@@ -258,7 +258,7 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> Non
     panels = [name for name, there in (("loss", train), ("learning rate", train), ("score", scores)) if there]
     figure = Figure(figsize=(4.6 * max(len(panels), 1), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, fontweight="bold")
+    figure.suptitle(title, fontsize=11, fontweight="bold", parse_math=False)
     for axis, name in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
         if name == "loss":
             _draw_losses(axis, train)

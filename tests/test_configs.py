@@ -69,6 +69,14 @@ def test_the_papers_recipes_for_classification():
     assert (str(imagenet.length), imagenet.batch_size, imagenet.optim.weight_decay) == ("90 epochs", 256, 1e-4)
 
 
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_the_cheap_method_converts_the_same_layers_by_the_same_options(path: Path):
+    schema = SegConfig if path in SEG else ClassifyConfig
+    exact, cheap = (load(path, [f"norm.name={name}"], schema).config for name in ("deconv", "deconv_fast"))
+    assert exact.norm.model_dump(exclude={"name"}) == cheap.norm.model_dump(exclude={"name"})
+    assert exact.optim == cheap.optim
+
+
 def test_mobilenets_own_settings():
     cfg = load(ROOT / "configs/classify/mobilenet_v2_cifar10.yaml", ["norm.name=deconv"], ClassifyConfig).config
     model = classify.models.build("mobilenet_v2")

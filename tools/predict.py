@@ -15,6 +15,7 @@ predictions.json. Exit status: 0 all done, 1 some inputs failed (listed at the e
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -117,6 +118,8 @@ def _classify(args: argparse.Namespace, max_pixels: int) -> Any:
 @program
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if not 0 < args.max_megapixels < math.inf:
+        raise UserError(f"--max-megapixels: {args.max_megapixels:g}; expected a number above 0")
     one_process("tools/predict.py")
     from engine.checkpoint import task
 

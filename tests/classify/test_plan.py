@@ -27,3 +27,6 @@ def test_a_classifier_is_planned_without_its_data(tmp_path: Path):
     assert choice is not None and (choice.micro_batch, choice.accumulation) == (8, 1)
     assert found.parts.optimizer == found.parts.parameters  # one momentum
     assert sorted(found.curves[False].measured) == [1, 2, 4, 8]
+    assert found.data == 60_000 * 36**2 + 10_000 * 28**2, "padded by 4 for the training"
+    assert choice.memory == found.process + found.data + found.parts.lasting + found.curves[False].step(8, 1)
+    assert "the data set " in str(found)

@@ -72,6 +72,13 @@ def test_what_cannot_be_exported_is_one_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_size_that_is_too_small_is_told_as_such(tmp_path: Path) -> None:
+    small = nn.Sequential(nn.MaxPool2d(9)).eval()
+    with pytest.raises(UserError, match="--size 8 8: the network cannot compute images of this size .*give another"):
+        export(small, tmp_path / "x.pt2", (8, 8), plain, MEAN, STD, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_program_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = trained("deconv")
     with torch.no_grad():

@@ -9,7 +9,15 @@ from torch import nn
 
 from engine.config import Length, OptimConfig
 from engine.errors import UserError
-from engine.optim import build_ema, build_optimizer, build_schedule, learning_rates, parameter_groups, schedule_factor
+from engine.optim import (
+    build_ema,
+    build_optimizer,
+    build_schedule,
+    late_milestones,
+    learning_rates,
+    parameter_groups,
+    schedule_factor,
+)
 
 
 class Net(nn.Module):
@@ -100,6 +108,8 @@ def test_cosine_ends_at_its_minimum() -> None:
 
 def test_multistep_counts_epochs_and_steps() -> None:
     milestones = (Length(2, "epochs"), Length(7, "steps"))
+    late = OptimConfig(schedule="multistep", milestones=milestones)
+    assert [late_milestones(late, total, 2) for total in (4, 5, 8)] == [["2 epochs", "7 steps"], ["7 steps"], []]
     assert course(schedule="multistep", milestones=milestones, gamma=0.5) == [1] * 4 + [0.5] * 3 + [0.25] * 3
 
 

@@ -107,6 +107,11 @@ def test_curves(tmp_path: Path) -> None:
     assert float(np.std(picture[..., :3])) > 0.02
 
 
+def test_a_folder_whose_name_looks_like_a_formula(tmp_path: Path) -> None:
+    run(tmp_path / r"q$\x$")
+    assert (tmp_path / r"q$\x$" / "curves.png").stat().st_size > 10_000
+
+
 def test_no_rows_no_curves(tmp_path: Path) -> None:
     with Log(tmp_path, QUIET) as log:
         log.curves()
