@@ -41,7 +41,8 @@ def evaluate_model(
         mistakes: how many of the surest wrong answers to keep.
 
     Raises:
-        UserError: bad data (see classify.data), no image that can be read, or an output that is not finite.
+        UserError: bad data (see classify.data), no image that can be read, or an output that is not finite, which in
+            a trial run, before the first step, is no matter.
     """
     device, count = next(model.parameters()).device, len(info.classes)
     each = losses.criterion(cfg.loss.model_copy(update={"label_smoothing": 0.0}))
@@ -63,7 +64,7 @@ def evaluate_model(
     finally:
         model.train(training)
     matrix, sums = distributed.all_reduce_sum(matrix), distributed.all_reduce_sum(sums)
-    if not torch.isfinite(sums).all():
+    if max_batches is None and not torch.isfinite(sums).all():
         raise UserError(
             "the network's outputs on the split are not finite; a lower optim.lr or optim.clip_norm=1 keeps a training "
             "from diverging"

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, cast
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import core_schema
 
@@ -175,7 +174,8 @@ class RuntimeConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initial weights, order and augmentation."""
     amp: Literal["none", "bf16", "fp16"] = "none"
-    """Mixed precision by autocast; fp16 scales the loss."""
+    """Mixed precision by autocast, in the evaluations of the training too; fp16 scales the loss. Scores and predictions
+    of a checkpoint are computed by the programs in full precision, but those of segmentation as this says."""
     compile: Literal[False, True, "reduce-overhead", "max-autotune"] = False
     """torch.compile the network; reduce-overhead starts its kernels as CUDA graphs, which pays where a GPU waits for
     the host (small networks or images)."""
@@ -374,17 +374,12 @@ def show(loaded: Loaded[Any]) -> str:
 def _lines(plain: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, str | None]]:
     """YAML, a line for each key, with its dotted path; None for the head of a section."""
     for key, value in plain.items():
-        head = "  " * len(path) + _flow(key) + ":"
+        head = "  " * len(path) + yaml_layers.dump_line(key) + ":"
         if isinstance(value, dict) and value:
             yield head, None
             yield from _lines(value, (*path, key))
         else:
-            yield f"{head} {_flow(value)}", ".".join((*path, key))
-
-
-def _flow(value: Any) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
+            yield f"{head} {yaml_layers.dump_line(value)}", ".".join((*path, key))
 
 
 def _recipe_defaults(section: NormConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from engine import runs
-from engine.config import Loaded
+from engine.config import Length, Loaded
 from engine.errors import UserError
 from engine.report import METRICS, read_metrics
 from engine.resume import BEST, LAST, differences
@@ -127,7 +127,17 @@ def look(cell: C) -> Outcome[C]:
     if final is None and not any((cell.run / name).exists() for name in (LAST, BEST)):
         return Outcome(cell, "open")
     stored = runs.config(cell.run)
-    if wrong := differences(stored, cell.loaded.config.model_dump(mode="json")):
+    asked = cell.loaded.config.model_dump(mode="json")
+    wrong = differences(stored, asked)
+    if final is not None:  # what may change when a run goes on is another result of one that has ended
+        was = Length.parse(stored["length"])
+        if final is not scored[-1] or (was.unit == length.unit and was.value > length.value):
+            wrong.append(
+                f"length: was {was}, now {length}, and the middle of a longer schedule is not the end of this one"
+            )
+        amps = [config.get("runtime", {}).get("amp", "none") for config in (stored, asked)]
+        wrong += [f"runtime.amp: was {amps[0]}, now {amps[1]}"] if amps[0] != amps[1] else []
+    if wrong:
         raise UserError(
             f"{cell.run}: was trained with another configuration:\n  " + "\n  ".join(wrong) + "\n  give the same "
             "settings, or choose another --out"

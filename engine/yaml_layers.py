@@ -34,9 +34,14 @@ class _Loader(yaml.SafeLoader):
     """The safe loader, but `1e-4` is a number, as YAML 1.2 and everybody's expectation has it."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what `_Loader` would take for a number."""
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def read_chain(path: str | Path) -> list[Layer]:
@@ -137,6 +142,12 @@ def merge(below: Layer, above: Layer) -> Layer:
         under = merged.get(key)
         merged[key] = merge(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
     return merged
+
+
+def dump_line(value: Any) -> str:
+    """A plain value as YAML on one line, which reads back as it was."""
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def load_plain(text: str, where: str) -> Any:

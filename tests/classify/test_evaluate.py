@@ -84,6 +84,11 @@ def test_outputs_that_are_not_finite_are_an_error():
         evaluate_model(Table(torch.full((2, 7), torch.nan)), config(), INFO, batches([0, 1]))
 
 
+def test_before_the_training_outputs_need_not_be_finite():
+    scores = evaluate_model(Table(torch.full((2, 7), torch.nan)), config(), INFO, batches([0, 1]), max_batches=1)
+    assert scores.matrix.sum() == 2
+
+
 def test_no_image_that_can_be_read_is_an_error():
     class Unreadable(list):  # type: ignore[type-arg]
         problems = ("b.png: broken", "a.png: empty")

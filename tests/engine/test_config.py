@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +123,12 @@ def test_text_reads_back_equal(tmp_path: Path) -> None:
     again = read(tmp_path, loaded.text)
     assert again.config == loaded.config
     assert again.text == loaded.text
+
+
+@pytest.mark.parametrize("folder", ["1e5", "-1e-3", "0x10", "yes", "1_000", "null", "2026-01-01", "a: b", "é"])
+def test_words_that_look_like_something_else_read_back(tmp_path: Path, folder: str) -> None:
+    loaded = read(tmp_path, MINIMAL + f"data: {{root: {json.dumps(folder)}}}\n")
+    assert read(tmp_path, loaded.text).config == loaded.config
 
 
 def test_show_says_where_each_key_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

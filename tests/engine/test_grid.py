@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine import grid
-from engine.config import Loaded
+from engine.config import Length, Loaded
 from engine.errors import UserError
 from engine.grid import Outcome
 from tests.engine import toy
@@ -90,6 +90,15 @@ def test_a_run_of_another_configuration_is_not_taken(tmp_path: Path):
     train(cell(tmp_path, steps=2))
     with pytest.raises(UserError, match=r"optim.lr: was 0.1, now 0.3(.|\n)*choose another --out"):
         grid.look(cell(tmp_path, steps=2, optim__lr=0.3))
+
+
+def test_the_middle_of_a_longer_run_or_another_precision_is_not_taken(tmp_path: Path):
+    train(cell(tmp_path, steps=4, report__eval_every=Length(2, "steps")))
+    with pytest.raises(UserError, match="length: was 4 steps, now 2 steps, and the middle of a longer schedule"):
+        grid.look(cell(tmp_path, steps=2, report__eval_every=Length(2, "steps")))
+    with pytest.raises(UserError, match="runtime.amp: was none, now bf16"):
+        grid.look(cell(tmp_path, steps=4, runtime__amp="bf16"))
+    assert grid.look(cell(tmp_path, steps=4, runtime__threads=1)).state == "done"
 
 
 def test_only_what_is_missing_is_trained_and_all_is_written(tmp_path: Path):
