@@ -40,7 +40,8 @@ class Order:
         self.world = world
         if count < cfg.batch_size:
             raise UserError(
-                f"batch_size: {where} has {count} images, fewer than batch_size {cfg.batch_size}; give a smaller one."
+                f"batch_size: {where} has {count} image{'s' if count != 1 else ''}, fewer than batch_size "
+                f"{cfg.batch_size}; give a smaller one."
             )
 
     def __len__(self) -> int:

@@ -44,6 +44,10 @@ def check_options(block: int, n_iter: int, eps: float, momentum: float, sampling
         raise NormError(f"momentum is {momentum}; it must lie between 0 and 1")
 
 
+def _pair(batch: Any) -> bool:
+    return isinstance(batch, tuple | list) and bool(batch) and isinstance(batch[0], Tensor)
+
+
 def float_batches(what: str, batches: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
     """The batches, or the one batch; `what` is the argument or function that errors name.
 
@@ -53,7 +57,8 @@ def float_batches(what: str, batches: Tensor | Iterable[Tensor]) -> Iterator[Ten
     for batch in [batches] if isinstance(batches, Tensor) else batches:
         if not isinstance(batch, Tensor) or not batch.is_floating_point():
             found = f"a tensor of {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise NormError(f"{what}: expected float tensors (N, C, H, W), found {found}")
+            more = "; of a loader give the images alone: (images for images, _ in loader)" if _pair(batch) else ""
+            raise NormError(f"{what}: expected float tensors (N, C, H, W), found {found}{more}")
         if len(batch) == 0:
             raise NormError(f"{what}: a batch without images, of shape {tuple(batch.shape)}")
         yield batch

@@ -145,9 +145,11 @@ def _calibration(card: Card) -> str:
     words = (
         f"The temperature {one.temperature:.3f} was fitted to {one.fitted_pixels:,} pixels, drawn evenly from the "
         f"{counted(one.fitted_on, 'image')} with even numbers (in the order of the files, from 0). Everything below is "
-        f"of the other {counted(one.reported_on, 'image')}, all {one.before.pixels:,} valid pixels. A temperature "
-        "above 1 means that the network is too sure of itself; it changes no predicted class."
+        f"of the other {counted(one.reported_on, 'image')}, all {one.before.pixels:,} valid pixels. It changes no "
+        "predicted class; above 1 it makes the network less sure of itself, below 1 surer."
     )
+    if one.after.ece() > one.before.ece():
+        words += " On these images it calibrates nothing: their error (ECE) is larger with it."
     if one.at_an_end:
         words += " This one is at an end of the range searched: no temperature calibrates this network well."
     rows = []

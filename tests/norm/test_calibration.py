@@ -116,7 +116,8 @@ def test_modes_come_back_and_errors_change_nothing():
     for bad, text in (
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "expected float tensors.*found a tensor of torch.uint8"),
         ([], "calibrate holds no batch"),
-        (["x"], "found str"),
+        (["x"], "found str$"),
+        ([(torch.zeros(1, 3, 4, 4), torch.zeros(1))], "found tuple; of a loader give the images alone"),
     ):
         with pytest.raises(norm.NormError, match=text):
             norm.convert(model, "deconv", calibrate=bad)
