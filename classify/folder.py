@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ def class_folders(root: Path, split: str) -> tuple[str, ...]:
     if not classes:
         raise UserError(f"{place}: no class folders in it; expected {place.name}/<class>/<images>, a folder for each.")
     for name in classes:
-        if images.show(name) != name:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
             raise UserError(
                 f"{place}: the class folder {images.show(name)}: its name holds control characters, or bytes that are "
                 "no UTF-8, and stands in tables and pictures; rename it."

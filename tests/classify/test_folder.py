@@ -110,6 +110,12 @@ def test_class_folders_whose_names_are_no_text_are_an_error(root: Path, name: by
         data.train_batches(config(root), CPU)
 
 
+def test_class_folders_may_have_names_in_any_script(root: Path) -> None:
+    for split in ("train", "val"):
+        (root / split / "bee").rename(root / split / "\u871c\u3000\u8702 \u00e9")
+    assert len(data.train_batches(config(root), CPU)) == 3
+
+
 def test_splits_with_other_classes(root: Path) -> None:
     (root / "val/bee").rename(root / "val/eel")
     with pytest.raises(
