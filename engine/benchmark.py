@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import norm
+from engine.checkpoint import first_line
 from engine.errors import UserError
 from engine.memory import allocated
 from engine.optim import build_optimizer
@@ -119,7 +120,9 @@ def _check(case: Case, device: torch.device) -> None:
             network(torch.zeros(case.shape, device=device))
     except (RuntimeError, ValueError) as error:
         size = "x".join(map(str, case.shape))
-        raise UserError(f"{case.name}: cannot compute an input of {size}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{case.name}: cannot compute an input of {size}: {first_line(error)}; give another size or network"
+        ) from None
 
 
 def _evaluate(rows: Sequence[Row], works: Sequence[_Work], settings: Settings) -> None:
