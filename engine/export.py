@@ -70,9 +70,8 @@ def export(
     images of this height and width, or weights (.safetensors), for which the size does not matter.
 
     Raises:
-        UserError: another suffix, a size that the network does not take, a network that torch cannot
-            export, one whose program computes something else, or a
-            file that cannot be written.
+        UserError: another suffix, a size that the network does not take, a network that torch cannot export, one whose
+            program computes something else, or a file that cannot be written.
     """
     if path.suffix not in (".pt2", ".safetensors"):
         raise UserError(f"--out {path}: expected a name that ends in .pt2 (a program) or .safetensors (weights)")

@@ -17,7 +17,7 @@ from engine import runs
 from engine.config import Length, Loaded
 from engine.errors import UserError
 from engine.report import METRICS, read_metrics
-from engine.resume import BEST, LAST, differences
+from engine.resume import BEST, BOUND, ENDED, LAST, differences
 
 _LONGEST_REASON = 140
 
@@ -128,15 +128,13 @@ def look(cell: C) -> Outcome[C]:
         return Outcome(cell, "open")
     stored = runs.config(cell.run)
     asked = cell.loaded.config.model_dump(mode="json")
-    wrong = differences(stored, asked)
-    if final is not None:  # what may change when a run goes on is another result of one that has ended
+    wrong = differences(stored, asked, BOUND if final is None else ENDED)
+    if final is not None:
         was = Length.parse(stored["length"])
-        if final is not scored[-1] or (was.unit == length.unit and was.value > length.value):
+        if scored[-1]["step"] > final["step"] or (was.unit == length.unit and was.value > length.value):
             wrong.append(
                 f"length: was {was}, now {length}, and the middle of a longer schedule is not the end of this one"
             )
-        amps = [config.get("runtime", {}).get("amp", "none") for config in (stored, asked)]
-        wrong += [f"runtime.amp: was {amps[0]}, now {amps[1]}"] if amps[0] != amps[1] else []
     if wrong:
         raise UserError(
             f"{cell.run}: was trained with another configuration:\n  " + "\n  ".join(wrong) + "\n  give the same "

@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ FREE = (  # may differ when a run goes on ...
     "data.eval_batch_size",
 )
 BOUND = ("runtime.seed",)  # ... and among them those that decide which data comes next
+ENDED = (*BOUND, "runtime.amp")  # of a run that has ended, which is another result with another one
 
 
 def find_resume(work_dir: str | Path, resume: str | Path | None, config: ExperimentConfig) -> dict[str, Any] | None:
@@ -81,12 +82,13 @@ def find_resume(work_dir: str | Path, resume: str | Path | None, config: Experim
     return state
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys in which two resolved configurations differ, apart from those that may, as `key: was a, now b`."""
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], bound: Sequence[str] = BOUND) -> list[str]:
+    """The keys in which two resolved configurations differ, apart from those that may, but for the `bound` ones among
+    them, as `key: was a, now b`."""
     flat_then, flat_now = _flat(then), _flat(now)
     lines = []
     for key in dict.fromkeys([*flat_then, *flat_now]):
-        if key.startswith(FREE) and key not in BOUND:
+        if key.startswith(FREE) and key not in bound:
             continue
         was, here = flat_then.get(key, "not set"), flat_now.get(key, "not set")
         if was != here:

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine import plots
 from engine.errors import UserError
-from engine.resume import differences
+from engine.resume import ENDED, differences
 from engine.runs import Row, config, scored
 
 
@@ -72,10 +72,8 @@ def unlike(found: Mapping[str, Sequence[Path]]) -> list[str]:
     for name, (first, *others) in found.items():
         then = config(first)
         for run in others:
-            now = config(run)
-            more = [line for line in differences(then, now) if not line.startswith("runtime.seed:")]
-            if then.get("length") != now.get("length"):
-                more.append(f"length: was {then.get('length')}, now {now.get('length')}")
+            changed = differences(then, config(run), (*ENDED, "length"))
+            more = [line for line in changed if not line.startswith("runtime.seed:")]
             if more:
                 lines.append(f"note: {name}: from {first} to {run} more changes than the seed: {'; '.join(more)}")
     return lines

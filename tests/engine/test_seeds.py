@@ -71,7 +71,7 @@ def test_one_run_is_not_two_seeds(tmp_path: Path) -> None:
 
 def test_runs_of_one_name_that_differ_in_more_than_the_seed_are_told(tmp_path: Path) -> None:
     a, b, c = runs(tmp_path, {"a": [0.5], "b": [0.6], "c": [0.7]})
-    text = "task: seg\nbatch_size: 2\nlength: {}\noptim: {{lr: {}}}\nruntime: {{seed: {}, workers: {}}}\n"
+    text = "task: seg\nbatch_size: 2\noptim: {{lr: {1}}}\nlength: {0}\nruntime: {{seed: {2}, workers: {3}}}\n"
     (a / "config.yaml").write_text(text.format("2 epochs", 0.1, 0, 4))
     (b / "config.yaml").write_text(text.format("2 epochs", 0.1, 1, 0))
     (c / "config.yaml").write_text(text.format("3 epochs", 0.2, 2, 4))
