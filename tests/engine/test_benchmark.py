@@ -10,6 +10,7 @@ from engine import benchmark
 from engine.benchmark import Case, Settings, Variant
 from engine.config import NormConfig
 from engine.errors import UserError
+from tools.benchmark import parse_case
 
 QUICK = Settings(rounds=1)
 
@@ -68,3 +69,8 @@ def test_an_input_that_the_network_does_not_take_is_an_error():
 def test_a_profile_is_written(tmp_path):
     benchmark.trace(Case("x", layer, (2, 4, 8, 8)), variants("deconv")[0], QUICK, tmp_path / "trace.json")
     assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+
+
+def test_a_case_without_images_is_an_error():
+    with pytest.raises(UserError, match="resnet18:0x3x32x32': the sizes must be at least 1"):
+        parse_case("resnet18:0x3x32x32")

@@ -325,3 +325,11 @@ def test_help_loads_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert "--max-megapixels" in done.stdout and done.stdout.endswith("False False\n")
+
+
+@pytest.mark.parametrize("limit", ["inf", "nan", "0", "-1"])
+def test_a_limit_that_is_none_is_one_error(
+    tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str
+) -> None:
+    assert tool.main(["best.pt", str(tmp_path), "--out", str(tmp_path / "out"), "--max-megapixels", limit]) == 2
+    assert f"--max-megapixels: {limit}; expected a number above 0" in capsys.readouterr().err
