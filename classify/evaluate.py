@@ -17,7 +17,7 @@ from classify.data import DataInfo, describe, eval_batches
 from classify.draw import plot_class_accuracy, plot_mistakes
 from classify.scores import MOST_CLASSES, Mistake, Scores, left_out
 from engine import distributed
-from engine.errors import UserError
+from engine.errors import NotFiniteError, UserError
 from engine.images import check_results_writable, write_bytes
 
 
@@ -41,8 +41,8 @@ def evaluate_model(
         mistakes: how many of the surest wrong answers to keep.
 
     Raises:
-        UserError: bad data (see classify.data), no image that can be read, or an output that is not finite, which in
-            a trial run, before the first step, is no matter.
+        UserError: bad data (see classify.data), no image that can be read.
+        NotFiniteError: an output is NaN or infinite, which in a trial run, before the first step, is no matter.
     """
     device, count = next(model.parameters()).device, len(info.classes)
     each = losses.criterion(cfg.loss.model_copy(update={"label_smoothing": 0.0}))
@@ -65,7 +65,7 @@ def evaluate_model(
         model.train(training)
     matrix, sums = distributed.all_reduce_sum(matrix), distributed.all_reduce_sum(sums)
     if max_batches is None and not torch.isfinite(sums).all():
-        raise UserError(
+        raise NotFiniteError(
             "the network's outputs on the split are not finite; a lower optim.lr or optim.clip_norm=1 keeps a training "
             "from diverging"
         )

@@ -46,7 +46,8 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
                 scores = evaluate_model(net, cfg, info, validation, max_batches=max_batches)
                 problems = {one for part in distributed.gather(training.problems) for one in part}
                 lines = [scores.line(), *left_out(sorted({*problems, *scores.problems}))]
-                return Evaluation(scores.top1, scores.scalars(), {}, "\n".join(lines) if max_batches is None else "")
+                text = "\n".join(lines) if max_batches is None else ""
+                return Evaluation(scores.top1, scores.scalars(), {}, text, "top-1")
 
             return fit(
                 prepared,

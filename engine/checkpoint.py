@@ -260,7 +260,7 @@ def load_weights(
     lines += _listing("of another shape", [f"{name}: here {a}, in the file {b}" for name, (a, b) in shapes.items()])
     lines += _listing("missing in the file", missing)
     lines += _listing("unexpected in the file", unexpected)
-    lines.append(f"  {remedy or _hint(list(here), list(shapes), missing, unexpected)}")
+    lines.append(f"  {remedy or _hint(list(here), shapes, missing, unexpected)}")
     raise UserError("\n".join(lines))
 
 
@@ -275,7 +275,16 @@ def _check_weight(name: Any, tensor: Any, here: Tensor | None, path: str | Path)
         raise UserError(f"{path}: {name}: found numbers of type {tensor.dtype}, expected {here.dtype}")
 
 
-def _hint(here: list[str], shapes: list[str], missing: list[str], unexpected: list[str]) -> str:
+_Shape = tuple[int, ...]
+
+
+def _hint(
+    here: list[str], shapes: Mapping[str, tuple[_Shape, _Shape]], missing: list[str], unexpected: list[str]
+) -> str:
+    if list(shapes) == here[:1] and not missing and not unexpected:
+        a, b = shapes[here[0]]
+        if len(a) == len(b) == 4 and a[0] == b[0] and a[2:] == b[2:]:
+            return f"the first layer takes images of {a[1]} channels here, of {b[1]} in the file: check the data set"
     if shapes and not missing and not unexpected and all(name in here[-len(here) // 4 :] for name in shapes):
         return "only the last layers differ: probably another number of classes"
     layers = {name.rpartition(".")[0] for name in missing} & {name.rpartition(".")[0] for name in unexpected}

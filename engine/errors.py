@@ -34,6 +34,10 @@ class LostProcess(UserError):
     status = 75
 
 
+class NotFiniteError(UserError):
+    """A network's outputs are NaN or infinite; a training goes on where only an evaluation finds them so."""
+
+
 def is_lost_worker(error: BaseException) -> bool:
     """Whether a process of a DataLoader has died.
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import distributed
 from engine.config import ExperimentConfig, Length
-from engine.errors import UserError
+from engine.errors import NotFiniteError, UserError
 from engine.optim import build_ema, build_optimizer, build_schedule, late_milestones, learning_rates
 from engine.prepare import Prepared, lost_processes, seed_all
 from engine.report import Evaluation, Log
@@ -388,7 +388,10 @@ class _Work:
                 precise_statistics(model, (self.to_device(batch)["image"] for batch in self.precise))
             distributed.broadcast_buffers(model)  # between two steps each process has its own running statistics
             model.eval()
-            found = self.evaluate(model, max_batches)
+            try:
+                found = self.evaluate(model, max_batches)
+            except NotFiniteError as error:  # in all processes: running statistics that are not settled may overflow
+                found = Evaluation(math.nan, text=f"warning: nothing is scored: {error}")
         self.prepared.raw.train()
         return found
 

@@ -38,6 +38,8 @@ class Evaluation:
     """Pictures, uint8 H x W x 3."""
     text: str = ""
     """What to print, such as a table."""
+    measure: str = ""
+    """The name of the score where that is a share, such as "mIoU": it is then printed and drawn in percent."""
 
 
 class Log:
@@ -155,13 +157,14 @@ class Log:
         if found.text:
             self.message(found.text.rstrip())
         star = "  (best so far)" if best else ""
-        self.message(f"evaluated after step {step}: score {found.score:.4f}{star}  in {seconds:.1f} s")
+        self.message(f"evaluated after step {step}: {_score(found.score, found.measure)}{star}  in {seconds:.1f} s")
         self._write(
             {
                 "kind": "eval",
                 "step": step,
                 "epoch": step / self._per_epoch,
                 "score": found.score,
+                "measure": found.measure,
                 "scalars": dict(found.scalars),
             }
         )
@@ -247,6 +250,10 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
+def _score(value: float, measure: str) -> str:
+    return f"{measure} {100 * value:.2f} %" if measure else f"score {value:.4f}"
+
+
 def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> None:
     """Draw the rows of a metrics file as panels of loss, learning rate and score over the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -265,7 +272,7 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> Non
         elif name == "learning rate":
             _draw_rates(axis, train)
         else:
-            _draw_scores(axis, scores)
+            name = _draw_scores(axis, scores)
         axis.set(xlabel="step", title=name)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -302,14 +309,16 @@ def _draw_rates(axis: Any, train: list[dict[str, Any]]) -> None:
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 
 
-def _draw_scores(axis: Any, scores: list[dict[str, Any]]) -> None:
-    steps, values = [row["step"] for row in scores], [row["score"] for row in scores]
+def _draw_scores(axis: Any, scores: list[dict[str, Any]]) -> str:
+    """Returns the panel's title."""
+    measure = scores[-1].get("measure", "")  # rows of earlier versions have none
+    steps, values = [row["step"] for row in scores], [(100 if measure else 1) * row["score"] for row in scores]
     axis.plot(steps, values, color="C2", linewidth=1.6, marker="o", markersize=3.5)
     best = max(range(len(values)), key=lambda i: values[i])
     axis.plot(steps[best], values[best], color="C3", marker="o", markersize=6)
     middle = (steps[0] + steps[-1]) / 2
     axis.annotate(
-        f"best {values[best]:.4f}",
+        f"best {values[best]:.2f}" if measure else f"best {values[best]:.4f}",
         (steps[best], values[best]),
         textcoords="offset points",
         xytext=(0, 8),
@@ -318,6 +327,7 @@ def _draw_scores(axis: Any, scores: list[dict[str, Any]]) -> None:
         color="C3",
     )
     axis.margins(y=0.15)
+    return f"{measure}, %" if measure else "score"
 
 
 def _mark(points: list[Any]) -> dict[str, Any]:

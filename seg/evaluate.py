@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from engine import distributed
-from engine.errors import UserError
+from engine.errors import NotFiniteError, UserError
 from engine.images import check_results_writable, write_png
 from seg import draw
 from seg.averaging import Views, predictor_of
@@ -22,7 +22,16 @@ from seg.config import DataConfig, SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
 from seg.datasets import samples as samples_of
 from seg.datasets import split_name
-from seg.labels import CITYSCAPES, TRAIN_LABEL_IDS, LabelTable, read_instance_ids, read_label_ids, scored_table, table
+from seg.labels import (
+    CITYSCAPES,
+    IGNORE,
+    TRAIN_LABEL_IDS,
+    LabelTable,
+    read_instance_ids,
+    read_label_ids,
+    scored_table,
+    table,
+)
 from seg.metrics import ConfusionMatrix, Scores, mean, nothing_scored
 from seg.pairing import pair_files, pair_samples
 
@@ -58,6 +67,7 @@ def evaluate_model(
     Raises:
         UserError: bad data (see seg.data), a split without labels, or one whose labels are all ignored (a trial run
             with `max_batches` may see ignored pixels only).
+        NotFiniteError: an output is NaN or infinite, which in a trial run, before the first step, is no matter.
     """
     world, rank = distributed.world_size(), distributed.rank()
     batches = batches or eval_batches(cfg, split, world, rank)
@@ -65,7 +75,7 @@ def evaluate_model(
     device = next(model.parameters()).device
     labels = table(cfg.data)
     confusion, panels = ConfusionMatrix(device, labels), dict[str, Rgb]()
-    training = model.training
+    training, unsound = model.training, ""
     model.eval()
     try:
         predictor = predictor_of(model, cfg, device, views)
@@ -81,12 +91,29 @@ def evaluate_model(
                 if sample in wanted:
                     truth = labels.to_train_ids(label, sample.label)
                     panels[sample.name] = draw.panel(item["image"], truth, ids, table=labels)
+    except NotFiniteError as error:
+        unsound = str(error)
     finally:
         model.train(training)
+    unsound = next(filter(None, distributed.gather(unsound)), "")  # what only one rank saw ends the others too
+    if unsound and max_batches is None:
+        raise NotFiniteError(unsound)
     scores = confusion.reduce().scores()
     if max_batches is None and math.isnan(scores.pixel_accuracy):
         raise nothing_scored(split_name(cfg.data, split))
     return scores, panels
+
+
+def check_scorable(data: DataConfig, split: str | None = None) -> None:
+    """Look for an evaluated pixel in a split's labels (default `data.val_split`); where all is well, one file is read.
+
+    Raises:
+        UserError: there is none, or a label file is bad; images without labels are not looked at.
+    """
+    labels = table(data)
+    paths = [sample.label for sample in samples_of(data, split or data.val_split) if sample.label is not None]
+    if paths and all((labels.to_train_ids(read_label_ids(path), path) == IGNORE).all() for path in paths):
+        raise nothing_scored(split_name(data, split))
 
 
 def evaluate_checkpoint(

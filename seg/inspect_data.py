@@ -212,6 +212,11 @@ def _look_at_image(entry: Entry, path: Path) -> None:
     entry.colour = np.array([len(some), *some.sum(0), *(some**2).sum(0)])
     if (image == image[0, 0]).all():
         entry.problems.append(Problem("image of one colour", str(path)))
+    elif image.max() < 16:  # what 12 bits leave
+        text = (
+            f"{path}: its brightest value is {image.max()} of 255; of 16 bits the upper byte is read, so scale 10 or 12"
+        )
+        entry.problems.append(Problem("image that is almost black", text))
 
 
 def _look_at_label(entry: Entry, path: Path, labels: LabelTable) -> None:

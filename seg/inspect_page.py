@@ -15,7 +15,7 @@ from seg.html import chart, listing, page, paragraph, picture, row, section, tab
 from seg.inspect_data import Entry, Inspection
 from seg.labels import IGNORE, LabelTable, read_label_ids
 
-NOTES = ("rare class", "class that never occurs", "images of several sizes")
+NOTES = ("rare class", "class that never occurs", "images of several sizes", "image that is almost black")
 """Kinds of problems that are no mistakes."""
 _SHOWN = 5
 _SHOWN_ON_PAGE = 200

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.errors import UserError
+from engine.errors import NotFiniteError, UserError
 from seg import models
 from seg.config import SegConfig
 
@@ -183,7 +183,7 @@ class Predictor:
             size = f"{pixels.shape[0]} x {pixels.shape[1]} x {pixels.shape[2]} pixels"
             raise UserError(f"Out of memory on {device} with {size} at once; set a smaller predict.window.") from error
         if not torch.isfinite(logits.sum()):  # a sum is much faster than a look at each value
-            raise UserError(
+            raise NotFiniteError(
                 "The network's output is not finite (NaN or infinity) on this image; are its weights sound?"
             )
         return logits

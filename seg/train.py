@@ -16,7 +16,7 @@ from engine.resume import open_work_dir
 from seg import losses, models, weights
 from seg.config import SegConfig
 from seg.data import eval_batches, train_batches
-from seg.evaluate import evaluate_model
+from seg.evaluate import check_scorable, evaluate_model
 from seg.labels import scored_table, table
 
 
@@ -33,6 +33,7 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
         labels = table(cfg.data)
         training = train_batches(cfg, world_size(), rank(), cache=Path(work_dir))
         validation = eval_batches(cfg, world=world_size(), rank=rank())
+        check_scorable(cfg.data)
         with open_work_dir(work_dir, loaded, resume) as state, Log(work_dir, cfg.report, resume=state) as log:
             if state:
                 scored_table(cfg.data, state["meta"], state["path"])  # the file of labels may have changed meanwhile
@@ -45,7 +46,8 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
             def evaluate(network: nn.Module, max_batches: int | None) -> Evaluation:
                 scores, panels = evaluate_model(network, cfg, batches=validation, max_batches=max_batches)
                 scalars = {**scores.means(), **{f"IoU/{name}": value for name, value in scores.class_iou.items()}}
-                return Evaluation(scores.mean_iou, scalars, panels, scores.table() if max_batches is None else "")
+                text = scores.table() if max_batches is None else ""
+                return Evaluation(scores.mean_iou, scalars, panels, text, "mIoU")
 
             return fit(
                 prepared,

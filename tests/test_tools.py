@@ -127,7 +127,7 @@ def test_an_exported_program_labels_as_we_do_without_our_code(project: Path, sam
 
 def test_an_exported_classifier(project: Path, classifier: str):
     assert "N images of 32x32" in tool("export", f"{classifier}/best.pt", "--out", "c.pt2", cwd=project)
-    assert "weights" in tool("export", f"{classifier}/best.pt", "--out", "c.safetensors", cwd=project)
+    assert "weights" in tool("export", f"{classifier}/best.pt", "--out", "made/c.safetensors", cwd=project)
 
 
 def test_one_unreadable_image_stops_nothing(project: Path, sample_root: Path):

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="best.pt or last.pt of a run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to its config")
-    parser.add_argument("--out", type=Path, required=True, help="a name that ends in .pt2 or .safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="a name in .pt2 or .safetensors; its folder is made")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of a program's images, pixels")
     parser.add_argument(
         "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
@@ -61,10 +61,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.size is not None and min(args.size) < 1:
         raise UserError(f"--size {args.size[0]} {args.size[1]}: expected a height and a width in pixels")
     from engine.checkpoint import task
+    from engine.images import check_writable
 
     write = {"seg": _segmentation, "classify": _classification}.get(found := task(args.checkpoint))
     if write is None:
         raise UserError(f"{args.checkpoint}: a checkpoint of the task {found!r}, expected 'seg' or 'classify'")
+    check_writable(args.out.parent)
     print(write(args))
     return 0
 

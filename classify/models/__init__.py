@@ -8,6 +8,7 @@ NETWORKS below; the annotations of the options say which values are valid.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from classify.models import (
     vgg,
 )
 from engine.errors import UserError
+from engine.state import isolated_rng
 
 _FAMILIES = (
     vgg, resnet, preact_resnet, densenet, resnext, mobilenet_v2, dpn, pnasnet, senet, efficientnet, lenet, mlp
@@ -82,6 +84,8 @@ def build(
         model = _NETWORKS[name](num_classes, in_channels, **options)
     if size is not None:
         _try(model, name, num_classes, in_channels, size)
+        if library in ("torchvision", "timm") and options:
+            _try_training(model, name, options, in_channels, size)
     return model
 
 
@@ -141,6 +145,17 @@ def _try(model: nn.Module, name: str, num_classes: int, in_channels: int, size: 
         f"model.name: {name} cannot take images of {size}x{size}; the smallest that it takes are "
         f"{smallest}x{smallest}: set {' or '.join(ways)}, or choose another network"
     )
+
+
+def _try_training(model: nn.Module, name: str, options: dict[str, Any], in_channels: int, size: int) -> None:
+    """Raises UserError for values of options that fail in training mode alone, such as a rate above 1."""
+    with isolated_rng(0), torch.no_grad():
+        try:
+            copy.deepcopy(model)(torch.zeros(2, in_channels, size, size))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"model.options: with {options} {name} cannot be trained: {str(error).splitlines()[0]}; change them"
+            ) from None
 
 
 @torch.no_grad()

@@ -310,6 +310,11 @@ def test_timm_networks():
             "model.options.drop_rte: timm/resnet18 has no such option; did you mean drop_rate",
         ),
         ("resnet18", {"pretrained": True}, "model.options.pretrained: not an option .* model.weights decides it"),
+        (
+            "resnet18",
+            {"drop_path_rate": 2},
+            r"model.options: with {'drop_path_rate': 2} timm/resnet18 cannot be trained: .*\bp\b",
+        ),
         ("resnet18", {"features_only": True}, r"timm/resnet18 gives list for an image, expected \(1, 10\)"),
         ("vit_tiny_patch16_224", {}, "set data.size=224 or model.options.img_size=32"),
     ):

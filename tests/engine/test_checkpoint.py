@@ -286,6 +286,13 @@ def test_another_number_of_classes() -> None:
     ]
 
 
+def test_images_of_other_channels() -> None:
+    gray = network()
+    gray[0] = nn.Conv2d(1, 4, 3)
+    told = "the first layer takes images of 1 channels here, of 3 in the file: check the data set"
+    assert mismatch(gray, network()).splitlines()[-1].strip() == told
+
+
 def test_another_norm() -> None:
     text = mismatch(network(norm=False), network())
     assert "  5 unexpected in the file:\n    1.weight\n" in text

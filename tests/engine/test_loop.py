@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from engine import checkpoint, distributed
 from engine.checkpoint import differing
 from engine.config import Length
-from engine.errors import UserError
+from engine.errors import NotFiniteError, UserError
 from engine.loop import Batch, Evaluation, Loss
 from engine.report import read_metrics
 from engine.resume import find_resume
@@ -336,6 +337,28 @@ def test_best_and_last(tmp_path: Path) -> None:
     assert not differing(best["model"], recorder.states[3])
     assert (last["task"], last["meta"], last["config"]["batch_size"]) == ("toy", {"classes": ["a", "b", "c"]}, 8)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["best.pt", "curves.png", "last.pt", "metrics.jsonl"]
+
+
+def test_outputs_that_are_not_finite_in_an_evaluation_end_no_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = iter([None, 0.3, None])
+
+    def overflowing(model: nn.Module, max_batches: int | None) -> Evaluation:
+        score = 0.0 if max_batches else next(scores)
+        if score is None:
+            raise NotFiniteError("the outputs are not finite")
+        return Evaluation(score)
+
+    result = train(config(steps=6, report__eval_every=Length(2, "steps")), tmp_path, evaluate=overflowing)
+    assert (result.score, result.best_step, result.step) == (0.3, 4, 6) and math.isnan(result.last_score or 0.0)
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 4
+    assert capsys.readouterr().out.count("warning: nothing is scored: the outputs are not finite") == 2
+    assert [row["score"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "eval"] == [
+        None,
+        0.3,
+        None,
+    ]
 
 
 def test_running_statistics_are_averaged_anew_before_an_evaluation(tmp_path: Path) -> None:

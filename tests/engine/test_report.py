@@ -41,6 +41,18 @@ def test_progress_line(tmp_path: Path) -> None:
     assert lines[5:] == ["class  IoU", "road   0.9", "evaluated after step 100: score 0.4321  (best so far)  in 1.2 s"]
 
 
+def test_a_share_is_printed_in_percent(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with Log(tmp_path, QUIET, stream=stream) as log:
+        log.begin(total_steps=10, steps_per_epoch=10, images_per_step=8)
+        log.evaluation(5, Evaluation(0.43214, measure="mIoU"), seconds=1.25, best=False)
+        log.curves()
+    assert stream.getvalue() == "evaluated after step 5: mIoU 43.21 %  in 1.2 s\n"
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (row["score"], row["measure"]) == (0.43214, "mIoU")
+    assert (tmp_path / "curves.png").is_file()
+
+
 def test_single_part_and_rate_are_not_repeated(tmp_path: Path) -> None:
     stream = io.StringIO()
     with Log(tmp_path, QUIET, stream=stream) as log:

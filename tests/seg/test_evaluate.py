@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from engine import checkpoint, distributed
-from engine.errors import UserError
+from engine.errors import NotFiniteError, UserError
 from seg import evaluate
 from seg.config import SegConfig
 from seg.labels import TRAIN_LABEL_IDS, read_label_ids, to_label_ids, to_train_ids
@@ -235,6 +235,19 @@ def test_trial_runs_and_numbers_of_pictures(sample_root: Path) -> None:
     scores, pictures = evaluate.evaluate_model(Coarse(), config(sample_root), max_batches=1, pictures=1)
     assert scores.images == 1 and len(pictures) == 1
     assert evaluate.evaluate_model(Coarse(), config(sample_root), pictures=0)[1] == {}
+
+
+def test_before_the_training_outputs_need_not_be_finite(sample_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Coarse()
+    torch.nn.init.constant_(next(model.parameters()), math.nan)
+    model.train()
+    with pytest.raises(NotFiniteError, match="not finite"):
+        evaluate.evaluate_model(model, config(sample_root))
+    evaluate.evaluate_model(model, config(sample_root), max_batches=1)
+    assert model.training
+    monkeypatch.setattr(distributed, "gather", lambda one: [one, "the other rank's output is not finite"])
+    with pytest.raises(NotFiniteError, match="the other rank"):  # or it would wait for the other one's counts
+        evaluate.evaluate_model(Coarse(), config(sample_root))
 
 
 def test_ranks_score_disjoint_images_and_only_the_first_draws(

@@ -144,6 +144,14 @@ def test_each_damage_is_named(copy: Path) -> None:
     assert "<p class=wrong>9 problems" in document
 
 
+def test_camera_values_of_12_bits_are_told(copy: Path) -> None:
+    path = image_files(copy, "val")[0]
+    grey = np.arange(64 * 128, dtype=np.uint16).reshape(64, 128) % 4096
+    Image.fromarray(grey).save(path)
+    told = {problem.kind: problem.text for problem in inspect(copy).problems}
+    assert told["image that is almost black"].startswith(f"{path}: its brightest value is 15 of 255; of 16 bits")
+
+
 def test_a_copy_in_another_format_is_noticed_within_a_split(copy: Path) -> None:
     first, second, *_ = image_files(copy)
     Image.open(first).save(second, compress_level=0)

@@ -214,6 +214,7 @@ def test_broken_label_in_validation_shows_before_the_first_step(loaded, sample_r
 def test_validation_labels_that_are_all_ignored_end_the_run(loaded, void_root: Path, tmp_path: Path):
     with pytest.raises(UserError, match=f"the split 'val' in {void_root}: no pixel has an evaluated class"):
         train.run(loaded(f"data.root={void_root}", "length=2 steps"), tmp_path / "work")
+    assert not (tmp_path / "work" / "metrics.jsonl").exists()  # before anything was trained
 
 
 def test_a_longer_schedule_takes_effect_at_once(loaded, tmp_path: Path):
