@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from engine.errors import UserError
 from seg.config import SegConfig
-from seg.predict import Predictor
+from seg.predict import Predictor, scaled
 
 Array = NDArray[np.uint8]
 
@@ -76,11 +75,9 @@ class Averaged:
         base = 1.0 if self.predictor.base_size is None else self.predictor.base_size / min(height, width)
         total: Tensor | None = None
         for scale in self.views.scales:
-            size = (max(1, round(height * base * scale)), max(1, round(width * base * scale)))
-            pixels = image if size == (height, width) else cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+            pixels = scaled(image, base * scale)
             for mirrored in (False, True) if self.views.flip else (False,):
-                seen = np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels
-                found = self._view(seen.astype(np.uint8, copy=False))
+                found = self._view(np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels)
                 found = _resized(found.flip(-1) if mirrored else found, (height, width))
                 total = found if total is None else total.add_(found)
         assert total is not None

@@ -242,6 +242,9 @@ def _read_png(path: Path) -> npt.NDArray[Any]:
             return ids
     try:  # palette indices, fewer than 8 bits, grey with a transparent value: cv2 would turn them into something else
         with Image.open(io.BytesIO(data)) as image:
-            return np.array(image).astype(np.uint8) if image.mode == "1" else np.array(image)
+            ids = np.array(image)
+            if color == 0 and depth < 8:  # PIL spreads grey of 2 and 4 bits over 0 to 255
+                ids = ids.astype(np.uint8) // {1: 1, 2: 85, 4: 17}[depth]
+            return ids
     except (OSError, SyntaxError, ValueError) as error:
         raise damaged(path) from error

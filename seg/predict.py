@@ -137,14 +137,7 @@ class Predictor:
             raise ValueError(f"expected an image uint8 (H, W, 3), got {image.dtype} {image.shape}")
         if self.base_size is None:
             return image
-        factor = self.base_size / min(image.shape[:2])
-        size = round(image.shape[1] * factor), round(image.shape[0] * factor)
-        if size[0] * size[1] > _LARGEST_INPUT:
-            shape = f"{image.shape[1]} x {image.shape[0]}"
-            raise UserError(
-                f"An image of {shape} pixels is too long to be brought to a shorter side of {self.base_size}."
-            )
-        return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+        return scaled(image, self.base_size / min(image.shape[:2]))
 
     def _windows(self, images: Sequence[Array]) -> Iterator[tuple[_Window, Tensor]]:
         """Each window of each image with the logits of its kept part, float32 (C, h, w)."""
@@ -187,6 +180,23 @@ class Predictor:
                 "The network's output is not finite (NaN or infinity) on this image; are its weights sound?"
             )
         return logits
+
+
+def scaled(image: Array, factor: float) -> Array:
+    """The image uint8 (H, W, 3) at this multiple of its size, at least a pixel, bilinearly.
+
+    Raises:
+        UserError: more than 128 megapixels would come out.
+    """
+    height, width = image.shape[:2]
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    if size[0] * size[1] > _LARGEST_INPUT:
+        raise UserError(
+            f"An image of {width} x {height} pixels is too long to be brought to a shorter side of {min(size)}."
+        )
+    if size == (width, height):
+        return image
+    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
 
 
 def logits_of(model: nn.Module, images: Tensor, multiple: int = 1, size: tuple[int, int] | None = None) -> Tensor:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -214,5 +215,5 @@ def _kept(path: Path, key: str) -> Counts | None:
         with np.load(path, allow_pickle=False) as content:
             counts: Counts = content["counts"]
             return counts if str(content["key"]) == key else None
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

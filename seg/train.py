@@ -8,6 +8,7 @@ from torch import nn
 
 from engine.config import Loaded
 from engine.distributed import rank, world_size
+from engine.errors import UserError
 from engine.loop import Evaluation, Result, fit
 from engine.optim import parameter_groups
 from engine.prepare import prepare, session
@@ -31,6 +32,11 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
     with session(cfg.runtime):
         loss = losses.build(cfg, cache=Path(work_dir))
         labels = table(cfg.data)
+        if labels.num_classes < 2:
+            raise UserError(
+                f"{labels.name}: has the class {labels.classes[0]!r} alone, so there is nothing to tell apart; give "
+                "the rest a train_id of its own in place of ignoring it"
+            )
         training = train_batches(cfg, world_size(), rank(), cache=Path(work_dir))
         validation = eval_batches(cfg, world=world_size(), rank=rank())
         check_scorable(cfg.data)

@@ -104,6 +104,11 @@ def test_base_size_is_the_size_that_is_scaled(image: np.ndarray) -> None:
     torch.testing.assert_close(found, predictor().probabilities(image))
 
 
+def test_an_image_that_becomes_too_large_is_refused_as_without_views() -> None:
+    with pytest.raises(UserError, match="An image of 300000 x 1 pixels is too long to be brought to .* of 1024"):
+        Averaged(predictor(base_size=512), Views((2.0,))).predict(np.zeros((1, 300000, 3), np.uint8))
+
+
 def test_the_config_chooses() -> None:
     cfg = SegConfig.model_validate({"length": "1 epochs", "batch_size": 1, "data": {"crop": (32, 64)}})
     assert isinstance(predictor_of(Net().eval(), cfg, "cpu"), Predictor)

@@ -222,6 +222,28 @@ def test_instance_ids_of_another_size(tmp_path: Path) -> None:
         list(data.eval_batches(config(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("size", "options", "text"),
+    [
+        (
+            (1, 300),
+            {"scale": (0.5, 2.0)},
+            r"300 x 1 pixels, too thin to be scaled to a shorter side of 1 times 0.5 to 2 ",
+        ),
+        ((2, 300000), {"base_size": 520}, "300000 x 2 pixels, too many to be scaled to a shorter side of 520 times"),
+    ],
+)
+def test_training_images_that_scaling_would_spoil(
+    tmp_path: Path, size: tuple[int, int], options: dict[str, Any], text: str
+) -> None:
+    path = write(tmp_path, "train", 1)[0]
+    Image.new("RGB", size[::-1]).save(path)
+    Image.new("L", size[::-1]).save(label_of(path))
+    with pytest.raises(UserError, match=text) as error:
+        list(data.train_batches(config(tmp_path, batch_size=1, data=options)).epoch(0))
+    assert str(error.value).startswith(f"{path}: has ")
+
+
 def test_fewer_images_than_a_batch(tmp_path: Path) -> None:
     write(tmp_path, "train", 3)
     with pytest.raises(UserError, match="split 'train' in .* has 3 images, fewer than batch_size 4"):

@@ -73,6 +73,28 @@ def test_grey_png_with_a_transparent_value_stays_ids(tmp_path: Path) -> None:
     assert np.array_equal(labels.read_label_ids(tmp_path / "x.png"), ids)
 
 
+def grey_png(path: Path, ids: np.ndarray, depth: int) -> None:
+    """A PNG of 1, 2 or 4 bits a pixel, which neither Pillow nor OpenCV writes."""
+    bits = np.unpackbits(ids[..., None], axis=2)[..., 8 - depth :].reshape(len(ids), -1)
+    rows = np.pad(np.packbits(bits, axis=1), ((0, 0), (1, 0)))  # each begins with its filter, none
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], depth, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows.tobytes())),
+        (b"IEND", b""),
+    ]
+    packed = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_grey_of_few_bits_stays_ids(tmp_path: Path, depth: int) -> None:
+    ids = (np.arange(5 * 7, dtype=np.uint8) % 2**depth).reshape(5, 7)
+    grey_png(tmp_path / "x.png", ids, depth)
+    assert np.array_equal(labels.read_label_ids(tmp_path / "x.png"), ids)
+
+
 def test_instance_ids_keep_16_bits(tmp_path: Path) -> None:
     ids = np.array([[26001, 33999], [7, 24000]], np.uint16)
     Image.fromarray(ids).save(tmp_path / "i.png")

@@ -88,6 +88,8 @@ def test_counts_are_kept_until_a_file_or_the_table_changes(tmp_path: Path, monke
     assert again[1].sum() == again[1, CITYSCAPES.classes.index("car")] == 32 * 48 and len(read) == 2
     (work / rare.CACHE).write_bytes(b"spoilt")
     assert np.array_equal(rare.class_counts(samples, CITYSCAPES, work), again) and len(read) == 4
+    (work / rare.CACHE).write_bytes((work / rare.CACHE).read_bytes()[:100])  # cut off
+    assert np.array_equal(rare.class_counts(samples, CITYSCAPES, work), again) and len(read) == 6
 
 
 def test_nothing_labelled(tmp_path: Path) -> None:

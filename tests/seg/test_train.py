@@ -17,6 +17,7 @@ from seg import train
 from seg.config import SegConfig
 from seg.evaluate import evaluate_checkpoint
 from seg.models import from_checkpoint
+from tests.seg import layouts
 
 TINY = """
 task: seg
@@ -215,6 +216,18 @@ def test_validation_labels_that_are_all_ignored_end_the_run(loaded, void_root: P
     with pytest.raises(UserError, match=f"the split 'val' in {void_root}: no pixel has an evaluated class"):
         train.run(loaded(f"data.root={void_root}", "length=2 steps"), tmp_path / "work")
     assert not (tmp_path / "work" / "metrics.jsonl").exists()  # before anything was trained
+
+
+def test_one_class_is_nothing_to_learn(loaded, tmp_path: Path):
+    root = tmp_path / "data"
+    layouts.folder(root)
+    entries = [
+        "{id: 0, name: rest, color: [0, 0, 0], ignore: true}",
+        "{id: 1, name: road, color: [9, 9, 9], train_id: 0}",
+    ]
+    (root / "labels.yaml").write_text("".join(f"- {entry}\n" for entry in entries))
+    with pytest.raises(UserError, match="labels.yaml.*: has the class 'road' alone, .* give the rest a train_id"):
+        train.run(loaded(f"data.root={root}", "data.name=folder"), tmp_path / "work")
 
 
 def test_a_longer_schedule_takes_effect_at_once(loaded, tmp_path: Path):
