@@ -154,7 +154,7 @@ def load_plain(text: str, where: str) -> Any:
     """The plain containers in a YAML text; `where` names it in errors.
 
     Raises:
-        UserError: not YAML, a value of another kind than plain ones, or a document that `_check_size` refuses.
+        UserError: not YAML, a value of another kind than plain ones, or a document that `_check` refuses.
     """
     node = _compose(text, where)
     loader = _Loader("")
@@ -174,7 +174,7 @@ def _compose(text: str, where: str) -> yaml.Node | None:
     try:
         node = loader.get_single_node()
         if node is not None:
-            _check_size(node, where, {})
+            _check(node, where, {})
         return node
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where}: not valid YAML: {_reason(error)}") from None
@@ -184,14 +184,15 @@ def _compose(text: str, where: str) -> yaml.Node | None:
         loader.dispose()
 
 
-def _check_size(node: yaml.Node, where: str, sizes: dict[yaml.Node, int]) -> int:
-    """How many values a node has once its anchors are unfolded. Raises UserError for one that holds itself, and for
-    more than MOST_VALUES: a few lines can stand for billions."""
+def _check(node: yaml.Node, where: str, sizes: dict[yaml.Node, int]) -> int:
+    """How many values a node has once its anchors are unfolded. Raises UserError for one that holds itself, for more
+    than MOST_VALUES (a few lines can stand for billions), and for a key that is written twice."""
     if node not in sizes:
         sizes[node] = 0  # being counted
+        _check_keys(node, where)
         inner = node.value if isinstance(node, yaml.CollectionNode) else []
         parts = [part for pair in inner for part in pair] if isinstance(node, yaml.MappingNode) else inner
-        sizes[node] = 1 + sum(_check_size(part, where, sizes) for part in parts)
+        sizes[node] = 1 + sum(_check(part, where, sizes) for part in parts)
     line = node.start_mark.line + 1
     if not sizes[node]:
         raise UserError(f"{where}: line {line}: this value holds itself through an anchor (&) of its own")
@@ -200,6 +201,15 @@ def _check_size(node: yaml.Node, where: str, sizes: dict[yaml.Node, int]) -> int
             f"{where}: line {line}: stands for more than {MOST_VALUES} values, by anchors (&) within anchors"
         )
     return sizes[node]
+
+
+def _check_keys(node: yaml.Node, where: str) -> None:
+    seen: set[str] = set()
+    for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+        key = str(key_node.value)
+        if key in seen and key != "<<":
+            raise UserError(f"{where}: line {key_node.start_mark.line + 1}: the key {key!r} is written twice")
+        seen.add(key)
 
 
 def _reason(error: Exception) -> str:
@@ -217,12 +227,6 @@ def _build(node: yaml.Node, where: str, origin: Any, depth: int = 0) -> Any:
     try:
         if not isinstance(node, yaml.MappingNode):
             return Leaf(loader.construct_document(node), origin(line))
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen and key != "<<":
-                raise UserError(f"{where}: line {key_node.start_mark.line + 1}: the key {key!r} is written twice")
-            seen.add(key)
         loader.flatten_mapping(node)  # resolves `<<: *anchor`
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{where}: line {line}: not a value this config may hold: {_reason(error)}") from None

@@ -32,6 +32,8 @@ Floats = NDArray[np.float64]
 BINS = 15
 SAMPLED = 4000
 """Pixels of an image, drawn evenly with a fixed seed, that the temperature is fitted to."""
+MOST_VALUES = 50_000_000
+"""Logits of them all, which are kept in memory."""
 _RANGE = (0.05, 20.0)
 """Temperatures that are tried."""
 
@@ -120,6 +122,12 @@ class Calibration:
             "before": self.before.to_json(),
             "after": self.after.to_json(),
         }
+
+
+def pixels_of(images: int, classes: int) -> int:
+    """How many pixels of each image the temperature is fitted to: SAMPLED, or fewer where those of all together would
+    be more than MOST_VALUES numbers."""
+    return max(1, min(SAMPLED, MOST_VALUES // (images * classes)))
 
 
 class Calibrator:

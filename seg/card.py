@@ -19,7 +19,7 @@ from torch import nn
 from engine.errors import UserError
 from seg.averaging import Averaged, Views
 from seg.boundary import BoundaryIoU
-from seg.calibration import Calibration, Calibrator, halves
+from seg.calibration import Calibration, Calibrator, halves, pixels_of
 from seg.config import SegConfig
 from seg.data import EvalBatches, Rgb, Sample
 from seg.datasets import split_name
@@ -91,13 +91,14 @@ def measure_split(
     """
     labels = table(cfg.data)
     confusion, boundary = ConfusionMatrix(labels=labels), BoundaryIoU(labels.classes)
-    images, calibrator = ImageScores(labels.classes), Calibrator(seed=cfg.runtime.seed)
+    images = ImageScores(labels.classes)
     if len(samples) < 2:
         raise UserError(
             f"{cfg.data.root}: the split has {len(samples)} image, a card needs at least 2: the temperature of the "
             "calibration is fitted to one half and reported on the other."
         )
     first, second = halves(len(samples))
+    calibrator = Calibrator(sampled=pixels_of(len(first), labels.num_classes), seed=cfg.runtime.seed)
     order = [*first, *second]
     batches = EvalBatches([samples[i] for i in order], cfg, 1, 0)
     every = (item for items in batches for item in items)
@@ -118,8 +119,8 @@ def measure_split(
     scores = confusion.scores()
     if math.isnan(scores.pixel_accuracy):
         raise nothing_scored(split_name(cfg.data, split))
-    worst = {one.name: rank for rank, one in enumerate(images.worst(WORST))}
-    shown = sorted((s for s in samples if s.name in worst), key=lambda s: worst[s.name])
+    worst = {(one.city, one.name): rank for rank, one in enumerate(images.worst(WORST))}
+    shown = sorted((s for s in samples if (s.city, s.name) in worst), key=lambda s: worst[s.city, s.name])
     examples = [
         Example(sample.name, image, truth, predictor.predict(image)) for sample, image, truth in truths(shown, cfg)
     ]

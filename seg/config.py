@@ -58,7 +58,8 @@ class DataConfig(Section):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     """Standard deviation of the RGB channels in [0, 1] that is divided by."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 1
-    """Validation images a process handles at once; images of another size than their neighbours go alone."""
+    """Validation images a process handles at once; images of another size than their neighbours go alone, and all do
+    where several views are averaged."""
     eval_base_size: Side | None = None
     """Shorter side in pixels at which validation images enter the network; null: their own size. Ground truth is never
     resized: the logits go up to its size."""

@@ -198,7 +198,7 @@ def voc(cfg: DataConfig, split: str) -> Listing:
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
         raise UserError(f"{path}: no such list (lists there: {there}). {GET_VOC}")
-    names = path.read_text().split()
+    names = _names(path)
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise UserError(f"{path}: names {twice} {names.count(twice)} times; expected each image once.")
     top, masks = _folder(cfg, root / "JPEGImages", GET_VOC), root / "SegmentationClass"
@@ -207,6 +207,21 @@ def voc(cfg: DataConfig, split: str) -> Listing:
         return Listing(images, None, source=path)
     _folder(cfg, masks, GET_VOC)
     return Listing(images, {("", name): masks / f"{name}.png" for name in names}, source=path)
+
+
+def _names(path: Path) -> list[str]:
+    """The lines of a list of images. Raises UserError where one is more than a name."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected a name in each line, in UTF-8.") from None
+    for number, line in enumerate(lines, 1):
+        if len(line.split()) > 1 or "/" in line:
+            raise UserError(
+                f"{path}: line {number}: found {line!r}, expected the name of one image, such as 2007_000032: without "
+                "folder, ending or label (the list of ImageSets/Segmentation, not of Main or of pairs of paths)."
+            )
+    return [line for line in lines if line]
 
 
 def folder(cfg: DataConfig, split: str) -> Listing:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -49,8 +50,8 @@ def evaluate_model(
     """Score a model on a split, every image on exactly one rank; all ranks get the same scores.
 
     Predictions are those of `seg.predict.Predictor`, as in tools/predict.py: the logits go up to the image size, which
-    is the label's (labels are never resized), then argmax gives the class. Computed in float32 on the device of the
-    model's parameters; the model is in eval mode meanwhile and gets its mode back.
+    is the label's (labels are never resized), then argmax gives the class. Computed on the device of the
+    model's parameters, in the precision of `runtime.amp`; the model is in eval mode meanwhile and gets its mode back.
 
     Args:
         model: see Predictor.
@@ -72,6 +73,7 @@ def evaluate_model(
     world, rank = distributed.world_size(), distributed.rank()
     batches = batches or eval_batches(cfg, split, world, rank)
     wanted = _spread(batches.samples, cfg.report.images if pictures is None else pictures) if rank == 0 else set()
+    titles = _titles(wanted)
     device = next(model.parameters()).device
     labels = table(cfg.data)
     confusion, panels = ConfusionMatrix(device, labels), dict[str, Rgb]()
@@ -90,7 +92,7 @@ def evaluate_model(
                 confusion.update(labels.to_label_ids(ids), label, item["instance"], name=str(sample.label))
                 if sample in wanted:
                     truth = labels.to_train_ids(label, sample.label)
-                    panels[sample.name] = draw.panel(item["image"], truth, ids, table=labels)
+                    panels[titles[sample]] = draw.panel(item["image"], truth, ids, table=labels)
     except NotFiniteError as error:
         unsound = str(error)
     finally:
@@ -279,6 +281,12 @@ def write_pictures(scores: Scores, pictures: Mapping[str, Rgb], out: Path | str)
 def _spread(samples: Sequence[Sample], wanted: int) -> set[Sample]:
     """Up to `wanted` samples, evenly spread (neighbours show the same street)."""
     return {samples[i * len(samples) // wanted] for i in range(wanted)} if samples else set()
+
+
+def _titles(samples: Collection[Sample]) -> dict[Sample, str]:
+    """Names of the samples, with the city where two have the same."""
+    often = Counter(sample.name for sample in samples)
+    return {one: one.name if often[one.name] == 1 else f"{one.city}_{one.name}" for one in samples}
 
 
 def _refuse_train_ids(scores: Scores, predictions: Path) -> None:

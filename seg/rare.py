@@ -13,6 +13,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,6 +132,11 @@ class Pool:
     ) -> None:
         self.count, self.seed, self.factors, self.coarse = count, seed, factors, coarse
         self.coarse_count = round(count * coarse_share) if coarse else 0
+        if coarse and coarse_share and not self.coarse_count:
+            raise UserError(
+                f"data.coarse_share: {coarse_share:g} of an epoch of {count} images is less than one; set 0, or at "
+                f"least {1 / count:.2g}"
+            )
 
     def epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         """Indices (count,) into the `count` samples followed by the coarse ones; n is the number of both, and i + k n
@@ -215,5 +221,5 @@ def _kept(path: Path, key: str) -> Counts | None:
         with np.load(path, allow_pickle=False) as content:
             counts: Counts = content["counts"]
             return counts if str(content["key"]) == key else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

@@ -296,6 +296,7 @@ def test_stored_config_imports_nothing_unless_allowed(tmp_path: Path, monkeypatc
         ("optim: {warmup_factor: 0.3}\n", "x.yaml:4: optim: warmup_factor has no effect with no warmup; set"),
         ("optim: {name: adam, momentum: 0.3}\n", "x.yaml:4: optim: momentum has no effect with name: adam; set"),
         ("optim:\n  lr: 1\n  lr: 2\n", "x.yaml: line 6: the key 'lr' is written twice"),
+        ("imports: [{a: 1, a: 2}]\n", "x.yaml: line 4: the key 'a' is written twice"),
         ("data: {root: !!python/name:os.system ''}\n", "x.yaml: line 4: not a value this config may hold"),
         ("data: [\n", "x.yaml: not valid YAML: line 5, column 1:"),
         ("? [a]\n: 1\n", "x.yaml: line 4: a key must be a word"),

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from seg.calibration import Calibrator, Reliability, draw_reliability, fit_temperature, halves
+from seg.calibration import (
+    MOST_VALUES,
+    SAMPLED,
+    Calibrator,
+    Reliability,
+    draw_reliability,
+    fit_temperature,
+    halves,
+    pixels_of,
+)
 
 
 def drawn(temperature: float, seed: int, shape: tuple[int, int] = (60, 80)) -> tuple[Tensor, np.ndarray]:
@@ -74,6 +83,12 @@ def test_the_fit_finds_the_temperature_that_the_truth_was_drawn_with(temperature
         return float(torch.nn.functional.cross_entropy((values / t).T.double(), true))
 
     assert nll(found) <= min(nll(found * 1.02), nll(found / 1.02))
+
+
+def test_many_classes_and_images_take_fewer_pixels_of_each() -> None:
+    assert pixels_of(250, 19) == SAMPLED  # Cityscapes
+    assert pixels_of(1000, 124) == 403 and MOST_VALUES < 1000 * 124 * 404  # Mapillary Vistas
+    assert pixels_of(10**9, 254) == 1
 
 
 def test_fitted_on_one_half_and_reported_on_the_other() -> None:

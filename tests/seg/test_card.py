@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,30 @@ def page_of(cfg: SegConfig, path: Path, upper: int, robustness: Robustness | Non
     facts = card.describe(path, torch.nn.Identity(), cfg, "val", samples, None)
     measured = card.measure_split(Unicorns(upper), cfg, samples)  # type: ignore[arg-type]
     return card_page.document(card.Card(facts, "", *measured, robustness))
+
+
+def test_images_of_one_name_in_two_cities_are_two(
+    tmp_path: Path,
+    sample_root: Path,
+    report_config: Make,
+    small_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = tmp_path / "twins"
+    for city in ("a", "b"):
+        for number, label in enumerate(sorted(sample_root.glob("gtFine/val/*/*_labelIds.png"))):
+            image = Path(str(label).replace("gtFine_labelIds", "leftImg8bit").replace("gtFine", "leftImg8bit"))
+            for source, kind, end in ((image, "leftImg8bit", "leftImg8bit"), (label, "gtFine", "gtFine_labelIds")):
+                target = root / kind / "val" / city / f"{number}_{end}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
+    cfg = report_config(root=root)
+    samples = eval_batches(cfg).samples
+    assert len(samples) == 4
+    monkeypatch.setattr(card, "WORST", 1)
+    assert len(card.measure_split(Half(samples), cfg, samples)[-1]) == 1  # type: ignore[arg-type]
+    model, _, _ = from_checkpoint(small_checkpoint)
+    assert sorted(evaluate.evaluate_model(model, cfg, pictures=4)[1]) == ["a_0", "a_1", "b_0", "b_1"]
 
 
 def test_classes_in_no_label_file_are_told_as_on_the_console(plain: SegConfig, small_checkpoint: Path) -> None:

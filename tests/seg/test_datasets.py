@@ -208,6 +208,13 @@ def test_lists_of_voc(tmp_path: Path) -> None:
     own.write_text("2007_train1\n2007_train0\n2007_train1\n")
     with pytest.raises(UserError, match=r"own\.txt: names 2007_train1 2 times; expected each image once"):
         datasets.samples(cfg, "own")
+    for line in (b"2007_train1 1", b"/JPEGImages/2007_train1.jpg /SegmentationClass/2007_train1.png"):
+        own.write_bytes(b"2007_train0\n" + line + b"\n")
+        with pytest.raises(UserError, match=r"own\.txt: line 2: found '.*', expected the name of one image, such as"):
+            datasets.samples(cfg, "own")
+    own.write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match=r"own\.txt: cannot be read \(.*\); expected a name in each line, in UTF-8"):
+        datasets.samples(cfg, "own")
     own.unlink()
     (tmp_path / "VOCdevkit/VOC2012/SegmentationClass/2007_train1.png").unlink()
     with pytest.raises(UserError, match=r"names 4 images; 1 files are missing, the first .*2007_train1\.png"):

@@ -62,6 +62,7 @@ ROAD = "- {id: 0, name: road, color: [1, 2, 3], train_id: 0}\n"
         ("road: 0", r"expected a list of labels, such as `- \{id: 0, name: road.*found dict"),
         ("", "expected a list of labels.*found nothing"),
         ("- {id: 0", "not valid YAML: line 1"),
+        (ROAD + "- {id: 1, name: car, color: [1, 2, 3], train_id: 1, id: 2}", "line 2: the key 'id' is written twice"),
     ],
 )  # fmt: skip
 def test_mistakes_name_file_and_entry(tmp_path: Path, text: str, said: str) -> None:

@@ -172,6 +172,11 @@ def test_coarse_images_take_their_share_and_the_epoch_keeps_its_length(tmp_path:
     assert flat(data.train_batches(cfg).epoch(3, start=1)) == flat(batches.epoch(3))[1:]
 
 
+def test_a_share_of_less_than_an_image_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.coarse_share: 0.04 of an epoch of 10 images is less than one; .* 0.1$"):
+        data.train_batches(config(coarse_root(tmp_path), coarse_share=0.04))
+
+
 def test_without_a_share_nothing_coarse_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path, [mask(ROAD)] * 2)
     assert len(data.train_batches(config(tmp_path))) == 1
