@@ -190,12 +190,12 @@ def scaled(image: Array, factor: float) -> Array:
     """
     height, width = image.shape[:2]
     size = max(1, round(width * factor)), max(1, round(height * factor))
+    if size == (width, height):
+        return image
     if size[0] * size[1] > _LARGEST_INPUT:
         raise UserError(
             f"An image of {width} x {height} pixels is too long to be brought to a shorter side of {min(size)}."
         )
-    if size == (width, height):
-        return image
     return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
 
 
