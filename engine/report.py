@@ -295,7 +295,7 @@ def _draw_losses(axis: Any, train: list[dict[str, Any]]) -> None:
         axis.plot(steps, smooth, color=f"C{number}", linewidth=1.6, label=name, **_mark(steps))
     if names:
         axis.legend(frameon=False, fontsize=8)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])  # matplotlib's margin is of the curve's own height
 
 
 def _draw_rates(axis: Any, train: list[dict[str, Any]]) -> None:
