@@ -154,7 +154,7 @@ def _download(name: str) -> dict[str, Tensor]:
 
         return dict(get_model_weights(rest)["DEFAULT"].get_state_dict(progress=False, check_hash=True))  # type: ignore[index]
     except (URLError, OSError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = checkpoint.first_line(error)
         raise UserError(
             f"model.weights: cannot get the pretrained weights of {name}: {reason}; fetch the file elsewhere and set "
             "model.weights=PATH"

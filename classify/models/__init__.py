@@ -33,6 +33,7 @@ from classify.models import (
     senet,
     vgg,
 )
+from engine.checkpoint import first_line
 from engine.errors import UserError
 from engine.state import isolated_rng
 
@@ -138,7 +139,7 @@ def _try(model: nn.Module, name: str, num_classes: int, in_channels: int, size: 
         raise UserError(f"model.options: with them {name} gives {shape} for an image, expected (1, {num_classes})")
     smallest = _smallest(lambda side: not isinstance(_run(model, in_channels, side), Exception), size)
     if smallest is None:
-        raise UserError(f"model.name: {name} cannot take images of {size}x{size}: {str(found).splitlines()[0]}")
+        raise UserError(f"model.name: {name} cannot take images of {size}x{size}: {first_line(found)}")
     built_for = [key for key in ("img_size", "image_size") if key in inspect.signature(type(model)).parameters]
     ways = [f"data.size={smallest}", *(f"model.options.{key}={size}" for key in built_for)]
     raise UserError(
@@ -154,7 +155,7 @@ def _try_training(model: nn.Module, name: str, options: dict[str, Any], in_chann
             copy.deepcopy(model)(torch.zeros(2, in_channels, size, size))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
-                f"model.options: with {options} {name} cannot be trained: {str(error).splitlines()[0]}; change them"
+                f"model.options: with {options} {name} cannot be trained: {first_line(error)}; change them"
             ) from None
 
 
