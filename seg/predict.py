@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.errors import NotFiniteError, UserError
+from engine.images import MAX_PIXELS
 from seg import models
 from seg.config import SegConfig
 
@@ -30,7 +31,6 @@ WHOLE_LIMIT = 8_000_000
 """Pixels up to which an image goes through whole if no window is set."""
 LARGE_WINDOW = (1024, 2048)
 """Height and width of the windows of images beyond that."""
-_LARGEST_INPUT = 128_000_000
 _SMALLEST_SIDE = 32
 _STRIP_VALUES = 32_000_000
 
@@ -192,7 +192,7 @@ def scaled(image: Array, factor: float) -> Array:
     size = max(1, round(width * factor)), max(1, round(height * factor))
     if size == (width, height):
         return image
-    if size[0] * size[1] > _LARGEST_INPUT:
+    if size[0] * size[1] > MAX_PIXELS:
         raise UserError(
             f"An image of {width} x {height} pixels is too long to be brought to a shorter side of {min(size)}."
         )
