@@ -33,7 +33,7 @@ BINS = 15
 SAMPLED = 4000
 """Pixels of an image, drawn evenly with a fixed seed, that the temperature is fitted to."""
 MOST_VALUES = 50_000_000
-"""Logits of them all, which are kept in memory."""
+"""Numbers, one for each class, of the pixels of all images together, which are kept in memory."""
 _RANGE = (0.05, 20.0)
 """Temperatures that are tried."""
 

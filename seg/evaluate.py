@@ -99,7 +99,7 @@ def evaluate_model(
         model.train(training)
     unsound = next(filter(None, distributed.gather(unsound)), "")  # what only one rank saw ends the others too
     if unsound and max_batches is None:
-        raise NotFiniteError(unsound)
+        raise NotFiniteError(f"{unsound} A lower optim.lr or optim.clip_norm=1 keeps a training from diverging.")
     scores = confusion.reduce().scores()
     if max_batches is None and math.isnan(scores.pixel_accuracy):
         raise nothing_scored(split_name(cfg.data, split))

@@ -214,7 +214,8 @@ def _look_at_image(entry: Entry, path: Path) -> None:
         entry.problems.append(Problem("image of one colour", str(path)))
     elif image.max() < 16:  # what 12 bits leave
         text = (
-            f"{path}: its brightest value is {image.max()} of 255; of 16 bits the upper byte is read, so scale 10 or 12"
+            f"{path}: its brightest value is {image.max()} of 255; of 16 bits the upper byte is read: scale values of "
+            "10 or 12 bits to 16 before"
         )
         entry.problems.append(Problem("image that is almost black", text))
 
