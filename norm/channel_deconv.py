@@ -91,6 +91,8 @@ class ChannelDeconv(Whitening):
         if x.shape[1] < self.block:
             raise NormError(f"ChannelDeconv has block {self.block} but an input of {x.shape[1]} channels")
         self.seen = (x.shape[1], x.ndim)
+        if x.numel() == 0 and not (self.training and self._joint()):
+            return x  # no image, no statistics, as in the layers
         whole = x.shape[1] - x.shape[1] % self.block
         with torch.autocast(device_type=x.device.type, enabled=False):
             wide = x if x.dtype == torch.float64 else x.float()
@@ -121,11 +123,12 @@ class ChannelDeconv(Whitening):
 
     def _whiten(self, x: Tensor) -> Tensor:
         channels = x.transpose(0, 1)
+        count, pixels = x.shape[1] // self.block, x.numel() // x.shape[1]
         if self.grouping == "channel":
-            blocks = channels.reshape(-1, self.block, channels[0].numel()).transpose(0, 1)
+            blocks = channels.reshape(count, self.block, pixels).transpose(0, 1)
         else:
-            blocks = channels.reshape(self.block, -1, channels[0].numel())
-        rows = blocks.reshape(self.block, -1)
+            blocks = channels.reshape(self.block, count, pixels)
+        rows = blocks.reshape(self.block, count * pixels)
         mean, deconv = self.running_mean, self.running_deconv
         if self.training:
             sampled = rows[:, :: self._every(x)].t()

@@ -51,13 +51,16 @@ def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     windows = images * blocks * sampler.count((height, width))
     total = x.sum((0, 1), dtype=dtype)
     mean = torch.einsum("chw,ih,jw->cij", total, down, across).div_(windows)
-    # around the channel's mean, which leaves little to cancel; a pixel of the padding is as far off as that mean
-    middle = total.mean((-2, -1)) / (images * blocks)
-    squares = (x - middle[:, None, None]).square_().sum((0, 1))
+    # Around the channel's mean M, which leaves little to cancel. With p the share of the windows that a kernel place finds
+    # on the map, off = mean - p M: mean((x - M)^2) - off^2 + (1 - p) M (p M + 2 off), whose last term, exactly zero for
+    # places that are always on the map or always in the padding, is what the zeros add.
+    middle = (total.mean((-2, -1)) / (images * blocks))[:, None, None]
+    squares = (x - middle).square_().sum((0, 1))
     times = down.sum(0)[:, None] * across.sum(0)
-    padding = windows * down.shape[0] * across.shape[0] - images * blocks * times.sum()
-    spread = (squares * times).sum((-2, -1)).add_(padding * middle.square()).div_(windows)
-    spread = spread - (mean - middle[:, None, None]).square().sum((-2, -1))
+    share = (down.sum(1)[:, None] * across.sum(1)).mul_(images * blocks).div_(windows)
+    off = mean - share * middle
+    zeros = (1 - share) * middle * (share * middle + 2 * off)
+    spread = (squares * times).sum((-2, -1)).div_(windows) + (zeros - off.square()).sum((-2, -1))
     if sampler.groups == 1:
         return mean.flatten(), spread.sum() / sampler.features
     # einsum chooses the layout of its result

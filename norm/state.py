@@ -289,7 +289,7 @@ class Deconvolving(Whitening):
     def _training_statistics(self, x: Tensor, sampler: Sampler) -> tuple[Tensor, Statistics]:
         """x, for the layer to go on with, and the statistics of this step, from its patches or held; the running
         averages move."""
-        if len(x) == 0 and not self._joint():  # no image, no statistics: a detector's head without a proposal
+        if x.numel() == 0 and not self._joint():  # no image, no statistics: a detector's head without a proposal
             return x, self._held_copies()
         if torch.compiler.is_compiling():
             if self._joint():  # it waits for other processes: its own piece, which is not traced

@@ -89,7 +89,25 @@ def test_no_image_moves_nothing_and_has_a_gradient(options: dict[str, Any]) -> N
     assert y.shape == (0, 4, 8, 8) and x.grad is not None and x.grad.shape == x.shape
     assert layer.weight.grad is not None and not layer.weight.grad.any()
     assert all(torch.equal(a, b) for a, b in zip(before.values(), layer.state_dict().values(), strict=True))
-    assert Delinear(4, 3)(torch.zeros(0, 4)).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "seen", "x"),
+    [
+        (Delinear(4, 3), (9, 4), (0, 4)),
+        (Delinear(4, 3, every=2), (2, 5, 4), (2, 0, 4)),
+        (ChannelDeconv(4), (9, 6), (0, 6)),
+        (ChannelDeconv(4), (9, 6, 4, 4), (0, 6, 4, 4)),
+        (ChannelDeconv(4, features_last=True), (2, 9, 6), (2, 0, 6)),
+    ],
+)
+def test_no_feature_vector_moves_nothing(layer: nn.Module, seen: tuple[int, ...], x: tuple[int, ...]) -> None:
+    layer(torch.randn(seen))
+    before = copy.deepcopy(layer.state_dict())
+    for training in (True, False):
+        y = layer.train(training)(torch.zeros(x))
+        assert y.shape == (*x[:-1], 3) if isinstance(layer, Delinear) else y.shape == x
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), layer.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize(

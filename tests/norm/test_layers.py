@@ -197,6 +197,20 @@ def test_autocast(dtype):
     assert (got.float() - want).abs().max() < 0.05 * want.abs().max()
 
 
+@pytest.mark.parametrize("every", [0, 1])
+def test_gradients_of_one_grouped_image_in_channels_last(every: int):
+    """In float64, where torch's own convolution takes strides as they are."""
+    torch.manual_seed(0)
+    layer = FastDeconv(8, 8, 3, padding=1, groups=2, every=every, rank=4, dtype=D64)
+    twin = copy.deepcopy(layer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x, upstream = torch.randn(1, 8, 9, 9, dtype=D64), torch.randn(1, 8, 9, 9, dtype=D64)
+    found = []
+    for each, memory_format in ((layer, torch.contiguous_format), (twin, torch.channels_last)):
+        image = x.clone(memory_format=memory_format).requires_grad_()
+        found.append(torch.autograd.grad((each(image) * upstream).sum(), [image, *each.parameters()]))
+    torch.testing.assert_close(*found)
+
+
 def test_channels_last_gives_the_same():
     for case in ("3x3", "1x1", "depthwise"):
         layer, x = make(case)

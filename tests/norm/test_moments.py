@@ -73,9 +73,11 @@ def test_rows_of_a_linear_layer():
     torch.testing.assert_close(variance, x.view(-1, 4).var(0, correction=0).mean())
 
 
-def test_a_large_mean_cancels_little_in_float32():
-    x = images() + 1000
-    sampler = windows((3, 3), (1, 1), (0, 0))
+@pytest.mark.parametrize(("padding", "dilation"), [(0, 1), (12, 12)], ids=["no padding", "whole places of padding"])
+def test_a_large_mean_cancels_little_in_float32(padding: int, dilation: int):
+    x = images()[..., :11] / 3 + 1000
+    sampler = windows((3, 3), (1, 1), (padding, padding), (dilation, dilation))
+    assert moments._over_the_map(x, sampler)
     found, want = moments.mean_and_variance(x.float(), sampler)[1], moments.mean_and_variance(x, sampler)[1]
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=0)
 
