@@ -34,6 +34,11 @@ _STATIC_SAME_CONV = {f"{_SMP_EFFICIENTNET}.Conv2dStaticSamePadding"}
 _STANDARDISED = {"timm.layers.std_conv.StdConv2d", "timm.layers.std_conv.ScaledStdConv2d"}
 # Linear layers whose weight another module reads: replacing them would change nothing or break it.
 _READ_BY_OTHERS = {"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"}
+_READERS = {
+    "torch.nn.modules.transformer.TransformerEncoderLayer",
+    "torchvision.models.swin_transformer.ShiftedWindowAttention",
+}
+"""Modules that read the weights of linear layers of theirs, in one call of a function for several layers."""
 
 
 def class_name(layer: nn.Module) -> str:
@@ -50,6 +55,17 @@ def kind_of(layer: nn.Module) -> Kind | None:
     if isinstance(layer, nn.Linear) and name not in _READ_BY_OTHERS:
         return "linear"
     return None
+
+
+def read_by_owner(model: nn.Module) -> set[int]:
+    """The ids of linear layers that stay, since the module that owns them reads their weights."""
+    return {
+        id(child)
+        for owner in model.modules()
+        if any(f"{base.__module__}.{base.__qualname__}" in _READERS for base in type(owner).__mro__)
+        for child in owner.children()
+        if isinstance(child, nn.Linear)
+    }
 
 
 def take_apart(layer: nn.Module, kind: Kind) -> tuple[nn.Module, Rebuild]:
@@ -114,7 +130,7 @@ def _plain_norm(layer: nn.Module) -> nn.BatchNorm2d:
         for name, value in {**dict(plain.named_parameters()), **dict(plain.named_buffers())}.items():
             if name in mine:
                 value.copy_(mine[name])
-    if weight is not None:
+    if isinstance(weight, nn.Parameter):  # the buffer of a frozen norm says nothing of what a trained one wants
         plain.requires_grad_(weight.requires_grad)
     return plain.train(layer.training)
 

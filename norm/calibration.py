@@ -8,6 +8,7 @@ A batch norm that follows no convolution (pre-activation networks) becomes a sca
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -41,6 +42,9 @@ class Moments:
         self.rows += wide.shape[-1]
         self.total = total if self.total is None else self.total + total
         self.square = square if self.square is None else self.square + square
+
+    def finite(self) -> bool:
+        return self.square is not None and bool(self.square.isfinite().all())
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean, flattened, and covariance."""
@@ -127,6 +131,8 @@ def _watch(swap: Swap, seen: Observed) -> list[Any]:
             if source is not None:
                 seen.norms.setdefault(source, []).append(key)
         elif isinstance(core, FastDeconv):
+            if x.ndim != 4:
+                raise NormError(f"calibrate: {swap.names[0]} got {tuple(x.shape)}; give batches of images (N, C, H, W)")
             seen.moments.setdefault(key, Moments()).add(core.patches(*core.pad(swap.lead(x))))
         elif isinstance(core, Delinear):
             seen.moments.setdefault(key, Moments()).add(core.patches(x))
@@ -147,6 +153,11 @@ def apply(swaps: list[Swap], seen: Observed) -> None:
         if not isinstance(swap.core, (FastDeconv, Delinear)):
             continue
         key = id(swap.old)
+        if key in seen.moments and not seen.moments[key].finite():
+            raise NormError(
+                f"calibrate: {swap.names[0]} got values that are not finite; look for NaN or inf in the images, and at "
+                "the network's outputs"
+            )
         if key not in seen.moments:
             swap.why = _join(swap.why, "not reached by calibration: weights kept")
             continue
@@ -164,6 +175,8 @@ def apply(swaps: list[Swap], seen: Observed) -> None:
             swap.why = _join(swap.why, f"folded into {merged[id(swap.old)]}")
         else:
             swap.core = _affine(swap.plain)
+            if "weight" in swap.old._buffers:  # a frozen norm's
+                swap.core.requires_grad_(False)
             swap.why = _join(swap.why, "calibrated: scale and shift kept, no convolution of its own to take them")
 
 
@@ -234,13 +247,21 @@ def deviation(model: nn.Module, seen: Observed) -> float | None:
     trained norm by another.
     """
     with _evaluation(model), torch.no_grad():
-        pairs = list(zip(tensors(model(seen.batch)), tensors(seen.output), strict=True))
-    if not pairs:
+        after, before = tensors(model(seen.batch)), tensors(seen.output)
+    if not before:
         return None
-    found = max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
+    if [each.shape for each in after] != [each.shape for each in before]:  # such as other boxes of a detector
+        found = math.inf
+    else:
+        found = max(_difference(a, b) for a, b in zip(after, before, strict=True))
     if not found < 1e-3:
         warnings.warn(f"the converted network's outputs differ by {found:.1e} of the largest from before", stacklevel=3)
     return found
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """0 without a number to compare."""
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if b.numel() else 0.0
 
 
 def tensors(output: Any) -> list[Tensor]:

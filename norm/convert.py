@@ -20,6 +20,10 @@ _COMPUTED = "torch.nn.utils."
 """Where the hooks live that set a layer's weight before each call."""
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""What torch keeps in each module: its children, parameters, hooks."""
+
+
 @dataclass(frozen=True)
 class Row:
     """What became of one layer."""
@@ -72,7 +76,9 @@ def convert(
     network that `norm.fold` gives.
 
     Args:
-        model: any nn.Module; torchvision's, timm's and segmentation-models-pytorch's networks are tested.
+        model: any nn.Module; torchvision's, timm's and segmentation-models-pytorch's networks are tested. The whole
+            network: its first convolution is taken for the one that reads the images, whose statistics `deconv` holds
+            for most of the time. For a part behind others give `stem_freeze=False` and `stem_n_iter=5`.
         name: a recipe, see `norm.available()`.
         overrides: options for the layers whose name matches a pattern (as in fnmatch: "layer4.*"); later patterns
             win. The option "recipe" names another recipe for them, "keep" leaves them as they are.
@@ -92,6 +98,7 @@ def convert(
     """
     chosen = recipe(name, **options)
     swaps = plan(model, chosen, overrides or {})
+    left = Counter(type(one).__name__ for one in model.modules() if _is_left(one))
     observed = None
     if calibrate is not None:
         observed = calibration.observe(model, swaps, calibrate)
@@ -115,17 +122,41 @@ def convert(
         raise
     if any(swap.kind == "norm" and isinstance(swap.core, nn.Identity) for swap in swaps):
         _work_out_of_place(model)
-    others = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
-    left = Counter(type(one).__name__ for one in model.modules() if isinstance(one, others) and kind_of(one) is None)
     return Report(chosen, rows, deviation, left)
 
 
+def _is_left(module: nn.Module) -> bool:
+    """A convolution (whatever has filters over images) or batch norm that no recipe acts on."""
+    if kind_of(module) is not None:
+        return False
+    weight = module._parameters.get("weight")
+    others = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
+    return isinstance(module, others) or (weight is not None and weight.ndim == 4)
+
+
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put `replacements[id(layer)]` wherever `layer` stands below `model`."""
+    """Put `replacements[id(layer)]` wherever `layer` stands below `model`, in plain lists of its modules too."""
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 parent._modules[key] = replacements[id(child)]
+        for key, value in list(vars(parent).items()):
+            if key not in _OF_EVERY_MODULE:
+                vars(parent)[key] = _replaced(value, replacements)
+
+
+def _replaced(value: Any, replacements: Mapping[int, nn.Module], depth: int = 3) -> Any:
+    """`value` with the layers in it replaced; lists and dictionaries are changed in place, not deeper than `depth`."""
+    if isinstance(value, nn.Module):
+        return replacements.get(id(value), value)
+    if depth and type(value) is list:
+        value[:] = [_replaced(each, replacements, depth - 1) for each in value]
+    elif depth and type(value) is tuple:
+        return tuple(_replaced(each, replacements, depth - 1) for each in value)
+    elif depth and type(value) in (dict, OrderedDict):
+        for key, each in value.items():
+            value[key] = _replaced(each, replacements, depth - 1)
+    return value
 
 
 def _work_out_of_place(model: nn.Module) -> None:

@@ -51,9 +51,9 @@ def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     windows = images * blocks * sampler.count((height, width))
     total = x.sum((0, 1), dtype=dtype)
     mean = torch.einsum("chw,ih,jw->cij", total, down, across).div_(windows)
-    # Around the channel's mean M, which leaves little to cancel. With p the share of the windows that a kernel place finds
-    # on the map, off = mean - p M: mean((x - M)^2) - off^2 + (1 - p) M (p M + 2 off), whose last term, exactly zero for
-    # places that are always on the map or always in the padding, is what the zeros add.
+    # Around the channel's mean M, which leaves little to cancel. With p the share of windows with this kernel place on
+    # the map, and off = mean - p M, it is mean((x - M)^2) - off^2 + (1 - p) M (p M + 2 off). The last term is what the
+    # zeros add, exactly nothing for places that are always on the map or always in the padding.
     middle = (total.mean((-2, -1)) / (images * blocks))[:, None, None]
     squares = (x - middle).square_().sum((0, 1))
     times = down.sum(0)[:, None] * across.sum(0)

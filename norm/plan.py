@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from norm.adapters import Kind, Rebuild, kind_of, probe, take_apart
+from norm.adapters import Kind, Rebuild, kind_of, probe, read_by_owner, take_apart
 from norm.other_layers import Padded
 from norm.recipes import Deconv
 from norm.registry import Place, Recipe, recipe
@@ -88,6 +88,8 @@ def _plan_layer(layer: nn.Module, names: list[str], at: Place, mine: Recipe, why
         )
     if not isinstance(core, nn.Module):
         raise NormError(f"recipe {type(mine).__name__}.{kind} returned {core!r} for {names[0]}, not a module")
+    if core is not plain and (like := next(iter([*plain.parameters(), *plain.buffers()]), None)) is not None:
+        core.to(like.device, like.dtype)
     swap = Swap(layer, kind, at, names, plain, core, rebuild)
     notes = [word for word, holds in (("first", at.first), ("last", at.last), ("depthwise", at.depthwise)) if holds]
     swap.why = ", ".join([*notes, *why, *([f"in {len(names)} places"] if len(names) > 1 else [])])
@@ -109,6 +111,10 @@ def _recipe_for(names: list[str], chosen: Recipe, overrides: Overrides) -> tuple
 
 
 def _check_patterns(overrides: Overrides, layers: list[tuple[nn.Module, list[str]]]) -> None:
+    if not isinstance(overrides, Mapping):
+        raise NormError(
+            f"overrides is {overrides!r}; expected patterns and options, such as {{'layer4.*': {{'n_iter': 3}}}}"
+        )
     all_names = [name for _, names in layers for name in names]
     for pattern, options in overrides.items():
         if not isinstance(options, Mapping) or not options:
@@ -190,7 +196,8 @@ def _check_effect(chosen: Recipe, overrides: Overrides, swaps: list[Swap]) -> No
 def layers_by_name(model: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
     """Every layer that recipes act on, once, with all its names, in order of registration."""
     found: dict[int, tuple[nn.Module, list[str]]] = {}
+    read = read_by_owner(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        if kind_of(module) is not None:
+        if kind_of(module) is not None and id(module) not in read:
             found.setdefault(id(module), (module, []))[1].append(name)
     return found

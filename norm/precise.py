@@ -24,7 +24,8 @@ def precise_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> 
 
     Those layers normalise each batch by its own statistics, as in training; all others (dropout, say) work as in
     evaluation. A later training goes on from the new averages, at its own rate. Stay as they are: a batch norm without
-    running statistics, a frozen one, and a layer that no batch reaches.
+    running statistics, a frozen one, a layer that is in evaluation mode in a model that is not, and a layer that no
+    batch reaches. A compiled model runs as it was written: each batch has its own rate, which is another graph.
 
     Args:
         model: a network; its mode comes back afterwards.
@@ -37,13 +38,14 @@ def precise_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> 
         NormError: no batch, one without images, or one that is no floating-point tensor. After any error the model is
             as it was.
     """
-    layers = averaging(model)
+    layers = [layer for layer in averaging(model) if layer.training or not model.training]
     if not layers:
         return 0
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             reached = [stack.enter_context(_anew(layer)) for layer in layers]
             batch: Tensor | None = None
             for batch in float_batches("precise_statistics", batches):
@@ -98,4 +100,4 @@ def _anew(layer: nn.Module) -> Iterator[Callable[[], int]]:
             setattr(layer, name, value)
         for name, held in before.items():
             if not kept or name in ("steps", "num_batches_tracked"):
-                getattr(layer, name).copy_(held)
+                layer.get_buffer(name).copy_(held)

@@ -24,6 +24,9 @@ def copy_conv(old: nn.Conv2d, new: nn.Conv2d) -> nn.Conv2d:
         new.weight.copy_(old.weight)
         if new.bias is not None:
             new.bias.zero_() if old.bias is None else new.bias.copy_(old.bias)
+    channels_last = torch.channels_last
+    if old.weight.is_contiguous(memory_format=channels_last) and not old.weight.is_contiguous():
+        new.to(memory_format=channels_last)  # type: ignore[call-overload]
     return _like(old, new)
 
 
@@ -208,8 +211,9 @@ class Deconv(Recipe):
     """Take the statistics from about so many patches, by leaving out images or by a coarser grid; 0: from all, as the
     authors do."""
     block_features: int = 0
-    """Whiten as many channels together as give up to so many features (channels x kernel size), in place of `block`; 0:
-    `block` channels. The gcd rule leaves 16 of 80 or 112 channels together, and a 1x1 layer 64 features."""
+    """Whiten as many channels together as give up to so many features (channels x kernel size), in place of `block`,
+    which then keeps its default; 0: `block` channels. The gcd rule leaves 16 of 80 or 112 channels together, and a 1x1
+    layer 64 features."""
     every: int = 0
     """0: the exact method. n: the shape of D comes from a running covariance, without gradient, renewed in every n-th
     step; mean and scale stay the batch's, with gradients."""
@@ -219,13 +223,14 @@ class Deconv(Recipe):
     """With `every`: in so many training steps at first the shape is that of each batch, renewed in each of them."""
     gain: bool = False
     """Learn a gain for each output channel, so that of a weight only its direction counts (weight normalisation):
-    calibrated weights then move at the same rate as fresh ones."""
+    calibrated weights then move at the same rate as fresh ones. Weights that are initialised anew after the conversion
+    keep the gain of those before."""
     sync: bool = False
     """Statistics of all processes' patches, in training: n processes with b images compute what one does with n b. Off:
     each has those of its own images."""
     fc_block: int = 0
-    """Features whitened together in linear layers, which become Delinear; 0 keeps them. Not for attention blocks that
-    read the weights of their linear layers themselves (torch's TransformerEncoderLayer, torchvision's Swin)."""
+    """Features whitened together in linear layers, which become Delinear; 0 keeps them. Those stay whose weights their
+    owner reads (torch's MultiheadAttention and TransformerEncoderLayer, attention in torchvision's Swin)."""
     delinear: bool = True
     """False: linear layers stay, and a ChannelDeconv with blocks of fc_block stands before each (the authors' other
     way, `--delinear False`)."""
@@ -249,13 +254,22 @@ class Deconv(Recipe):
                 f"deconv: rank={self.rank} and fresh_steps={self.fresh_steps} have no effect with every=0, the exact "
                 "method; set every, such as 4 (deconv_fast), or leave them out"
             )
+        if self.block_features and self.block != 64:
+            raise NormError(
+                f"deconv: block={self.block} has no effect with block_features={self.block_features}; set one of both"
+            )
         if not self.stem_freeze and self.freeze_iter != 100:
             raise NormError(f"deconv: freeze_iter={self.freeze_iter} has no effect with stem_freeze=False")
         if not self.delinear and self.fc_block == 0:
             raise NormError("deconv: delinear=False has no effect with fc_block=0; set fc_block, such as 64")
 
     def override(self, options: dict[str, Any]) -> Recipe:
-        """An n_iter or block given for some layers holds for the first and the last too, if they are among them."""
+        """An n_iter or block given for some layers holds for the first and the last too, if they are among them. Of
+        block and block_features it is the one given that holds."""
+        if "block" in options and "block_features" not in options:
+            options = {"block_features": 0, **options}
+        if options.get("block_features") and "block" not in options:
+            options = {"block": 64, **options}
         if "n_iter" in options:
             options = {"stem_n_iter": options["n_iter"], **options}
         if "block" in options:
@@ -307,7 +321,8 @@ class Deconv(Recipe):
                 features_last=True,
                 sync=self.sync,
             )
-            linear = nn.Linear(old.in_features, old.out_features, old.bias is not None)
+            where = {"device": old.weight.device, "dtype": old.weight.dtype}
+            linear = nn.Linear(old.in_features, old.out_features, old.bias is not None, **where)
             linear.load_state_dict(old.state_dict())
             return nn.Sequential(whitening, _like(old, linear)).to(old.weight.device, old.weight.dtype)
         new = Delinear(

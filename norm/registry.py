@@ -2,7 +2,7 @@
 
 A recipe is a frozen dataclass whose fields are its options. It has three methods, `norm`, `conv` and `linear`; each is
 given an old layer and its place in the network and returns the new layer, or the old one to keep it. `norm.convert`
-applies a recipe to a network. To add one of your own:
+applies a recipe to a network, and moves what it returns to the old layer's device and dtype. To add one of your own:
 
     @norm.register("gn8")
     @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,8 @@ def recipe(name: str, **options: Any) -> Recipe:
     Raises:
         NormError: an unknown name or option (the known ones are named), a value of a wrong type or out of range.
     """
+    if not isinstance(name, str):
+        raise NormError(f"a recipe is called by its name, such as 'deconv', and its options; found {name!r}")
     if name not in _RECIPES:
         raise NormError(f"unknown recipe {name!r}{_nearest(name, available())}; known: {', '.join(available())}")
     cls = _RECIPES[name]

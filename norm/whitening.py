@@ -146,8 +146,8 @@ def mean_and_scale(x: Tensor, sampler: Sampler, eps: float, joint: bool = False)
 
 
 def _alias(x: Tensor) -> Tensor:
-    """x with its strides. `view_as` gives one image in channels_last others, with which the gradients of torch's grouped
-    convolution in float64 are wrong on a CPU (2.14)."""
+    """x with its strides. `view_as` gives a single image in channels_last others, with which the gradients of torch's
+    grouped convolution are wrong on a CPU in float64 (2.14)."""
     return torch.ops.aten.alias(x)
 
 

@@ -253,3 +253,42 @@ def test_a_calibrated_frozen_layer_does_not_start_anew(freeze_iter):
     model.train()
     layer(x + 1)
     assert 0 < (layer.running_mean - before).abs().max() < 0.5
+
+
+class Boxes(nn.Module):
+    """Where a map is above a threshold: as many rows as it finds."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.conv, self.bn, self.threshold = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.bn(self.conv(x))
+        return found[found > self.threshold]
+
+
+def test_an_empty_output_differs_from_nothing():
+    assert norm.convert(trained(Boxes(1e9)), "deconv", calibrate=torch.randn(4, 3, 9, 9)).deviation == 0
+
+
+def test_outputs_of_another_shape_differ():
+    model = trained(Boxes(0.5))
+    calls = iter((0.5, 1e9))
+    model.register_forward_pre_hook(lambda module, args: setattr(module, "threshold", next(calls)))
+    with pytest.warns(UserWarning, match="differ by inf"):
+        assert norm.convert(model, "deconv", calibrate=torch.randn(4, 3, 9, 9)).deviation == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (torch.full((4, 3, 9, 9), float("nan")), "calibrate: 0 got values that are not finite; look for NaN"),
+        (torch.randn(3, 9, 9), r"calibrate: 0 got \(3, 9, 9\); give batches of images \(N, C, H, W\)"),
+    ],
+)
+def test_batches_that_say_nothing_are_refused_and_change_nothing(x, text):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    before = copy.deepcopy(model)
+    with pytest.raises(norm.NormError, match=text):
+        norm.convert(model, "deconv", calibrate=x)
+    assert type(model[0]) is nn.Conv2d and torch.equal(model[0].weight, before[0].weight)

@@ -75,8 +75,9 @@ def test_other_layers_work_as_in_evaluation_and_modes_come_back() -> None:
     model = nn.Sequential(
         nn.Dropout(0.9), FastDeconv(4, 4, 1, sampling_stride=1), nn.BatchNorm2d(4, track_running_stats=False)
     ).to(D64)
+    model.eval()
     model[0].train()
-    model[1].eval()
+    model[2].train()
     precise_statistics(model, batches(1))
     assert [layer.training for layer in model] == [True, False, True]
     torch.testing.assert_close(model[1].running_mean, batches(1)[0].transpose(0, 1).flatten(1).mean(1))
@@ -152,3 +153,41 @@ def test_every_call_of_a_layer_counts_alike() -> None:
     torch.testing.assert_close(model.twice.running_mean, every.mean(0))
     torch.testing.assert_close(model.some.running_mean, model.some.patches(x[1], (0, 0)).mean(1))
     assert (model.never.running_mean == 7).all()
+
+
+def test_layers_that_are_frozen_by_their_mode_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)).to(D64).train()
+    model[1].eval().requires_grad_(False)
+    assert precise_statistics(model, batches()) == 1
+    assert not model[1].running_mean.any() and model[2].running_mean.any() and not model[1].training
+    assert precise_statistics(model.eval(), batches()) == 2
+
+
+def test_a_compiled_model_is_not_compiled_for_each_batch() -> None:
+    """Else `fullgraph` ends in an error after eight of them."""
+    model = nn.Sequential(FastDeconv(4, 4, 3), nn.ReLU(), FastDeconv(4, 4, 3)).to(D64)
+    twin = copy.deepcopy(model)
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert precise_statistics(model, batches(10)) == precise_statistics(twin, batches(10)) == 2
+    for found, want in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(found, want)
+    with torch.no_grad():  # compiled now
+        torch.testing.assert_close(model(batches()[0]), twin(batches()[0]))
+
+
+def test_buffers_of_a_parametrization_come_back_with_the_rest() -> None:
+    layer = FastDeconv(4, 4, 3).to(D64)
+    nn.utils.parametrizations.spectral_norm(layer)
+    before = copy.deepcopy(dict(layer.named_buffers()))
+
+    class Reaches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused, self.used = layer, nn.BatchNorm2d(4).to(D64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)  # type: ignore[no-any-return]
+
+    assert precise_statistics(Reaches(), batches()) == 1
+    for name, held in before.items():
+        assert torch.equal(layer.get_buffer(name), held)

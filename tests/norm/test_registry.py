@@ -38,6 +38,21 @@ def test_a_recipe_of_ones_own(own_registry):
         norm.convert(model, "gn8", group=4)
 
 
+def test_what_a_recipe_returns_goes_to_the_device_and_dtype_of_the_old_layer(own_registry):
+    @norm.register("own")
+    @dataclass(frozen=True, kw_only=True)
+    class Own(norm.Recipe):
+        def norm(self, old, at):
+            return nn.GroupNorm(2, old.num_features)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double()
+    norm.convert(model, "own")
+    assert model(torch.randn(2, 3, 9, 9, dtype=torch.float64)).dtype == torch.float64
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to("meta")
+    norm.convert(model, "own")
+    assert {each.device.type for each in model.parameters()} == {"meta"}
+
+
 def test_registering_is_checked(own_registry):
     with pytest.raises(norm.NormError, match="does not derive from norm.Recipe"):
         norm.register("x")(nn.Module)  # type: ignore[type-var]

@@ -1,0 +1,138 @@
+"""Conversion of networks that keep, freeze, move or read their layers in other ways than most."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+import norm
+from norm import Delinear, FastDeconv
+from norm.other_layers import ChannelAffine
+
+D64 = torch.float64
+
+
+class Listed(nn.Module):
+    """Its layers stand in plain containers too, and those are what it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+        self.chain: list[Any] = [self.conv, (self.bn,)]
+        self.heads = {"main": [self.head]}
+        self.sizes = [1, 2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, (second,) = self.chain
+        return self.heads["main"][0](second(first(x)))  # type: ignore[no-any-return]
+
+
+def test_layers_in_plain_lists_are_those_that_were_converted_and_folded() -> None:
+    model, x = Listed(), torch.randn(4, 3, 9, 9)
+    norm.convert(model, "deconv")
+    assert model.chain[0] is model.conv and model.chain[1] == (model.bn,) and model.heads["main"] == [model.head]
+    assert isinstance(model.conv, FastDeconv) and isinstance(model.bn, nn.Identity) and model.sizes == [1, 2]
+    model(x).sum().backward()
+    assert model.conv.running_mean.any() and all(p.grad is not None for p in model.parameters())
+    plain = norm.fold(model.eval())
+    assert not any(isinstance(layer, FastDeconv) for layer in (*plain.modules(), plain.chain[0]))
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t"])
+def test_linear_layers_that_their_owner_reads_stay(name: str) -> None:
+    model = torchvision.models.get_model(name, num_classes=3)
+    norm.convert(model, "deconv", fc_block=32)
+    found = {type(layer): key for key, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    assert set(found) == {nn.Linear, Delinear} and found[nn.Linear].endswith("attn.proj")
+    model(torch.randn(1, 3, 64, 64)).sum().backward()
+
+
+def test_a_transformer_layer_computes_the_same_with_and_without_gradients() -> None:
+    """Without, torch hands the weights of both linear layers to one operation."""
+
+    class Own(nn.TransformerEncoderLayer):
+        pass
+
+    model = nn.Sequential(Own(8, 2, 16, dropout=0, batch_first=True), nn.Linear(8, 3))
+    norm.convert(model, "deconv", fc_block=8)
+    assert isinstance(model[1], Delinear) and type(model[0].linear1) is nn.Linear
+    x = torch.randn(16, 5, 8) + 2
+    for _ in range(3):
+        model(x)
+    with torch.no_grad():
+        want = model.eval()(x)
+    torch.testing.assert_close(model(x), want)
+
+
+@pytest.mark.parametrize("name", ["sync_bn", "gn", "in", "ln"])
+def test_what_takes_the_place_of_a_frozen_norm_learns(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8))
+    norm.convert(model, name)
+    assert [parameter.requires_grad for parameter in model[1].parameters()] == [True, True]
+
+
+def test_a_frozen_norm_that_is_kept_as_a_scale_stays_frozen() -> None:
+    model = nn.Sequential(FrozenBatchNorm2d(3), nn.Conv2d(3, 8, 3)).eval()
+    norm.convert(model, "deconv", calibrate=torch.randn(4, 3, 9, 9))
+    assert isinstance(model[0], ChannelAffine) and not any(each.requires_grad for each in model[0].parameters())
+    assert all(each.requires_grad for each in model[1].parameters())
+
+
+@pytest.mark.parametrize("name", ["deconv", "deconv_fast", "none", "gn"])
+def test_weights_keep_their_memory_format(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    options = {"weight_standardisation": True} if name == "gn" else {}
+    norm.convert(model.to(memory_format=torch.channels_last), name, **options)  # type: ignore[call-overload]
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("delinear", [True, False])
+def test_linear_layers_are_converted_on_meta(delinear: bool) -> None:
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 49, 2))
+
+    with torch.device("meta"):
+        model = build()
+    norm.convert(model, "deconv", fc_block=4, delinear=delinear)
+    assert {each.device.type for each in model.state_dict().values()} == {"meta"}
+    real, x = build(), torch.randn(4, 3, 9, 9)
+    norm.convert(real, "deconv", fc_block=4, delinear=delinear)
+    real(x)
+    model.load_state_dict(real.state_dict(), assign=True)
+    assert torch.equal(model.eval()(x), real.eval()(x))
+
+
+def test_convolutions_of_other_kinds_are_said_to_be_left() -> None:
+    class Deforming(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.deform, self.bn = nn.Conv2d(3, 18, 3, padding=1), DeformConv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    report = norm.convert(Deforming(), "deconv")
+    assert report.left == {"DeformConv2d": 1} and str(report).endswith("left alone: 1 DeformConv2d")
+
+
+def test_block_and_block_features() -> None:
+    def build() -> nn.Sequential:
+        return nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(3)))
+
+    model = build()
+    norm.convert(model, "deconv", block_features=72, overrides={"1": {"block": 4}})
+    assert [layer.block for layer in model] == [8, 4, 8]
+    model = build()
+    norm.convert(model, "deconv", block=4, overrides={"1": {"block_features": 72}})
+    assert [layer.block for layer in model] == [4, 8, 4]
+    before = copy.deepcopy(model)
+    with pytest.raises(norm.NormError, match="block=4 has no effect with block_features=72; set one of both"):
+        norm.convert(build(), "deconv", block=4, block_features=72)
+    with pytest.raises(norm.NormError, match="called by its name, such as 'deconv', .*found Deconv"):
+        norm.convert(model, norm.recipe("deconv"))  # type: ignore[arg-type]
+    with pytest.raises(norm.NormError, match=r"overrides is \[.*expected patterns and options"):
+        norm.convert(build(), "deconv", overrides=[("1", {"block": 4})])  # type: ignore[arg-type]
+    assert [layer.block for layer in model] == [layer.block for layer in before]
