@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 DATA ?= data/sample
+$(if $(word 2,$(DATA)),$(error DATA=$(DATA): a path without blanks is needed here; make a link to the folder))
 DEMO ?= runs/demo$(if $(filter-out data/sample,$(DATA)),-$(notdir $(abspath $(DATA))))
 CONFIG = configs/seg/sample.yaml
 OPTIONS = data.root=$(DATA) $(SET)

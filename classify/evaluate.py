@@ -19,6 +19,7 @@ from classify.scores import MOST_CLASSES, Mistake, Scores, left_out
 from engine import distributed
 from engine.errors import NotFiniteError, UserError
 from engine.images import check_results_writable, write_bytes
+from engine.score_files import described, scores_folder
 
 
 def evaluate_model(
@@ -145,8 +146,8 @@ def evaluate_and_report(
     scores, split = result
     print(scores.table() if len(scores.classes) <= MOST_CLASSES else scores.line())
     print("\n".join(left_out(scores.problems)), end="\n" if scores.problems else "")
-    out = out or path.with_name(f"scores_{split}")
-    text = json.dumps(scores.to_json(), indent=1, allow_nan=False) + "\n"
+    out = out or scores_folder(path, split)
+    text = json.dumps({**described(path, split, overrides), **scores.to_json()}, indent=1, allow_nan=False) + "\n"
     write_bytes(json_file or out / "scores.json", text.encode())
     draw(scores, out)
 

@@ -121,7 +121,7 @@ def classify_files(
     """
     if not 1 <= topk <= len(classes):
         raise UserError(f"--topk: {topk}; expected 1 to {len(classes)}, the network's classes")
-    found, problems = find_images(inputs, own=[out] if out else [])
+    found, problems = find_images(inputs)
     if not found:
         raise UserError("; ".join(problems))
     if out:

@@ -56,7 +56,7 @@ class Settings:
 
     rounds: int = 7
     """Rounds that count, after one that warms up (on a GPU four)."""
-    steps: int = 1
+    steps: int = 4
     """Steps in a round; what is not done in every step (norm.every) needs as many or a multiple."""
     device: torch.device = torch.device("cpu")
     amp: torch.dtype | None = None
@@ -96,7 +96,8 @@ def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list
     """Measure one network with all variants.
 
     Raises:
-        UserError: see `engine.prepare.convert_norm`; a network that does not take the input.
+        UserError: see `engine.prepare.convert_norm`; a network that does not take the input; a round that is no
+            multiple of a norm's cycle.
     """
     _check(case, settings.device)
     works = [_Work(case, variant, settings) for variant in variants]
@@ -202,6 +203,12 @@ class _Work:
         self.settings = settings
         self.model = case.build().to(settings.device)
         convert_norm(self.model, variant.section)
+        for every in {int(getattr(layer, "every", 0)) or 1 for layer in self.model.modules()}:
+            if settings.steps % every:
+                raise UserError(
+                    f"--steps {settings.steps}: {variant.label} does in every {every}th step what it leaves out in "
+                    f"others; give a multiple of {every}"
+                )
         skip_fresh_steps(self.model)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = self.model.to(memory_format=layout).train()  # type: ignore[call-overload]

@@ -75,10 +75,14 @@ def export(
     """
     if path.suffix not in (".pt2", ".safetensors"):
         raise UserError(f"--out {path}: expected a name that ends in .pt2 (a program) or .safetensors (weights)")
+    try:
+        folded = norm.fold(network)
+    except norm.NormError as error:
+        raise UserError(f"the network cannot be folded: {error}") from None
     if path.suffix == ".safetensors":
-        checkpoint.export_weights(path, norm.fold(network).state_dict())
+        checkpoint.export_weights(path, folded.state_dict())
         return Exported(path, "the folded network's weights")
-    found = _program(Deployed(norm.fold(network), logits, mean, std).eval(), (len(mean), *size))
+    found = _program(Deployed(folded, logits, mean, std).eval(), (len(mean), *size))
     buffer = io.BytesIO()
     torch.export.save(found, buffer, extra_files={FACTS: json.dumps({**facts, "input": _input(mean, size)})})
     deviation = _deviation(buffer, Deployed(network, logits, mean, std).eval(), (len(mean), *size))

@@ -17,7 +17,7 @@ from engine import runs
 from engine.config import Length, Loaded
 from engine.errors import UserError
 from engine.report import METRICS, read_metrics
-from engine.resume import BEST, BOUND, ENDED, LAST, differences
+from engine.resume import BEST, BOUND, ENDED, LAST, complete, differences
 
 _LONGEST_REASON = 140
 
@@ -128,7 +128,7 @@ def look(cell: C) -> Outcome[C]:
         return Outcome(cell, "open")
     stored = runs.config(cell.run)
     asked = cell.loaded.config.model_dump(mode="json")
-    wrong = differences(stored, asked, BOUND if final is None else ENDED)
+    wrong = differences(complete(stored, type(cell.loaded.config)), asked, BOUND if final is None else ENDED)
     if final is not None:
         was = Length.parse(stored["length"])
         if scored[-1]["step"] > final["step"] or (was.unit == length.unit and was.value > length.value):

@@ -321,9 +321,17 @@ def _key(path: Path) -> Path:
 
 def check_results_writable(checkpoint: Path, out: Path | None, json_file: Path | None) -> None:
     """`check_writable` for the scores of a checkpoint, which lie beside it where nothing else is said."""
+    if json_file is not None:
+        check_file(json_file)
     for folder in (out or checkpoint.parent, json_file.parent if json_file else checkpoint.parent):
         if folder != checkpoint.parent or folder.is_dir():  # a checkpoint that is missing has an error of its own
             check_writable(folder)
+
+
+def check_file(path: Path) -> None:
+    """Raises UserError where a file is to be written and a folder is."""
+    if path.is_dir():
+        raise UserError(f"{show(path)}: is a folder; name a file in it")
 
 
 def check_writable(folder: Path) -> None:

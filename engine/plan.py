@@ -77,6 +77,9 @@ class Curve:
         """Bytes at the peak of a step, as measured or else on the lines through the two nearest measurements."""
         if micro_batch in self.measured:
             found = self.measured[micro_batch]
+        elif len(self.measured) == 1:  # more did not fit: in proportion, which is too much rather than too little
+            ((size, first),) = self.measured.items()
+            found = {key: round(value * micro_batch / size) for key, value in first.items()}
         else:
             low, high = self._nearest(micro_batch)
             first, second = self.measured[low], self.measured[high]

@@ -79,14 +79,16 @@ def curves(
         best: write each run's highest score beside its name.
     """
     for (name, rows), color in zip(runs, colors or cycle(len(runs)), strict=True):
+        shown = in_legend(name)
         points = [(r[x], 100 * r["score"]) for r in rows if finite(r.get("score")) and finite(r.get(x))]
         losses = [(r[x], r["loss"]) for r in rows if finite(r.get("loss")) and finite(r.get(x))]
         if score is not None:
-            label = name + (f", best {max(y for _, y in points):.1f}" if best and points else "") if name else None
+            best_of_all = f", best {max(y for _, y in points):.1f}" if best and points else ""
+            label = shown + best_of_all if name else None
             score.plot(*columns(points), color=color, marker="o", markersize=3, label=label)
         if loss is not None:
             dot = "o" if len(losses) < 3 else None  # a line of one point is invisible without a marker
-            loss.plot(*columns(losses), color=color, linewidth=1.2, marker=dot, markersize=3, label=name or None)
+            loss.plot(*columns(losses), color=color, linewidth=1.2, marker=dot, markersize=3, label=shown or None)
     if score is not None:
         score.set(ylabel="%", title=title)
     if loss is not None:
@@ -108,6 +110,11 @@ def _finish(axes: Axes, x: str, xlabel: str, legend: bool) -> None:
         axes.legend(fontsize=8)
 
 
+def in_legend(name: str) -> str:
+    """matplotlib leaves names that begin with an underscore out of its legends."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def bars(axes: Axes, runs: Mapping[str, Mapping[str, float | None]], classes: Sequence[str], title: str) -> None:
     """Horizontal bars of class scores (None or nan: nothing to score), the first class and the first run on top."""
     height = 0.8 / max(1, len(runs))
@@ -116,7 +123,13 @@ def bars(axes: Axes, runs: Mapping[str, Mapping[str, float | None]], classes: Se
         known = [v for v in values if math.isfinite(v)]
         mean = f"mean {sum(known) / len(known):.1f}" if known else "no scores"
         places = np.arange(len(classes)) + (i - (len(runs) - 1) / 2) * height
-        axes.barh(places, np.nan_to_num(values), height * 0.92, color=color, label=f"{name}: {mean}" if name else mean)
+        axes.barh(
+            places,
+            np.nan_to_num(values),
+            height * 0.92,
+            color=color,
+            label=f"{in_legend(name)}: {mean}" if name else mean,
+        )
         for y, value in zip(places, values, strict=True):
             words = f"{value:.1f}" if math.isfinite(value) else "–"
             axes.text((value if math.isfinite(value) else 0) + 1, y, words, va="center", fontsize=6.5, color="0.3")

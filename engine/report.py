@@ -80,7 +80,7 @@ class Log:
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self._dir), purge_step=resume_step + 1 if resume_step else None)
+            self._board = SummaryWriter(str(self._dir), purge_step=resume_step + 1)
 
     def __enter__(self) -> Log:
         return self

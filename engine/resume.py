@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from engine import checkpoint, distributed
 from engine.config import ExperimentConfig, Loaded
 from engine.errors import UserError
@@ -70,7 +72,7 @@ def find_resume(work_dir: str | Path, resume: str | Path | None, config: Experim
                 "one; choose another --work-dir"
             )
     state = checkpoint.load(path)
-    differing = differences(state["config"], config.model_dump(mode="json"))
+    differing = differences(complete(state["config"], type(config)), config.model_dump(mode="json"))
     if differing:
         raise UserError(
             f"{path}: was trained with another configuration:\n  "
@@ -78,8 +80,25 @@ def find_resume(work_dir: str | Path, resume: str | Path | None, config: Experim
             + "\n  choose another --work-dir, or resume with the same configuration (length, runtime.* and report.* "
             "may differ)"
         )
+    best = folder / BEST
+    if path.resolve().parent == folder.resolve() and best.exists() and path.name not in (BEST, LAST):
+        step = checkpoint.load(best)["step"]
+        if step > state["step"]:
+            raise UserError(
+                f"{path}: is of step {state['step']}, and {best} of step {step}, which another training from there "
+                "would overwrite; choose another --work-dir for it, or go on with --resume auto"
+            )
     state["path"] = str(path)
     return state
+
+
+def complete(stored: Mapping[str, Any], schema: type[ExperimentConfig]) -> Mapping[str, Any]:
+    """A stored configuration with the defaults of the keys that came since; one that the schema does not take any more
+    stays as it is."""
+    try:
+        return schema.model_validate(stored).model_dump(mode="json")
+    except ValidationError:
+        return stored
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], bound: Sequence[str] = BOUND) -> list[str]:

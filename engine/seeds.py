@@ -111,7 +111,7 @@ def compare(found: Mapping[str, Sequence[Path]], picture: Path) -> str:
         axes = figure.subplots()
         for each, color in zip(courses, plots.cycle(len(courses)), strict=True):
             percent = 100 * np.array(each.scores)
-            label = f"{each.name}, {_plural(percent.shape[1])}"
+            label = f"{plots.in_legend(each.name)}, {_plural(percent.shape[1])}"
             axes.plot(each.epochs, percent.mean(1), color=color, marker="o", markersize=3, label=label)
             axes.fill_between(each.epochs, percent.min(1), percent.max(1), color=color, alpha=0.2, linewidth=0)
         axes.set(xlabel="epoch", ylabel="%", title="Score: mean, lowest and highest of the seeds")

@@ -75,6 +75,8 @@ def take_apart(layer: nn.Module, kind: Kind) -> tuple[nn.Module, Rebuild]:
         NormError: a class that this module does not know; its message ends in what the class is.
     """
     name = class_name(layer)
+    if "forward" in vars(layer):
+        raise NormError("has a forward of its own, set on the layer, which would be lost")
     if type(layer) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d):
         return layer, _as_it_is
     if type(layer) is nn.SyncBatchNorm:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from norm import calibration
 from norm.adapters import class_name, kind_of
-from norm.plan import Overrides, plan
+from norm.plan import Overrides, Swap, plan
 from norm.registry import Recipe, recipe
 
 Batches = Tensor | Iterable[Tensor]
@@ -20,6 +22,8 @@ _COMPUTED = "torch.nn.utils."
 """Where the hooks live that set a layer's weight before each call."""
 
 
+_FEW_STEPS = 8
+"""So many stand products that are rounded to 10 bits."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """What torch keeps in each module: its children, parameters, hooks."""
 
@@ -98,6 +102,7 @@ def convert(
     """
     chosen = recipe(name, **options)
     swaps = plan(model, chosen, overrides or {})
+    _warn_of_rounded_products(swaps)
     left = Counter(type(one).__name__ for one in model.modules() if _is_left(one))
     observed = None
     if calibrate is not None:
@@ -132,6 +137,18 @@ def _is_left(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     others = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
     return isinstance(module, others) or (weight is not None and weight.ndim == 4)
+
+
+def _warn_of_rounded_products(swaps: Iterable[Swap]) -> None:
+    """Each Newton-Schulz step amplifies rounding (tests/norm/test_whitening.py: fifteen with TF32's 10 bits)."""
+    most = max((getattr(part, "n_iter", 0) for swap in swaps for part in swap.core.modules()), default=0)
+    precision = torch.get_float32_matmul_precision()
+    if most > _FEW_STEPS and precision != "highest":
+        warnings.warn(
+            f"torch.set_float32_matmul_precision({precision!r}) rounds the products of {most} Newton-Schulz steps: where "
+            'the device does so (GPUs with TF32) their result may be far off; set it to "highest"',
+            stacklevel=3,
+        )
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

@@ -15,7 +15,7 @@ from norm.folded_conv import like
 from norm.layers import Delinear, FastDeconv
 from norm.other_layers import ChannelAffine, Padded, WSConv2d
 from norm.recipes import conv_arguments
-from norm.state import NormError
+from norm.state import NormError, Whitening
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)
 
@@ -27,7 +27,8 @@ def fold(model: nn.Module) -> nn.Module:
     depthwise 1x1 Conv2d. The outputs equal those of `model.eval()` within float error; batch norms stay as they are.
 
     Raises:
-        NormError: a ChannelDeconv that has seen no input, so that its number of channels is unknown.
+        NormError: a ChannelDeconv that has seen no input, so that its number of channels is unknown; running statistics
+            that are not finite.
     """
     plain = copy.deepcopy(model).eval()
     if (alone := _folded(plain, "the model")) is not None:
@@ -46,6 +47,11 @@ def fold(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _folded(layer: nn.Module, name: str) -> nn.Module | None:
     """The plain layer; None for a layer that is not the norm's."""
+    if isinstance(layer, Whitening) and not all(bool(held.isfinite().all()) for held in layer.buffers(recurse=False)):
+        raise NormError(
+            f"{name}: its running statistics are not finite, since a batch overflowed in the training; "
+            "norm.precise_statistics averages them anew"
+        )
     if isinstance(layer, FastDeconv):
         return _conv(layer, *layer.folded())
     if isinstance(layer, Padded):

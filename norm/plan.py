@@ -10,13 +10,18 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from norm.adapters import Kind, Rebuild, kind_of, probe, read_by_owner, take_apart
+from norm.adapters import Kind, Rebuild, class_name, kind_of, probe, read_by_owner, take_apart
 from norm.other_layers import Padded
 from norm.recipes import Deconv
 from norm.registry import Place, Recipe, recipe
 from norm.state import NormError, Whitening
 
 Overrides = Mapping[str, Mapping[str, Any]]
+
+_WRAPPERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+}
 
 
 @dataclass
@@ -44,6 +49,12 @@ class Swap:
 
 
 def plan(model: nn.Module, chosen: Recipe, overrides: Overrides) -> list[Swap]:
+    for module in model.modules():
+        if class_name(module) in _WRAPPERS:
+            raise NormError(
+                f"the model is in a {type(module).__name__}, which would not see the new parameters; convert before it "
+                "is wrapped"
+            )
     layers = list(layers_by_name(model).values())
     if not layers:
         raise NormError(f"{type(model).__name__} has no Conv2d, BatchNorm2d or Linear layer to convert")

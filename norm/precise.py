@@ -88,7 +88,11 @@ def _anew(layer: nn.Module) -> Iterator[Callable[[], int]]:
     if isinstance(layer, _BatchNorm):
         layer.reset_running_stats()
         layer.momentum = None  # torch's word for the plain average
-    elif isinstance(layer, Deconvolving):
+    else:
+        for held in layer.buffers():  # those of a batch that overflowed would stay, whatever they weigh
+            if held.is_floating_point():
+                held.nan_to_num_(0.0, 0.0, 0.0)
+    if isinstance(layer, Deconvolving):
         layer.freeze, layer.every, layer.fresh_steps, layer._steps = False, min(layer.every, 1), 0, 0
     kept = False
     try:

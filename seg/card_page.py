@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from engine.images import check_writable, write_bytes
+from engine.score_files import scores_folder
 from seg import draw
 from seg.averaging import Views, predictor_of
 from seg.card import Card, config_text, describe, labelled, measure_split, spread, truths
@@ -61,7 +62,7 @@ def write_card(
     classes = scored_table(cfg.data, meta, path).num_classes
     with session(cfg.runtime) as device:
         split = split or cfg.data.val_split
-        out = out or path.with_name(f"scores_{split}")
+        out = out or scores_folder(path, split)
         for folder in (out, json_file.parent if json_file else out):
             check_writable(folder)
         samples = labelled(eval_batches(cfg, split).samples, split)

@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -17,6 +19,7 @@ from torch import nn
 from engine import distributed
 from engine.errors import NotFiniteError, UserError
 from engine.images import check_results_writable, write_png
+from engine.score_files import described, scores_folder
 from seg import draw
 from seg.averaging import Views, predictor_of
 from seg.config import DataConfig, SegConfig
@@ -161,8 +164,8 @@ def evaluate_and_report(
         scores, pictures, split = result
         if views is not None:
             print(f"predictions averaged over: {views}")
-        out = out or path.with_name(f"scores_{split}")
-        report(scores, pictures, json_file or out / "scores.json", out)
+        out = out or scores_folder(path, split)
+        report(scores, pictures, json_file or out / "scores.json", out, described(path, split, overrides, views))
 
 
 def evaluate_folder(predictions: Path | str, ground_truth: Path | str, workers: int | None = None) -> Scores:
@@ -247,21 +250,31 @@ def _score_files(
     return scores
 
 
-def report(scores: Scores, pictures: Mapping[str, Rgb], json_file: Path | None = None, out: Path | None = None) -> None:
-    """Print the table and write the files asked for."""
+def report(
+    scores: Scores,
+    pictures: Mapping[str, Rgb],
+    json_file: Path | None = None,
+    out: Path | None = None,
+    about: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Print the table and write the files asked for, the JSON with what is told `about` it."""
     print(scores.table())
     if json_file:
-        write_json(scores, json_file)
+        write_json(scores, json_file, about)
     if out:
         write_pictures(scores, pictures, out)
 
 
-def write_json(scores: Scores, path: Path | str) -> None:
-    """Write the scores (see Scores.to_json) as JSON. Raises UserError when the file can't be written."""
+def write_json(scores: Scores, path: Path | str, about: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Write the scores (see Scores.to_json) as JSON, behind what is told `about` them.
+
+    Raises UserError when the file can't be written.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(scores.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps({**about, **scores.to_json()}, indent=1, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
 

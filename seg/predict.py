@@ -199,6 +199,17 @@ def scaled(image: Array, factor: float) -> Array:
     return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
 
 
+def whole_logits(model: nn.Module, images: Tensor, multiple: int, base_size: int | None) -> Tensor:
+    """Logits float32 (N, C, H, W) of normalised images (N, 3, H, W), which enter the network at a shorter side of
+    `base_size`, as those of a `Predictor` without windows do but for the rounding of their pixels."""
+    height, width = images.shape[-2:]
+    if base_size is None or min(height, width) == base_size:
+        return logits_of(model, images, multiple)
+    factor = base_size / min(height, width)
+    size = max(1, round(height * factor)), max(1, round(width * factor))
+    return logits_of(model, _resized(images, size), multiple, (height, width))
+
+
 def logits_of(model: nn.Module, images: Tensor, multiple: int = 1, size: tuple[int, int] | None = None) -> Tensor:
     """Logits float32 (N, C, H, W) of normalised images (N, 3, h, w), at `size` (default: h, w).
 
@@ -222,10 +233,10 @@ def _best(logits: Tensor) -> Array:
     return logits.max(0).indices.to(torch.uint8).cpu().numpy()
 
 
-def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    if logits.shape[-2:] == size:
-        return logits
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def _reflected(length: int, wanted: int, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from functools import partial
@@ -149,11 +150,15 @@ def main() -> int:
         parser.error("--rounds and --steps must be at least 1")
     if args.threads is not None and args.threads < 1:
         parser.error("--threads must be at least 1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # what the profiler says of GPUs that are not there
     import torch
 
     from engine import benchmark
-    from engine.images import write_bytes
+    from engine.images import check_file, check_writable, write_bytes
 
+    for file in (file for file in (args.json, args.trace) if file is not None):
+        check_file(file)
+        check_writable(file.parent)
     if args.threads:
         torch.set_num_threads(args.threads)
     how = settings(args)

@@ -53,6 +53,10 @@ def main() -> int:
     )
     seg.add_argument("--allow-imports", action="store_true", help="run the modules that the runs' configs import")
     args = parser.parse_args()
+    if args.examples is not None and args.examples < 0:
+        parser.error(f"--examples: {args.examples}; expected 0 or more")
+    if args.examples == 0 and (args.set or args.allow_imports):
+        parser.error("--set and --allow-imports are for the examples, of which --examples 0 shows none")
     if args.names and len(args.names) != len(args.runs):
         parser.error(f"{len(args.names)} names for {len(args.runs)} runs")
     names = args.names or names_of(args.runs)

@@ -4,7 +4,8 @@ python tools/export.py runs/x/best.pt --out model.pt2 [--size 1024 2048]   # a p
 python tools/export.py runs/x/best.pt --out model.safetensors              # weights
 
 A program, torch.export.load("model.pt2").module(), takes float images (N, 3, H, W), RGB in [0, 1], of the size that is
-given (default: the training's), normalises them, and gives logits (N, classes, H, W), a classifier's (N, classes). It
+given (default: the training's), normalises them, and gives logits (N, classes, H, W), a classifier's (N, classes).
+Inside, images have a shorter side of data.eval_base_size, as in predict.py; windows (predict.window) are not cut. It
 holds the classes' names (extra_files={"network.json": ""}), and is compared with the network before it is kept. Weights
 fit the network as its library builds it, converted alike: norm.convert(model, "none") where layers whitened, "gn" for
 gn.
@@ -26,12 +27,13 @@ def _segmentation(args: argparse.Namespace) -> object:
     from engine.export import export
     from seg.labels import table_of
     from seg.models import from_checkpoint, multiple
-    from seg.predict import logits_of
+    from seg.predict import whole_logits
 
     model, cfg, meta = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
     table = table_of(meta)
-    facts = {"task": "seg", "classes": list(table.classes), "label_ids": list(table.label_ids)}
-    logits = partial(logits_of, multiple=multiple(cfg.model))
+    side = cfg.data.eval_base_size
+    facts = {"task": "seg", "classes": list(table.classes), "label_ids": list(table.label_ids), "shorter_side": side}
+    logits = partial(whole_logits, multiple=multiple(cfg.model), base_size=side)
     size = args.size or cfg.data.crop
     return export(model, args.out, size, logits, cfg.data.mean, cfg.data.std, facts)
 
@@ -66,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     write = {"seg": _segmentation, "classify": _classification}.get(found := task(args.checkpoint))
     if write is None:
         raise UserError(f"{args.checkpoint}: a checkpoint of the task {found!r}, expected 'seg' or 'classify'")
+    if args.size is not None and args.out.suffix == ".safetensors":
+        raise UserError(f"--size: is for a program (.pt2); the weights in {args.out} fit images of any size")
     check_writable(args.out.parent)
     print(write(args))
     return 0

@@ -5,7 +5,7 @@ python tools/fuzz.py --cases 500 --only images videos
 
 Every case must end in a right result or in one clear error. A traceback, a hang, a wrong output without a word, a file
 written outside of the output folder or code run from a file is a failure; its input is kept in WORK_DIR/failures, with
-the command that repeats it. Exit status: 0 no failure, 1 failures, 2 a mistake in the call.
+the command that repeats it, until the next run there. Exit status: 0 no failure, 1 failures, 2 a mistake in the call.
 """
 
 from __future__ import annotations

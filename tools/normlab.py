@@ -34,7 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", nargs="+", type=int, required=True, metavar="N", help="micro-batches")
     parser.add_argument("--whole", action="store_true", help="N is batch_size; optim.lr is scaled with it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="trainings of each cell (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("runs/normlab"), help="folder of the lab (%(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/normlab"),
+        help="folder of the lab (%(default)s); its table holds what this call names, and what is trained stays",
+    )
     parser.add_argument("--list", action="store_true", help="print the cells and what is done, train nothing")
     args = parser.parse_intermixed_args(argv)
     from engine import grid, normlab

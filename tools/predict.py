@@ -9,7 +9,7 @@ A segmentation network writes labelled/labels/..._labelIds.png (8-bit label ids,
 labelled/overlay/..._overlay.png. Of a video it writes a video, by default the overlay, data.eval_batch_size frames
 going through the network together; label ids need an .mkv or .avi, which keep them exactly. A folder of frames is
 labelled as images. A classifier prints the likeliest classes and, with --out, writes predictions.csv and
-predictions.json. Exit status: 0 all done, 1 some inputs failed (listed at the end), 2 nothing could be done.
+predictions.json. Exit status: 0 all done, 1 inputs failed (listed at the end), 2 a mistake in the call.
 """
 
 from __future__ import annotations

@@ -77,22 +77,29 @@ def fuzz(
         programs: see Programs; needed are predict, evaluate, train, inspect, convert_masks.
         cases: how many, of all kinds together.
         seed: another one gives other cases.
-        work_dir: what is made lies there; `failures/` in it holds the input of each failure, and how it ended.
+        work_dir: what is made lies there; `failures/` in it holds the input of each failure, and how it ended. Those of
+            the run before are removed.
         only: kinds of KINDS; default all.
         limit: seconds that a call of one case may take; one of six cases twice as long, and so on.
         say: takes a line for each failure.
 
     Raises:
-        UserError: an unknown kind, no case, or a folder that can't be written.
+        UserError: an unknown kind, no case, no time, or a folder that can't be written or is somebody else's.
     """
     kinds = list(only) or list(KINDS)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"--only: found {unknown[0]!r}, expected some of {', '.join(KINDS)}")
     if cases < len(kinds):
         raise UserError(f"--cases: found {cases}, expected at least one for each of {', '.join(kinds)}")
+    if not limit > 0:
+        raise UserError(f"--limit: found {limit:g}, expected seconds above 0")
     check_writable(work_dir)
     work_dir = work_dir.resolve()
     failures = work_dir / "failures"
+    if (failures.exists() or (work_dir / "case").exists()) and not (work_dir / "ground").is_dir():
+        raise UserError(
+            f"{work_dir}: holds folders called case or failures that are not of this program; choose another"
+        )
     shutil.rmtree(failures, ignore_errors=True)
     shares = sum(KINDS[kind][2] for kind in kinds)
     report, start = Report(), time.monotonic()

@@ -96,6 +96,13 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path)
         classify_files(predict, ("x", "y"), [tmp_path / "a.png"], out=tmp_path / "out")
 
 
+def test_outputs_may_lie_above_the_images(tmp_path: Path):
+    """There is no picture among them."""
+    save(tmp_path / "a.png", (1, 2, 3))
+    done = classify_files(lambda images: torch.ones(len(images), 2) / 2, ("x", "y"), [tmp_path], out=tmp_path)
+    assert len(done.predictions) == 1 and (tmp_path / "predictions.csv").is_file()
+
+
 def test_nothing_to_do_and_a_topk_out_of_range_are_errors(tmp_path: Path):
     with pytest.raises(UserError, match="typo.png: no such file"):
         run([tmp_path / "typo.png"])

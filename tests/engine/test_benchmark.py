@@ -47,6 +47,11 @@ def test_every_variant_is_timed_and_folded_to_the_same_layers():
     assert len(lines) == 4 and lines[1].split()[:2] == ["x", "bn"] and "(1.00)" in lines[1]
 
 
+def test_a_round_holds_whole_cycles():
+    with pytest.raises(UserError, match="--steps 3: deconv_fast does in every 4th step .*give a multiple of 4"):
+        benchmark.measure(Case("x", layer, (2, 4, 16, 16)), variants("bn", "deconv_fast"), Settings(rounds=1, steps=3))
+
+
 def test_a_network_that_cannot_be_traced_is_not_folded():
     class Odd(nn.Module):
         def __init__(self) -> None:

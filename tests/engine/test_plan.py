@@ -92,6 +92,17 @@ def test_the_nearest_measurements_make_the_line():
     assert [curve.step(size, 1) for size in (2, 3, 4, 6)] == [110, 130, 150, 190]
 
 
+def test_one_measurement_is_taken_in_proportion():
+    """Two images did not fit."""
+    curve = Curve({1: phases(100, 30)})
+    assert [curve.step(size, 1) for size in (1, 2, 4)] == [100, 200, 400]
+    found = Plan(
+        "title", 250, 8, 1, 0, {False: Curve({1: {**phases(100, 0), "backward": 120}})}, Parts(50, 0, 0, 0, 50)
+    )
+    assert "micro_batch=1" in str(found) and (choice := found.choice()) is not None
+    assert (choice.micro_batch, choice.accumulation) == (1, 8)
+
+
 def test_a_phase_that_shrinks_is_taken_as_constant():
     assert Curve({1: phases(50, 0), 2: phases(40, 0)}).step(9, 1) == 50
 

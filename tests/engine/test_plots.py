@@ -67,6 +67,17 @@ def test_a_loss_of_one_point_is_seen(tmp_path: Path):
     assert axes.lines[0].get_marker() == "o"
 
 
+def test_names_that_begin_with_an_underscore_are_in_the_legends(tmp_path: Path):
+    with plots.figure(tmp_path / "c.png", (8, 4)) as drawn:
+        score, loss, classes = drawn.subplots(1, 3)
+        plots.curves(score, loss, [("_one", rows(1.0)), ("two", rows(1.5))], "Accuracy")
+        plots.bars(classes, {"_one": {"cat": 0.5}, "two": {"cat": 0.7}}, ["cat"], "B")
+        legends = [axes.get_legend() for axes in (score, loss, classes)]
+    for legend, count in zip(legends, (2, 2, 2), strict=True):
+        words = [text.get_text().strip() for text in legend.get_texts()]
+        assert len(words) == count and words[0].startswith("_one") and words[1].startswith("two")
+
+
 def test_bars_name_their_mean_and_what_has_no_score(tmp_path: Path):
     with plots.figure(tmp_path / "b.png", (6, 3)) as drawn:
         axes = drawn.subplots()

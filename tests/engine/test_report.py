@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,21 @@ def test_resume_drops_what_is_done_again(tmp_path: Path) -> None:
     with Log(tmp_path, QUIET):
         pass
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_tensorboard_forgets_what_a_run_without_a_checkpoint_wrote(tmp_path: Path) -> None:
+    """As metrics.jsonl does: else a run that was killed and starts anew is drawn twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps in ((1, 2, 3), (1, 2)):
+        with Log(tmp_path, ReportConfig(), stream=io.StringIO()) as log:
+            log.begin(total_steps=10, steps_per_epoch=10, images_per_step=8)
+            for step in steps:
+                log.train(step, 1.0, {"main": 1.0}, {"lr": 0.1})
+        time.sleep(1.1)  # files are read in the order of the seconds in their names
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [one.step for one in events.Scalars("loss/total")] == [1, 2]
 
 
 def test_tensorboard(tmp_path: Path) -> None:

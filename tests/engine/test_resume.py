@@ -73,6 +73,34 @@ def test_another_configuration(tmp_path: Path) -> None:
     ]
 
 
+def test_keys_that_came_since_have_their_defaults(tmp_path: Path) -> None:
+    stored = config().model_dump(mode="json")
+    del stored["optim"]["head_lr_factor"]
+    state = {**dict.fromkeys(KEYS), "format": 1, "config": stored, "step": 7}
+    checkpoint.save(tmp_path / "last.pt", state)
+    assert find_resume(tmp_path, "auto", config()) is not None
+    with pytest.raises(UserError, match="optim.head_lr_factor: was 1.0, now 3.0"):
+        find_resume(tmp_path, "auto", config(optim__head_lr_factor=3.0))
+    state["config"]["optim"]["gone_since"] = 1
+    checkpoint.save(tmp_path / "last.pt", state)
+    with pytest.raises(UserError, match="optim.gone_since: was 1, now not set"):
+        find_resume(tmp_path, "auto", config())
+
+
+def test_another_course_does_not_overwrite_a_later_best(tmp_path: Path) -> None:
+    put(tmp_path, config())
+    early = put(tmp_path, config(), "step-00000003.pt")
+    later = checkpoint.load(put(tmp_path, config(), "best.pt"))
+    checkpoint.save(tmp_path / "best.pt", {**later, "step": 9})
+    with pytest.raises(UserError, match=r"step-00000003.pt: is of step 7, and .*best.pt of step 9, which another"):
+        find_resume(tmp_path, early, config())
+    assert find_resume(tmp_path / "new", early, config()) is not None
+    assert find_resume(tmp_path, "auto", config()) is not None
+    assert find_resume(tmp_path, tmp_path / "best.pt", config()) is not None
+    checkpoint.save(tmp_path / "best.pt", {**later, "step": 7})
+    assert find_resume(tmp_path, early, config()) is not None
+
+
 def test_what_may_differ(tmp_path: Path) -> None:
     put(tmp_path, config(steps=10))
     other = config(steps=20, runtime__compile=True, report__images=1)

@@ -68,6 +68,21 @@ def test_one_batch_that_overflows_does_not_end_a_training(recipe: str, options: 
             assert all(each.isfinite().all() for each in used[2:] if each is not None)
 
 
+@pytest.mark.parametrize(("recipe", "options"), RECIPES)
+def test_averages_that_overflowed_are_not_folded_and_can_be_taken_anew(recipe: str, options: dict[str, Any]) -> None:
+    model = network(recipe, **options)
+    x = images(0)
+    x[0, 1, 2, 3] = float("inf")
+    for batch in (x, images(1)):
+        model(batch)
+    with pytest.raises(norm.NormError, match=r"\w: its running statistics are not finite.*precise_statistics"):
+        norm.fold(model)
+    norm.precise_statistics(model, [images(step) for step in range(3)])
+    plain = norm.fold(model)
+    torch.testing.assert_close(plain(images(3)), model.eval()(images(3)), rtol=1e-3, atol=1e-3)
+    assert plain(images(3)).isfinite().all()
+
+
 def test_a_bad_batch_moves_no_shape() -> None:
     layer = FastDeconv(4, 4, 3, every=1, fresh_steps=0, rank=2)
     layer(torch.randn(9, 4, 8, 8))

@@ -1,12 +1,15 @@
 """Conversion of networks that keep, freeze, move or read their layers in other ways than most."""
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch import distributed as dist
 from torchvision.ops import DeformConv2d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -106,6 +109,39 @@ def test_linear_layers_are_converted_on_meta(delinear: bool) -> None:
     real(x)
     model.load_state_dict(real.state_dict(), assign=True)
     assert torch.equal(model.eval()(x), real.eval()(x))
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_replaced() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    plain = model[1].forward
+    model[1].forward = lambda x: 2 * plain(x)  # type: ignore[method-assign]
+    with pytest.raises(norm.NormError, match="1 has a forward of its own.*recipe.*keep"):
+        norm.convert(model, "deconv")
+    norm.convert(model, "deconv", overrides={"1": {"recipe": "keep"}})
+    assert isinstance(model[0], FastDeconv) and type(model[1]) is nn.Conv2d
+
+
+def test_a_wrapped_network_is_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Conv2d(3, 4, 3)))
+        with pytest.raises(norm.NormError, match="in a DistributedDataParallel, .*convert before it is wrapped"):
+            norm.convert(model, "deconv")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_products_that_are_rounded_are_warned_of() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.warns(UserWarning, match=r"'high'\) rounds the products of 15 Newton-Schulz steps"):
+            norm.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "deconv")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            norm.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "deconv", stem_n_iter=5)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_convolutions_of_other_kinds_are_said_to_be_left() -> None:

@@ -1,11 +1,14 @@
 """The pure functions against the formulas of the paper, written plainly in float64."""
 
+import copy
 import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from norm import whitening
+from norm import FastDeconv, whitening
 from norm.sampling import Rows, group_patches
 
 
@@ -115,3 +118,33 @@ def test_unfold_inverts_fold(groups, grouping):
     back = whitening.fold_weight(*inner, whitening.Statistics(mean, deconv), groups, grouping)
     torch.testing.assert_close(back[0], weight, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(back[1], bias, rtol=1e-9, atol=1e-9)
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Rounds what is multiplied to 10 bits, as GPUs do with TF32."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        first = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(func.overloadpacket.__name__)
+        if first is not None:
+            args = [*args[:first], *map(self.rounded, args[first : first + 2]), *args[first + 2 :]]
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x):
+        return (
+            x if x.dtype != torch.float32 else (x.contiguous().view(torch.int32) + (1 << 12) & -1 << 13).view(x.dtype)
+        )
+
+
+@pytest.mark.parametrize("n_iter, low, high", [(5, 1e-4, 0.02), (15, 0.2, 100)])
+def test_many_steps_need_products_in_full_precision(n_iter, low, high):
+    """Why `convert` warns of `torch.set_float32_matmul_precision`."""
+    torch.manual_seed(0)
+    smooth = F.interpolate(torch.randn(8, 3, 6, 6), 64, mode="bicubic")
+    x = smooth.mean(1, keepdim=True) + 0.3 * smooth + 0.02 * torch.randn(8, 3, 64, 64)
+    layer = FastDeconv(3, 8, 3, padding=1, n_iter=n_iter)
+    want = copy.deepcopy(layer).double()(x.double())
+    assert (layer(x) - want).norm() < 2e-3 * want.norm()
+    with RoundedProducts():
+        found = layer(x)
+    assert low < (found - want).norm() / want.norm() < high
