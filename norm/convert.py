@@ -145,8 +145,8 @@ def _warn_of_rounded_products(swaps: Iterable[Swap]) -> None:
     precision = torch.get_float32_matmul_precision()
     if most > _FEW_STEPS and precision != "highest":
         warnings.warn(
-            f"torch.set_float32_matmul_precision({precision!r}) rounds the products of {most} Newton-Schulz steps: where "
-            'the device does so (GPUs with TF32) their result may be far off; set it to "highest"',
+            f"torch.set_float32_matmul_precision({precision!r}) rounds the products of {most} Newton-Schulz steps: "
+            'where the device does so (GPUs with TF32) their result may be far off; set it to "highest"',
             stacklevel=3,
         )
 

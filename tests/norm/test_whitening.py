@@ -131,9 +131,10 @@ class RoundedProducts(TorchDispatchMode):
 
     @staticmethod
     def rounded(x):
-        return (
-            x if x.dtype != torch.float32 else (x.contiguous().view(torch.int32) + (1 << 12) & -1 << 13).view(x.dtype)
-        )
+        if x.dtype != torch.float32:
+            return x
+        bits = x.contiguous().view(torch.int32) + (1 << 12)
+        return (bits & -(1 << 13)).view(torch.float32)
 
 
 @pytest.mark.parametrize("n_iter, low, high", [(5, 1e-4, 0.02), (15, 0.2, 100)])
