@@ -30,19 +30,29 @@ Logits = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Deployed(nn.Module):
-    """Images (N, C, H, W), RGB or grey, float32 in [0, 1], normalised -> what `logits` makes of them."""
+    """Images (N, C, H, W), RGB or grey, float32 in [0, 1] -> what `logits` makes of them, scaled if asked and normalised."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, logits: Logits, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        logits: Logits,
+        mean: Sequence[float],
+        std: Sequence[float],
+        scale: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
         self.logits = logits
+        self.scale = scale
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.scale is not None:
+            images = self.scale(images)
         return self.logits(self.network, (images - self.mean) / self.std)
 
 
@@ -65,6 +75,7 @@ def export(
     mean: Sequence[float],
     std: Sequence[float],
     facts: Mapping[str, Any],
+    scale: Callable[[Tensor], Tensor] | None = None,
 ) -> Exported:
     """Write a trained network, in evaluation mode and on the CPU, as `path` says: a program (.pt2) for any number of
     images of this height and width, or weights (.safetensors), for which the size does not matter.
@@ -82,10 +93,10 @@ def export(
     if path.suffix == ".safetensors":
         checkpoint.export_weights(path, folded.state_dict())
         return Exported(path, "the folded network's weights")
-    found = _program(Deployed(folded, logits, mean, std).eval(), (len(mean), *size))
+    found = _program(Deployed(folded, logits, mean, std, scale).eval(), (len(mean), *size))
     buffer = io.BytesIO()
     torch.export.save(found, buffer, extra_files={FACTS: json.dumps({**facts, "input": _input(mean, size)})})
-    deviation = _deviation(buffer, Deployed(network, logits, mean, std).eval(), (len(mean), *size))
+    deviation = _deviation(buffer, Deployed(network, logits, mean, std, scale).eval(), (len(mean), *size))
     if not deviation <= TOLERANCE:
         raise UserError(
             f"{path}: not written: the exported program's outputs differ from the network's by {deviation:.1e} of the "

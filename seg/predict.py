@@ -199,15 +199,13 @@ def scaled(image: Array, factor: float) -> Array:
     return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
 
 
-def whole_logits(model: nn.Module, images: Tensor, multiple: int, base_size: int | None) -> Tensor:
-    """Logits float32 (N, C, H, W) of normalised images (N, 3, H, W), which enter the network at a shorter side of
-    `base_size`, as those of a `Predictor` without windows do but for the rounding of their pixels."""
+def at_shorter_side(images: Tensor, base_size: int) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] as a `Predictor` of this `base_size` has them enter the network: scaled bilinearly,
+    their values rounded to 255ths, as whitening weighs so little a difference too."""
     height, width = images.shape[-2:]
-    if base_size is None or min(height, width) == base_size:
-        return logits_of(model, images, multiple)
     factor = base_size / min(height, width)
     size = max(1, round(height * factor)), max(1, round(width * factor))
-    return logits_of(model, _resized(images, size), multiple, (height, width))
+    return images if size == (height, width) else (_resized(images, size) * 255 + 0.5).floor() / 255
 
 
 def logits_of(model: nn.Module, images: Tensor, multiple: int = 1, size: tuple[int, int] | None = None) -> Tensor:

@@ -27,15 +27,16 @@ def _segmentation(args: argparse.Namespace) -> object:
     from engine.export import export
     from seg.labels import table_of
     from seg.models import from_checkpoint, multiple
-    from seg.predict import whole_logits
+    from seg.predict import at_shorter_side, logits_of
 
     model, cfg, meta = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
     table = table_of(meta)
     side = cfg.data.eval_base_size
     facts = {"task": "seg", "classes": list(table.classes), "label_ids": list(table.label_ids), "shorter_side": side}
-    logits = partial(whole_logits, multiple=multiple(cfg.model), base_size=side)
     size = args.size or cfg.data.crop
-    return export(model, args.out, size, logits, cfg.data.mean, cfg.data.std, facts)
+    logits = partial(logits_of, multiple=multiple(cfg.model), size=tuple(size))
+    scale = None if side is None else partial(at_shorter_side, base_size=side)
+    return export(model, args.out, size, logits, cfg.data.mean, cfg.data.std, facts, scale)
 
 
 def _classification(args: argparse.Namespace) -> object:

@@ -251,6 +251,7 @@ def test_the_program_writes_a_card_with_all_views(
     out = capsys.readouterr().out
     assert f"predictions averaged over: {facts['prediction']}" in out
     scores = [json.loads((tmp_path / name).read_text()) for name in ("card.json", "scores.json")]
+    assert scores[1].pop("of")["averaged_over"] == facts["prediction"]
     assert scores[0]["scores"] == scores[1]
 
 
