@@ -30,7 +30,7 @@ Logits = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Deployed(nn.Module):
-    """Images (N, C, H, W), RGB or grey, float32 in [0, 1], scaled if asked and normalised -> what `logits` makes of it."""
+    """Images (N, C, H, W), RGB or grey, float32 in [0, 1], scaled if asked and normalised -> what `logits` gives."""
 
     mean: Tensor
     std: Tensor
