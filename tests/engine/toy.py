@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from engine import distributed
+from engine import checkpoint, distributed
 from engine.config import ExperimentConfig, Length, NormConfig, OptimConfig, ReportConfig, RuntimeConfig
 from engine.loop import Batch, Evaluation, Loss, Result, fit
 from engine.optim import parameter_groups
@@ -159,3 +159,18 @@ def train(
             resume=resume,
             meta={"classes": ["a", "b", "c"]},
         )
+
+
+def weights(work_dir: Path, name: str = "last.pt") -> dict[str, Tensor]:
+    return checkpoint.load(work_dir / name)["model"]  # type: ignore[no-any-return]
+
+
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def learn(cfg: ToyConfig, work_dir: Path) -> dict[str, Tensor]:
+    train(cfg, work_dir)
+    return weights(work_dir)
