@@ -48,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--topk", type=int, metavar="K", help="classification: how many classes to tell (1)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="in place of the config's runtime.device")
     parser.add_argument(
-        "--max-megapixels", type=float, default=128, metavar="N", help="refuse larger images (%(default)s)"
+        "--max-megapixels", type=float, metavar="N", help="refuse larger images (128); not for a video"
     )
     parser.add_argument(
         "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
@@ -80,6 +80,8 @@ def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
     videos = [path for path in args.inputs if Path(path).suffix.lower() in VIDEO_SUFFIXES and not os.path.isdir(path)]
     if videos and len(args.inputs) > 1:
         raise UserError(f"{videos[0]}: a video goes alone; found {len(args.inputs)} inputs, start the program for each")
+    if args.max_megapixels is not None and videos:
+        raise UserError("--max-megapixels: is for images; a video's frames have one size")
     if args.smooth is not None and not videos:
         raise UserError("--smooth: is for a video; images are labelled each for itself")
     model, cfg, meta = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
@@ -118,13 +120,14 @@ def _classify(args: argparse.Namespace, max_pixels: int) -> Any:
 @program
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if not 0 < args.max_megapixels < math.inf:
-        raise UserError(f"--max-megapixels: {args.max_megapixels:g}; expected a number above 0")
+    megapixels = 128.0 if args.max_megapixels is None else args.max_megapixels
+    if not 0 < megapixels < math.inf:
+        raise UserError(f"--max-megapixels: {megapixels:g}; expected a number above 0")
     one_process("tools/predict.py")
     from engine.checkpoint import task
 
     label = _classify if task(args.checkpoint) == "classify" else _segment
-    summary = label(args, int(args.max_megapixels * 1e6))
+    summary = label(args, int(megapixels * 1e6))
     print(summary)
     return 1 if summary.problems else 0
 

@@ -344,3 +344,18 @@ def test_a_limit_that_is_none_is_one_error(
 ) -> None:
     assert tool.main(["best.pt", str(tmp_path), "--out", str(tmp_path / "out"), "--max-megapixels", limit]) == 2
     assert f"--max-megapixels: {limit}; expected a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "text"), [("--max-megapixels", "is for images"), ("--smooth", "is for a video")])
+def test_options_of_the_other_kind_of_input_are_refused(
+    tool: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    text: str,
+) -> None:
+    monkeypatch.setattr(checkpoint, "task", lambda path: "seg")
+    given = tmp_path / ("x.mp4" if option == "--max-megapixels" else "x.png")
+    assert tool.main(["best.pt", str(given), "--out", str(tmp_path / "out"), option, "1"]) == 2
+    assert f"error: {option}: {text}" in capsys.readouterr().err
