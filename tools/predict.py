@@ -47,9 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--topk", type=int, metavar="K", help="classification: how many classes to tell (1)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="in place of the config's runtime.device")
-    parser.add_argument(
-        "--max-megapixels", type=float, metavar="N", help="refuse larger images (128); not for a video"
-    )
+    parser.add_argument("--max-megapixels", type=float, metavar="N", help="refuse larger images (128); not for a video")
     parser.add_argument(
         "--allow-imports", action="store_true", help="run the modules that the checkpoint's config imports"
     )
