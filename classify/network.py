@@ -83,7 +83,8 @@ def fits_converted(cfg: ClassifyConfig) -> bool:
 
 
 def blank_images(info: DataInfo) -> list[Tensor]:
-    """Images to calibrate a network with whose weights and statistics a checkpoint replaces afterwards."""
+    """Images to calibrate a network with whose weights and statistics a checkpoint replaces afterwards, or to see which
+    parameters it uses."""
     return [torch.zeros(2, info.channels, info.size, info.size)]
 
 

@@ -152,8 +152,9 @@ class NormConfig(Section):
     """Training batches shown to the network while it is converted, so that a trained batch-norm network keeps its
     function; 0: convert without data."""
     precise_batches: Annotated[int, Field(ge=0)] = 0
-    """Micro-batches of each process over which running statistics are averaged anew before each evaluation, always the
-    same ones, kept in memory; 0: they are the running averages."""
+    """Micro-batches over which running statistics are averaged anew before each evaluation, always the same ones, kept
+    in memory; 0: they are the running averages. Of several processes those of the first count, with norm.sync or
+    sync_bn those of all."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -259,7 +259,11 @@ class _Work:
             self.evaluation(SANITY_BATCHES)  # an error in the evaluation shows now, not after an epoch
         self.log.begin(total_steps=plan.total, steps_per_epoch=plan.per_epoch, images_per_step=cfg.batch_size)
         if resume is not None and state.score is None and plan.due(state.step, cfg.report.eval_every):
-            self.evaluate_and_keep()  # a signal came between the step and its evaluation
+            self.evaluate_and_keep()  # a signal came between the step and its evaluation ...
+        if resume is not None and plan.due(state.step, cfg.report.checkpoint_every):
+            missing = [path for path in self.kept() if not path.exists()]  # ... and before this
+            if missing:
+                self.check_and_save(*missing)
 
     def autocast(self) -> torch.autocast:
         dtype = torch.float16 if self.cfg.runtime.amp == "fp16" else torch.bfloat16
@@ -348,8 +352,10 @@ class _Work:
         if plan.due(state.step, report.eval_every):
             self.evaluate_and_keep()
         if plan.due(state.step, report.checkpoint_every):
-            kept = [self.dir / f"step-{state.step:08}.pt"] if report.keep_all else []
-            self.check_and_save(self.dir / LAST, *kept)
+            self.check_and_save(self.dir / LAST, *self.kept())
+
+    def kept(self) -> list[Path]:
+        return [self.dir / f"step-{self.state.step:08}.pt"] if self.cfg.report.keep_all else []
 
     def advice(self) -> str:
         amp = "" if self.cfg.runtime.amp == "none" else " or runtime.amp=none"

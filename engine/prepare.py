@@ -22,6 +22,7 @@ from engine.config import ExperimentConfig, NormConfig, RuntimeConfig
 from engine.errors import LostProcess, UserError, is_lost_worker
 from engine.recompute import recompute_blocks
 from engine.single_values import allow_single_values
+from engine.unused import unused_parameters
 from norm.precise import averaging
 
 
@@ -121,11 +122,14 @@ def convert_norm(model: nn.Module, section: NormConfig, calibrate: Iterable[Tens
     return str(report)
 
 
-def prepare(model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor] | None = None) -> Prepared:
+def prepare(
+    model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor] | None = None, blank: Tensor | None = None
+) -> Prepared:
     """Device, norm recipe, memory layout, checkpointing, checks, compile, DistributedDataParallel, in that order.
 
     Call it inside `session`. `images` are batches N x C x H x W to calibrate with; `norm.calibrate_batches` of them are
-    used. `model` is changed in place.
+    used. `blank`, one such batch of a size that the network takes, is for finding parameters that it does not use,
+    where there are several processes. `model` is changed in place.
 
     Raises:
         UserError: see `convert_norm` and `recompute_blocks`; sync_bn among several processes without GPUs; precise
@@ -152,13 +156,22 @@ def prepare(model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor]
             raise UserError(
                 "norm.name: sync_bn synchronises GPUs, and this run is on CPUs; use bn, or runtime.device=cuda"
             )
+    world = distributed.world_size()
+    unused = unused_parameters(model, blank.to(device)) if world > 1 and blank is not None else []
+    if unused:
+        report.append(
+            f"the network does not use {len(unused)} of its parameters, such as {unused[0]}: the processes look for "
+            "such in each step"
+        )
     if cfg.runtime.compile:
         mode = None if cfg.runtime.compile is True else cfg.runtime.compile
         model.compile(mode=mode)  # in place: the names in the state dict stay
     wrapped = model
-    if distributed.world_size() > 1:
+    if world > 1:
         ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(
+            model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=bool(unused)
+        )
         # rank 0's running statistics in every step, unless all have the same anyway; those it starts from are rank 0's
         wrapped.broadcast_buffers = not traffic.same_buffers(model)
     report += traffic.report(model, cfg)

@@ -118,7 +118,8 @@ class _Work:
         # each process has as many images, whatever their number; the config's batch is that of one
         self.cfg = cfg.model_copy(update={"batch_size": micro * distributed.world_size(), "micro_batch": micro})
         with session(cfg.runtime):
-            self.prepared = prepare(workload.build(), self.cfg, images=workload.images)
+            blank = workload.batch(2)["image"]
+            self.prepared = prepare(workload.build(), self.cfg, images=workload.images, blank=blank)
             skip_fresh_steps(self.prepared.raw)
             self.step = training_step(self.prepared, self.cfg, workload.groups(self.prepared.raw), workload.loss)
             self.batch, self.images = workload.batch(micro), micro

@@ -74,7 +74,8 @@ def is_backbone(parameter: str) -> bool:
 
 
 def blank_images() -> list[Tensor]:
-    """Images to calibrate a network with whose weights and statistics a checkpoint replaces afterwards."""
+    """Images to calibrate a network with whose weights and statistics a checkpoint replaces afterwards, or to see which
+    parameters it uses."""
     return [torch.zeros(2, 3, 64, 64)]
 
 

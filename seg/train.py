@@ -45,7 +45,7 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
                 scored_table(cfg.data, state["meta"], state["path"])  # the file of labels may have changed meanwhile
             model = models.build(cfg.model, labels.num_classes, pretrained=state is None)
             images = models.blank_images() if state else (batch["image"] for batch in training.epoch(0))
-            prepared = prepare(model, cfg, images=images)
+            prepared = prepare(model, cfg, images=images, blank=models.blank_images()[0])
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
             log.message("\n".join(line for line in prepared.report.splitlines() if " | " not in line))
 

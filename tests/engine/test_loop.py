@@ -15,9 +15,10 @@ from engine import checkpoint, distributed
 from engine.checkpoint import differing
 from engine.config import Length
 from engine.errors import UserError
-from engine.loop import Batch, Loss
+from engine.loop import Batch, Evaluation, Loss
 from engine.report import read_metrics
 from engine.resume import find_resume
+from engine.signals import Interrupted
 from tests.engine import toy
 from tests.engine.toy import assert_close, config, learn, train, weights
 
@@ -312,6 +313,38 @@ def test_signal_saves_and_ends_and_the_rest_is_as_if_nothing_had_happened(
     assert f"stopped by a signal after step 4; {folder}/last.pt is saved, --resume auto goes on" in out
     train(cfg, folder, resume=find_resume(folder, "auto", cfg))
     assert not differing(checkpoint.load(tmp_path / "whole" / "last.pt"), checkpoint.load(folder / "last.pt"))
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_a_signal_costs_no_checkpoint_that_is_to_be_kept(tmp_path: Path, where: str) -> None:
+    every = Length(2, "steps")
+    cfg = config(steps=6, report__eval_every=every, report__checkpoint_every=every, report__keep_all=True)
+    train(cfg, tmp_path / "whole")
+    calls: list[str] = []
+
+    def call(name: str) -> None:
+        calls.append(name)
+        if name == where and calls.count(name) == (4 if where == "step" else 3):  # one before the first step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def loss(model: nn.Module, batch: Batch) -> Loss:
+        call("step")
+        return toy.loss(model, batch)
+
+    def evaluate(model: nn.Module, max_batches: int | None) -> Evaluation:
+        call("evaluation")
+        return toy.evaluate(model, max_batches)
+
+    folder = tmp_path / "stopped"
+    try:
+        assert train(cfg, folder, loss=loss, evaluate=evaluate).step == 4
+    except Interrupted:
+        assert where == "evaluation"
+    train(cfg, folder, resume=find_resume(folder, "auto", cfg))
+    whole, stopped = (sorted(path.name for path in one.glob("*.pt")) for one in (tmp_path / "whole", folder))
+    assert whole == stopped and len(whole) == 5
+    for name in whole:
+        assert not differing(checkpoint.load(tmp_path / "whole" / name), checkpoint.load(folder / name)), name
 
 
 def test_third_signal_interrupts_at_once(tmp_path: Path) -> None:

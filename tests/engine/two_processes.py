@@ -48,11 +48,27 @@ def wrapped(folder: Path) -> None:
     prepared = prepare(net, config(norm__name="gn"))
     assert isinstance(prepared.wrapped, nn.parallel.DistributedDataParallel)
     assert prepared.raw is net and set(net.state_dict()) <= set(names)
+    unused(small())
     try:
         prepare(small(), config(norm__name="sync_bn"))
     except UserError as error:
         (folder / "sync_bn.txt").write_text(str(error))
     (folder / f"wrapped_{distributed.rank()}").touch()
+
+
+def unused(net: nn.Sequential) -> None:
+    """Without being told of parameters that no output depends on, DistributedDataParallel fails in the second step."""
+    blank = torch.zeros(2, 3, 16, 16)
+    assert not prepare(net, config(), blank=blank).wrapped.find_unused_parameters
+    partly = nn.Sequential(*net)
+    partly.register_module("spare", nn.Conv2d(3, 8, 3))
+    partly.forward = nn.Sequential(*net).forward  # type: ignore[method-assign]
+    before = {name: one.clone() for name, one in partly.state_dict().items()}
+    prepared = prepare(partly, config(), blank=blank)
+    assert "does not use 2 of its parameters, such as spare.weight" in prepared.report
+    assert all(torch.equal(before[name], one) for name, one in partly.state_dict().items())
+    for _ in range(3):
+        prepared.wrapped(torch.randn(2, 3, 16, 16)).sum().backward()
 
 
 def training(folder: Path) -> None:
