@@ -149,10 +149,10 @@ class Plan:
         ]
 
     def memory(self, micro_batch: int, accumulation: int, checkpointing: bool) -> int:
-        """Bytes at the peak of a training step."""
-        return (
-            self.process + self.data + self.parts.lasting + self.curves[checkpointing].step(micro_batch, accumulation)
-        )
+        """Bytes at the peak of a training step. Several processes keep the gradients between steps, in the buckets of
+        DistributedDataParallel."""
+        lasting = self.process + self.data + self.parts.lasting + (self.parts.gradients if self.ranks > 1 else 0)
+        return lasting + self.curves[checkpointing].step(micro_batch, accumulation)
 
     def choice(self) -> Option | None:
         """The largest micro-batch that fits, without computing activations again if there is one so."""

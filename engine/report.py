@@ -170,8 +170,9 @@ class Log:
         )
         self._plot(step, {"score": found.score, **found.scalars})
         if self._board is not None:
-            for name, image in found.images.items():
-                self._board.add_image(name if "/" in name else f"images/{name}", image, step, dataformats="HWC")
+            with _told(self._dir):
+                for name, image in found.images.items():
+                    self._board.add_image(name if "/" in name else f"images/{name}", image, step, dataformats="HWC")
 
     def curves(self) -> None:
         """Draw loss, rates and score over the steps, from all rows of the metrics file, into `curves.png`."""
@@ -187,7 +188,8 @@ class Log:
             with _told(self._dir / METRICS):  # what a full disk did not take is tried again
                 self._metrics.close()
             if self._board is not None:
-                self._board.close()
+                with _told(self._dir):
+                    self._board.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         with _told(self._dir / METRICS):
@@ -196,8 +198,9 @@ class Log:
 
     def _plot(self, step: int, scalars: Mapping[str, float]) -> None:
         if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+            with _told(self._dir):  # tensorboard's thread hands its errors to whoever writes next
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, step)
 
 
 @contextmanager

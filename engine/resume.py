@@ -25,6 +25,7 @@ LOCK = ".lock"
 FREE = (  # may differ when a run goes on ...
     "runtime.",
     "report.",
+    "recipes.",  # what they say is in norm and optim
     "length",
     "data.root",
     "data.labels",

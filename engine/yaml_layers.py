@@ -1,7 +1,7 @@
 """YAML files and `key=value` overrides as layers of leaves that remember where they were written.
 
-A layer is a nested dict whose leaves are `Leaf(value, origin)`. Mappings merge deep, everything else (a list too)
-replaces what was there.
+A layer is a nested dict whose leaves are `Leaf(value, origin)`. Mappings merge deep, everything else (a list and an
+empty mapping too) replaces what was there.
 """
 
 from __future__ import annotations
@@ -26,22 +26,32 @@ class Leaf(NamedTuple):
     origin: str  # "configs/seg/x.yaml:12" or "override"
 
 
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"^[-+]?(?:0|[1-9][\d_]*|0x[\da-fA-F_]+)$",
+    "tag:yaml.org,2002:float": r"^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?$"
+    r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
+}
 Layer = dict[str, Any]  # str -> Leaf | Layer
 _WORDS: dict[type[yaml.Node], str] = {yaml.ScalarNode: "a single value", yaml.SequenceNode: "a list"}
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but `1e-4` is a number, as YAML 1.2 and everybody's expectation has it."""
+    """The safe loader, but with the numbers of YAML 1.2 and everybody's expectation: `1e-4` is one, `010` (8 in YAML
+    1.1) and `1:30` (90) are not."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, found) for tag, found in pairs if tag not in _NUMBERS]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts in quotes what `_Loader` would take for a number."""
+    """Puts in quotes what `_Loader` or YAML 1.1 would take for a number."""
 
 
 for _each in (_Loader, _Dumper):
-    _each.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
+    for _tag, _pattern in _NUMBERS.items():
+        _each.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def read_chain(path: str | Path) -> list[Layer]:
@@ -92,7 +102,8 @@ def _read_file(path: str, chain: Sequence[str]) -> Layer:
 
 
 def parse_overrides(overrides: Sequence[str]) -> Layer:
-    """Turn `["optim.lr=0.1", "data.crop=[96, 96]"]` into one layer; values are YAML, a later one wins.
+    """Turn `["optim.lr=0.1", "data.crop=[96, 96]"]` into one layer; values are YAML, a later one wins. To replace a
+    mapping, empty it first: `["loss.terms={}", "loss.terms.dice=1"]`.
 
     Raises:
         UserError: no `=`, an empty part of the key, or a value that is not YAML.
@@ -135,12 +146,21 @@ def leaves(layer: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         yield from leaves(value, (*path, key))
 
 
+class Instead(dict[str, Any]):
+    """A mapping over an empty one, which has emptied what lies below both."""
+
+
 def merge(below: Layer, above: Layer) -> Layer:
     """`above` over `below`; neither is changed."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
-        merged[key] = merge(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+        if not isinstance(value, dict) or isinstance(value, Instead):
+            merged[key] = value
+        elif isinstance(under, dict):
+            merged[key] = type(under)(merge(under, value))
+        else:
+            merged[key] = Instead(value) if isinstance(under, Leaf) and under.value == {} else value
     return merged
 
 

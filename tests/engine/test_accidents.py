@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -166,6 +167,21 @@ def test_a_disk_too_full_for_the_log(small_disk: Callable[[str], Path]) -> None:
     ):
         train(config(steps=100, report__eval_every=Length(3, "steps")), disk, evaluate=evaluate)
     assert checkpoint.load(disk / "last.pt")["step"] == 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its own, in its thread
+def test_a_disk_too_full_for_tensorboard(small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("size=2m")
+    noise = np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)
+
+    def evaluate(model: nn.Module, max_batches: int | None) -> Evaluation:
+        found = toy.evaluate(model, max_batches)
+        return Evaluation(found.score, images={f"picture {number}": noise for number in range(4)})
+
+    cfg = config(steps=20, report__eval_every=Length(2, "steps"), report__tensorboard=True)
+    with pytest.raises(UserError, match="disk(/.*)?: cannot write: No space left on device; check the free space"):
+        train(cfg, disk, evaluate=evaluate)
+    assert checkpoint.load(disk / "last.pt")["step"] >= 2
 
 
 def test_a_read_only_folder(small_disk: Callable[[str], Path]) -> None:

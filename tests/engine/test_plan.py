@@ -103,6 +103,12 @@ def test_one_measurement_is_taken_in_proportion():
     assert (choice.micro_batch, choice.accumulation) == (1, 8)
 
 
+def test_several_processes_keep_the_gradients():
+    curves = {False: Curve({1: phases(100, 0), 2: phases(200, 0)})}
+    alone, several = (Plan("title", 9, 8, ranks, 1000, curves, Parts(500, 0, 0, 0, 70)) for ranks in (1, 2))
+    assert several.memory(2, 1, False) == alone.memory(2, 1, False) + 70
+
+
 def test_a_phase_that_shrinks_is_taken_as_constant():
     assert Curve({1: phases(50, 0), 2: phases(40, 0)}).step(9, 1) == 50
 

@@ -103,7 +103,7 @@ def test_another_course_does_not_overwrite_a_later_best(tmp_path: Path) -> None:
 
 def test_what_may_differ(tmp_path: Path) -> None:
     put(tmp_path, config(steps=10))
-    other = config(steps=20, runtime__compile=True, report__images=1)
+    other = config(steps=20, runtime__compile=True, report__images=1, recipes={"gn": {"groups": 4}})
     assert find_resume(tmp_path, "auto", other) is not None
     then, now = config().model_dump(mode="json"), config(runtime__seed=1).model_dump(mode="json")
     assert differences(then, now) == ["runtime.seed: was 0, now 1"]
