@@ -120,6 +120,8 @@ def cells(wanted: Request, networks: Sequence[str]) -> list[Cell]:
         path = wanted.configs / f"{network}{ending}"
         if not path.exists():
             there = sorted(one.name.removesuffix(ending) for one in wanted.configs.glob(f"*{ending}"))
+            if not wanted.configs.is_dir():
+                raise UserError(f"{wanted.configs}: no such folder; start this from a checkout, which has the configs")
             raise UserError(
                 f"{path}: no such config, so {network} cannot be trained on {wanted.data}; there are "
                 f"{', '.join(there) or 'none for this data set'}"

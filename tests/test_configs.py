@@ -105,3 +105,10 @@ def test_strong_recipe():
     cfg = load(ROOT / "configs/seg/fcn_resnet101_80k_bn.yaml", [], SegConfig).config
     assert (str(cfg.length), cfg.batch_size, cfg.optim.lr, cfg.optim.weight_decay) == ("80000 steps", 8, 0.01, 5e-4)
     assert cfg.data.crop == (512, 1024) and cfg.model.aux and cfg.model.backbone_weights == "torchvision"
+
+
+@pytest.mark.parametrize("schema", [SegConfig, ClassifyConfig])
+def test_a_data_sets_path_may_begin_at_home(schema: type[SegConfig | ClassifyConfig]) -> None:
+    """Since a shell leaves data.root=~/x as it is."""
+    plain = {"length": "1 epoch", "batch_size": 1, "data": {"root": "~/x"}}
+    assert schema.model_validate(plain).data.root == Path.home() / "x"

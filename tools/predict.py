@@ -73,8 +73,10 @@ def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
     from seg.predict import Predictor
     from seg.video import label_video
 
-    if args.out is None or args.topk is not None:
-        raise UserError(f"{args.checkpoint}: a segmentation network; give --out DIR for its pictures, and no --topk")
+    if args.out is None:
+        raise UserError(f"{args.checkpoint}: a segmentation network; give --out DIR for its pictures")
+    if args.topk is not None:
+        raise UserError(f"{args.checkpoint}: a segmentation network; --topk is for a classifier")
     videos = [path for path in args.inputs if Path(path).suffix.lower() in VIDEO_SUFFIXES and not os.path.isdir(path)]
     if videos and len(args.inputs) > 1:
         raise UserError(f"{videos[0]}: a video goes alone; found {len(args.inputs)} inputs, start the program for each")
