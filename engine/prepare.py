@@ -158,11 +158,9 @@ def prepare(
             )
     world = distributed.world_size()
     unused = unused_parameters(model, blank.to(device)) if world > 1 and blank is not None else []
-    if unused:
-        report.append(
-            f"the network does not use {len(unused)} of its parameters, such as {unused[0]}: the processes look for "
-            "such in each step"
-        )
+    if unused is None or unused:
+        what = f"leaves {len(unused)} parameters unused, such as {unused[0]}" if unused else "takes no blank image"
+        report.append(f"the network {what}: the processes look for unused ones in each step")
     if cfg.runtime.compile:
         mode = None if cfg.runtime.compile is True else cfg.runtime.compile
         model.compile(mode=mode)  # in place: the names in the state dict stay
@@ -170,7 +168,7 @@ def prepare(
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(
-            model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=bool(unused)
+            model, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=unused is None or bool(unused)
         )
         # rank 0's running statistics in every step, unless all have the same anyway; those it starts from are rank 0's
         wrapped.broadcast_buffers = not traffic.same_buffers(model)

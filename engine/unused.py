@@ -9,11 +9,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 
-def unused_parameters(model: nn.Module, images: Tensor) -> list[str]:
-    """Names of the parameters that are to be trained and get no gradient from the outputs in training mode.
+def unused_parameters(model: nn.Module, images: Tensor) -> list[str] | None:
+    """Names of the parameters that are to be trained and get no gradient from the outputs in training mode; None if the
+    network does not take such images.
 
     A copy of `model` computes `images` (N, C, H, W), on its device; the model and the random numbers stay as they are.
     """
+    try:
+        return _unused(model, images)
+    except (RuntimeError, ValueError, AssertionError):  # as networks refuse a size
+        return None
+
+
+def _unused(model: nn.Module, images: Tensor) -> list[str]:
     twin = copy.deepcopy(model).train()
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():

@@ -65,10 +65,12 @@ def unused(net: nn.Sequential) -> None:
     partly.forward = nn.Sequential(*net).forward  # type: ignore[method-assign]
     before = {name: one.clone() for name, one in partly.state_dict().items()}
     prepared = prepare(partly, config(), blank=blank)
-    assert "does not use 2 of its parameters, such as spare.weight" in prepared.report
+    assert "leaves 2 parameters unused, such as spare.weight" in prepared.report
     assert all(torch.equal(before[name], one) for name, one in partly.state_dict().items())
     for _ in range(3):
         prepared.wrapped(torch.randn(2, 3, 16, 16)).sum().backward()
+    refused = prepare(small(), config(), blank=torch.zeros(2, 4, 16, 16))
+    assert refused.wrapped.find_unused_parameters and "takes no blank image" in refused.report
 
 
 def training(folder: Path) -> None:
