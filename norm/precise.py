@@ -6,6 +6,7 @@ weights (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, se
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -45,7 +46,8 @@ def precise_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> 
     try:
         model.eval()
         with ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if "torch._dynamo" in sys.modules:  # whose import takes seconds, and without which nothing is compiled
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             reached = [stack.enter_context(_anew(layer)) for layer in layers]
             batch: Tensor | None = None
             for batch in float_batches("precise_statistics", batches):
