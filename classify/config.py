@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from engine.config import Count, ExperimentConfig, Fraction, NotNegative, Place, Positive, ReportConfig, Section
+from engine.config import Count, ExperimentConfig, Fraction, HomePath, NotNegative, Positive, ReportConfig, Section
 
 
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:
@@ -31,7 +31,7 @@ class DataConfig(Section):
     ] = "cifar10"
     """Data set. imagenet16 and imagenet32 are the downsampled ImageNet's batches; folder holds a folder of images for
     each class in each split, as ImageNet is usually unpacked."""
-    root: Place = Path("data")
+    root: HomePath = Path("data")
     """Folder that holds the data set's files; of folder, the one with the splits in it."""
     train_split: str = "train"
     """Split that is trained on."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from engine.config import Count, ExperimentConfig, Fraction, NotNegative, Place, Positive, Section, from_dict, load
+from engine.config import Count, ExperimentConfig, Fraction, HomePath, NotNegative, Positive, Section, from_dict, load
 from engine.errors import UserError
 
 Side = Annotated[int, Field(ge=16)]
@@ -27,9 +27,9 @@ class DataConfig(Section):
     name: Literal["cityscapes", "camvid", "bdd100k", "mapillary", "kitti", "acdc", "voc", "folder"] = "cityscapes"
     """The data set and its label table: see seg/datasets.py for the layout of each; `folder` is your own images, masks
     and labels.yaml."""
-    root: Place = Path("data/cityscapes")
+    root: HomePath = Path("data/cityscapes")
     """Folder of the data set: for cityscapes the one that holds leftImg8bit/ and gtFine/."""
-    labels: Place | None = None
+    labels: HomePath | None = None
     """The table of labels for `folder` (null: labels.yaml in data.root) and `mapillary` (null: its newest config)."""
     train_split: str = "train"
     """Split that is trained on."""
