@@ -189,22 +189,25 @@ def scaled(image: Array, factor: float) -> Array:
         UserError: more than 128 megapixels would come out.
     """
     height, width = image.shape[:2]
-    size = max(1, round(width * factor)), max(1, round(height * factor))
-    if size == (width, height):
+    size = _times(height, width, factor)
+    if size == (height, width):
         return image
     if size[0] * size[1] > MAX_PIXELS:
         raise UserError(
             f"An image of {width} x {height} pixels is too long to be brought to a shorter side of {min(size)}."
         )
-    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+
+
+def _times(height: int, width: int, factor: float) -> tuple[int, int]:
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def at_shorter_side(images: Tensor, base_size: int) -> Tensor:
     """Images (N, 3, H, W) in [0, 1] as a `Predictor` of this `base_size` has them enter the network: scaled bilinearly,
     their values rounded to 255ths, as whitening weighs so little a difference too."""
     height, width = images.shape[-2:]
-    factor = base_size / min(height, width)
-    size = max(1, round(height * factor)), max(1, round(width * factor))
+    size = _times(height, width, base_size / min(height, width))
     return images if size == (height, width) else (_resized(images, size) * 255 + 0.5).floor() / 255
 
 
