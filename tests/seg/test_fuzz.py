@@ -71,6 +71,16 @@ def test_mistakes_in_the_call(place: Path) -> None:
         fuzz(PROGRAMS, 1, 0, place, ["images", "videos"])
 
 
+def test_folders_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "failures").mkdir()
+    (tmp_path / "failures/mine.txt").touch()
+    with pytest.raises(UserError, match="holds folders called case or failures that are not of this program"):
+        fuzz(PROGRAMS, 10, 0, tmp_path)
+    with pytest.raises(UserError, match="--limit: found -1, expected seconds above 0"):
+        fuzz(PROGRAMS, 10, 0, tmp_path, limit=-1)
+    assert (tmp_path / "failures/mine.txt").exists()
+
+
 def test_a_damaged_video_gives_the_same_pictures_each_time(tmp_path: Path) -> None:
     """Else its labels would be others in each run; several decoding threads race where its frames lean on lost ones."""
     for name in ("in", "out"):
