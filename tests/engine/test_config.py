@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from engine import yaml_layers
 from engine.config import ExperimentConfig, Length, Loaded, OptimConfig, Section, from_dict, load, show
 from engine.errors import UserError
-from engine.yaml_layers import Leaf
 
 
 class DataConfig(Section):
@@ -115,34 +114,12 @@ def test_bases_merge_and_remember_their_place(tmp_path: Path) -> None:
     assert loaded.origins["optim.nesterov"] == "override"
 
 
-def test_an_empty_mapping_empties_what_is_below(tmp_path: Path) -> None:
-    below = {"norm": {"name": Leaf("deconv", "x"), "overrides": {"a*": {"block": Leaf(4, "x")}}}}
-
-    def merged(*overrides: str) -> Any:
-        return yaml_layers.to_plain(yaml_layers.merge(below, yaml_layers.parse_overrides(overrides)))["norm"]
-
-    assert merged("norm.overrides={b*: {block: 8}}")["overrides"] == {"a*": {"block": 4}, "b*": {"block": 8}}
-    assert merged("norm.overrides={}")["overrides"] == {}
-    again = merged("norm.overrides={}", "norm.overrides={b*: {block: 8}}", "norm.overrides={c*: {block: 2}}")
-    assert again == {"name": "deconv", "overrides": {"b*": {"block": 8}, "c*": {"block": 2}}}
-    assert merged("norm.overrides={b*: {block: 8}}", "norm.overrides={}")["overrides"] == {}
-
-
 @pytest.mark.parametrize("text", ["010", "1:30", "0b11", "1_0:30.5", "08"])
 def test_numbers_of_yaml_1_1_are_none(tmp_path: Path, text: str) -> None:
     """Where a loop over 008 009 010 would train the seed 8 twice."""
     with pytest.raises(UserError, match=rf"batch_size: found '{text}'"):
         read(tmp_path, MINIMAL, f"batch_size={text}")
     assert yaml_layers.load_plain(yaml_layers.dump_line(text), "x") == text
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [("1_000", 1000), ("0x10", 16), ("-3", -3), ("+7", 7), ("1.5e3", 1500.0), (".5", 0.5), ("3.", 3.0)],
-)
-def test_numbers_are_those_of_yaml_1_2(text: str, value: float) -> None:
-    found = yaml_layers.load_plain(text, "x")
-    assert found == value and type(found) is type(value)
 
 
 def test_yaml_merge_keys(tmp_path: Path) -> None:

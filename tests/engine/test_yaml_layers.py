@@ -1,0 +1,32 @@
+"""Layers by themselves; test_config.py reads files through them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine import yaml_layers
+from engine.yaml_layers import Leaf
+
+
+def test_an_empty_mapping_empties_what_is_below() -> None:
+    below = {"norm": {"name": Leaf("deconv", "x"), "overrides": {"a*": {"block": Leaf(4, "x")}}}}
+
+    def merged(*overrides: str) -> Any:
+        return yaml_layers.to_plain(yaml_layers.merge(below, yaml_layers.parse_overrides(overrides)))["norm"]
+
+    assert merged("norm.overrides={b*: {block: 8}}")["overrides"] == {"a*": {"block": 4}, "b*": {"block": 8}}
+    assert merged("norm.overrides={}")["overrides"] == {}
+    again = merged("norm.overrides={}", "norm.overrides={b*: {block: 8}}", "norm.overrides={c*: {block: 2}}")
+    assert again == {"name": "deconv", "overrides": {"b*": {"block": 8}, "c*": {"block": 2}}}
+    assert merged("norm.overrides={b*: {block: 8}}", "norm.overrides={}")["overrides"] == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1_000", 1000), ("0x10", 16), ("-3", -3), ("+7", 7), ("1.5e3", 1500.0), (".5", 0.5), ("3.", 3.0)],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, value: float) -> None:
+    found = yaml_layers.load_plain(text, "x")
+    assert found == value and type(found) is type(value)
