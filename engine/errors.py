@@ -15,6 +15,9 @@ _QUIET = {"OPENCV_LOG_LEVEL": "SILENT", "OPENCV_FFMPEG_LOGLEVEL": "-8"}
 """What OpenCV takes from the environment when it is imported: one error of ours tells what is wrong with a file."""
 
 
+_ROOMS = ("norm", "engine", "seg", "classify", "tools")
+
+
 class UserError(Exception):
     """Bad input, a bad configuration or a broken environment.
 
@@ -72,8 +75,17 @@ def one_process(what: str) -> None:
     )
 
 
+def _missing(module: str) -> str:
+    return (
+        f"{sys.executable} has no module {module!r}, which this program needs. `make install` makes the environment "
+        ".venv with all that is needed; `pip install -e .`, in the folder of README.md, installs it into another one."
+    )
+
+
 def program(main: Callable[P, int]) -> Callable[P, int]:
     """Decorator for a program's `main`: a UserError and `Interrupted` become one line and their status, Ctrl-C 130.
+
+    A library that is not installed is told of in one line too.
 
     OpenCV, which `main` imports, is told to be silent, unless the environment says otherwise.
     """
@@ -88,6 +100,11 @@ def program(main: Callable[P, int]) -> Callable[P, int]:
             rank = os.environ.get("RANK")  # of several processes, the one that has the error
             print(f"error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
             return error.status
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] in _ROOMS:
+                raise
+            print(f"error: {_missing(error.name)}", file=sys.stderr, flush=True)
+            return UserError.status
         except KeyboardInterrupt as error:
             print(error if isinstance(error, Interrupted) else "interrupted", file=sys.stderr, flush=True)
             return error.status if isinstance(error, Interrupted) else 128 + signal.SIGINT

@@ -12,11 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.errors import program
-from seg import sample
 
 
 @program
 def main() -> int:
+    from seg import sample
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder to write; new, empty, or rendered with the same parameters")
     parser.add_argument("--size", default="256x512", help="height x width in pixels, 64x128 to 1024x2048 (%(default)s)")

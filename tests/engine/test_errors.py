@@ -46,6 +46,34 @@ def test_of_several_the_first_tells_why_and_the_others_end(
     assert ended.value.code == 0 and capsys.readouterr() == ("", "")
 
 
+def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+
+    @program
+    def main() -> int:
+        import segmentation_models_pytorch  # noqa: F401
+
+        return 0
+
+    assert main() == UserError.status
+    assert capsys.readouterr().err == (
+        f"error: {sys.executable} has no module 'segmentation_models_pytorch', which this program needs. `make "
+        "install` makes the environment .venv with all that is needed; `pip install -e .`, in the folder of README.md, "
+        "installs it into another one.\n"
+    )
+
+
+def test_a_module_of_ours_that_is_not_there_is_a_bug() -> None:
+    @program
+    def main() -> int:
+        import engine.no_such_file  # type: ignore[import-not-found]  # noqa: F401
+
+        return 0
+
+    with pytest.raises(ModuleNotFoundError):
+        main()
+
+
 def test_under_torchrun_itself() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "tools/inspect.py"), "data.root=/nowhere"]
