@@ -67,6 +67,12 @@ def test_every_tool_has_help():
         assert f"tools/{path.name}" in done.stdout and not done.stderr
 
 
+def test_the_demos_data_may_have_no_blank_in_its_path():
+    command = ["make", "--dry-run", "demo", "DATA=/data/my scenes"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "DATA=/data/my scenes: a path without blanks is needed here" in done.stderr
+
+
 def test_show_prints_the_resolved_config_with_origins(project: Path, sample_root: Path):
     text = tool("train", "tiny.yaml", "--show", "optim.lr=0.05", "norm.name=bn", cwd=project)
     lines = {line.split(":")[0].strip(): line for line in text.splitlines()}
@@ -212,6 +218,10 @@ def test_two_processes_train_one_classifier(project: Path, classifier: str, imag
         (
             ["export", "runs/x/best.pt", "--out", "x.pt2", "--size", "0", "4"],
             "--size 0 4: expected a height and a width",
+        ),
+        (
+            ["export", "runs/x/best.pt", "--out", "x.safetensors", "--size", "8", "8"],
+            "--size: is for a program (.pt2); the weights in x.safetensors fit images of any size",
         ),
     ],
 )

@@ -137,3 +137,6 @@ def test_options_that_would_do_nothing_are_refused(tmp_path: Path, monkeypatch, 
         with pytest.raises(SystemExit):
             start(monkeypatch, run, "--out", tmp_path / "c.png", *option)
         assert "go with segmentation runs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        start(monkeypatch, run, "--out", tmp_path / "c.png", "--examples", -1)
+    assert "--examples: -1; expected 0 or more" in capsys.readouterr().err

@@ -240,6 +240,11 @@ def test_mistakes_show_before_anything_is_trained(ask: Any, trained: list[str], 
     assert not trained and not wanted.folder.exists()
 
 
+def test_without_the_configs_of_a_checkout(tmp_path: Path):
+    with pytest.raises(UserError, match="none: no such folder; start this from a checkout, which has the configs"):
+        cells(request(tmp_path, networks=["vgg16"], configs=tmp_path / "none"), ["vgg16"])
+
+
 def test_a_variants_commas_divide_keys_but_not_lists(tmp_path: Path):
     text = "deconv:norm.block=32,optim.milestones=['1 epoch', '2 epochs'],norm.n_iter=3"
     (variant,) = request(tmp_path, variants=[text]).variants

@@ -1,6 +1,7 @@
 """What the benchmark counts is what there is; times are only asked to be there."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from engine import benchmark
 from engine.benchmark import Case, Settings, Variant
 from engine.config import NormConfig
 from engine.errors import UserError
-from tools.benchmark import parse_case
+from tools.benchmark import main, parse_case
 
 QUICK = Settings(rounds=1)
 
@@ -74,6 +75,14 @@ def test_an_input_that_the_network_does_not_take_is_an_error():
 def test_a_profile_is_written(tmp_path):
     benchmark.trace(Case("x", layer, (2, 4, 8, 8)), variants("deconv")[0], QUICK, tmp_path / "trace.json")
     assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("timed"))
+    for option in ("--json", "--trace"):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", "vgg11:2x3x32x32", option, str(tmp_path)])
+        assert main() == 2
+        assert f"error: {tmp_path}" in capsys.readouterr().err
 
 
 def test_a_case_without_images_is_an_error():
