@@ -8,6 +8,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -254,7 +255,10 @@ def load_weights(
     missing = [name for name in here if name not in state_dict]
     unexpected = [name for name in state_dict if name not in here]
     if not (shapes or missing or unexpected):
-        model.load_state_dict(dict(state_dict))
+        whole = OrderedDict(state_dict)
+        # the layers' versions, which a file may be without: torchvision's MNASNet refuses weights of none
+        vars(whole)["_metadata"] = vars(here).get("_metadata")
+        model.load_state_dict(whole)
         return
     lines = [f"{path}: these weights are of another network than {type(model).__name__}"]
     lines += _listing("of another shape", [f"{name}: here {a}, in the file {b}" for name, (a, b) in shapes.items()])
