@@ -58,7 +58,7 @@ def fill(model: nn.Module, cfg: ModelConfig) -> str:
             state = state[key]
     if not isinstance(state, dict):
         raise UserError(f"{source}: found a {type(state).__name__}, expected a file of weights")
-    tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {_unwrapped(key): value for key, value in state.items() if isinstance(value, Tensor)}
     here = model.state_dict()
     tensors = {key: v for key, v in tensors.items() if key in here or not key.lower().startswith("aux")}  # extra heads
     own = [
@@ -70,6 +70,13 @@ def fill(model: nn.Module, cfg: ModelConfig) -> str:
         own = []  # the same classes: a file without the bias is another network
     checkpoint.load_weights(model, {**tensors, **{name: here[name] for name in own}}, source)
     return f"weights of {source}" + (f"; {', '.join(own)} start anew (another number of classes)" if own else "")
+
+
+def _unwrapped(name: str) -> str:
+    """The name that a parameter has without DistributedDataParallel (`module.`) and the compiler (`_orig_mod.`)."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.partition(".")[2]
+    return name
 
 
 def fits_converted(cfg: ClassifyConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import pickletools
@@ -190,7 +191,9 @@ def read(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # such a file is an error below
-            return torch.load(path, map_location=map_location, weights_only=True)
+            # torchvision's and timm's programs keep their arguments beside the weights; setting its fields runs nothing
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name is None and not _is_pickle(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,10 @@ def test_weights_of_a_plain_file_and_of_data_parallel(tmp_path: Path):
     state = source.state_dict()
     torch.save(state, tmp_path / "plain.pt")
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "wrapped.pt")
+    compiled = {f"_orig_mod.module.{name}": value for name, value in state.items()}
+    torch.save({"model": compiled, "args": Namespace(lr=0.1)}, tmp_path / "reference.pth")
     checkpoint.export_weights(tmp_path / "x.safetensors", state)
-    for name in ("plain.pt", "wrapped.pt", "x.safetensors"):
+    for name in ("plain.pt", "wrapped.pt", "reference.pth", "x.safetensors"):
         model, said = build(cfg.model_copy(update={"weights": str(tmp_path / name)}), INFO)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
         assert said == f"weights of {tmp_path / name}"

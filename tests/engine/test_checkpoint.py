@@ -4,6 +4,7 @@ import os
 import pickle
 import resource
 import zipfile
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,15 @@ def test_a_mistake_in_the_content_is_not_a_full_disk(tmp_path: Path) -> None:
 class Evil:
     def __reduce__(self) -> Any:
         return os.system, ("touch was_run",)
+
+
+def test_the_arguments_that_other_programs_keep_are_no_code(tmp_path: Path) -> None:
+    """torchvision's and timm's reference scripts write them beside the weights."""
+    torch.save({"model": {"a": torch.ones(1)}, "args": Namespace(lr=0.1, opt="sgd")}, tmp_path / "x.pth")
+    assert torch.equal(read(tmp_path / "x.pth")["model"]["a"], torch.ones(1))
+    torch.save({"args": Namespace(lr=Evil())}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"refused, because the file refers to the code (posix|os).system"):
+        read(tmp_path / "evil.pth")
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
