@@ -42,17 +42,23 @@ def build(cfg: ModelConfig, info: DataInfo, *, pretrained: bool = True) -> tuple
         _initialise(model, cfg.init)
     said = ""
     if pretrained and cfg.weights is not None:
-        said = fill(model, cfg)
+        said = fill(model, cfg, info)
     return model, said
 
 
-def fill(model: nn.Module, cfg: ModelConfig) -> str:
+def fill(model: nn.Module, cfg: ModelConfig, info: DataInfo) -> str:
     """Fill the network from the file or the download that `cfg.weights` names, and say so; a classifier of another
     shape is left as it is. Raises UserError as `build`."""
     source = str(cfg.weights)
     if cfg.init != "default":
         raise UserError(f"model.init: {cfg.init} has no effect beside the weights of model.weights; remove one of them")
+    if cfg.name in ("torchvision/googlenet", "torchvision/inception_v3") and "transform_input" not in cfg.options:
+        raise UserError(
+            f"model.options.transform_input: torchvision's weights of {cfg.name} were trained on images normalised in "
+            "another way and need true, weights that were trained here without it false; give one of them"
+        )
     state: Any = _download(cfg.name) if source == "pretrained" else checkpoint.read(Path(source))
+    note = "" if isinstance(state, dict) and "config" in state else _normalised_otherwise(model, info)
     for key in ("state_dict", "ema", "model"):  # of our checkpoints the average, which is what was scored
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -69,7 +75,20 @@ def fill(model: nn.Module, cfg: ModelConfig) -> str:
     if own and all(name.endswith("bias") for name in own):
         own = []  # the same classes: a file without the bias is another network
     checkpoint.load_weights(model, {**tensors, **{name: here[name] for name in own}}, source)
-    return f"weights of {source}" + (f"; {', '.join(own)} start anew (another number of classes)" if own else "")
+    anew = f"; {', '.join(own)} start anew (another number of classes)" if own else ""
+    return f"weights of {source}{anew}{note}"
+
+
+def _normalised_otherwise(model: nn.Module, info: DataInfo) -> str:
+    """A line where timm normalises the images for its weights of a network in another way than the data set's."""
+    known: Any = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = (tuple(known.get(key, own)) for key, own in (("mean", info.mean), ("std", info.std)))
+    if (mean, std) == (info.mean, info.std):
+        return ""
+    return (
+        f"\nnote: timm's weights of this network are for images normalised with data.mean={list(mean)} "
+        f"data.std={list(std)}, here they are {list(info.mean)} and {list(info.std)}"
+    )
 
 
 def _unwrapped(name: str) -> str:

@@ -36,7 +36,7 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
             model, weights = network.build(cfg.model, info, pretrained=state is None and not later)
             images = network.blank_images(info) if state else (batch["image"] for batch in training.epoch(0))
             prepared = prepare(model, cfg, images=images, blank=network.blank_images(info)[0])
-            weights = network.fill(prepared.raw, cfg.model) if later else weights
+            weights = network.fill(prepared.raw, cfg.model, info) if later else weights
             head = set(models.classifier_names(prepared.raw))
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
             summary = [line for line in prepared.report.splitlines() if " | " not in line]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from classify.config import ModelConfig
 from classify.data import DataInfo
-from classify.network import build
+from classify.network import build, fill
 from engine import checkpoint
 from engine.errors import UserError
 
@@ -64,6 +66,21 @@ def test_initial_weights_beside_those_of_a_file_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="model.init: orthogonal has no effect beside the weights of model.weights"):
         build(cfg, INFO)
     build(cfg, INFO, pretrained=False)  # of a checkpoint
+
+
+def test_weights_that_were_trained_on_images_of_another_normalisation(tmp_path: Path):
+    cfg = ModelConfig(name="timm/resnet10t", weights=str(tmp_path / "timm.pth"))
+    torch.save(build(cfg, INFO, pretrained=False)[0].state_dict(), tmp_path / "timm.pth")
+    assert build(cfg, INFO)[1].endswith(
+        "note: timm's weights of this network are for images normalised with data.mean=[0.485, 0.456, 0.406] "
+        "data.std=[0.229, 0.224, 0.225], here they are [0.5, 0.5, 0.5] and [0.5, 0.5, 0.5]"
+    )
+    assert "note" not in build(cfg, replace(INFO, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))[1]
+    cfg = ModelConfig(name="torchvision/googlenet", weights="pretrained")
+    with pytest.raises(
+        UserError, match="model.options.transform_input: torchvision's weights of torchvision/googlenet"
+    ):
+        fill(nn.Identity(), cfg, INFO)
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path):
