@@ -9,13 +9,15 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+import norm
 from classify import models
 from classify.config import ClassifyConfig, ModelConfig
 from classify.data import DataInfo, as_trained
 from engine import checkpoint
-from engine.config import from_dict
+from engine.config import NormConfig, from_dict
 from engine.errors import UserError
 from engine.prepare import convert_norm
 
@@ -104,8 +106,19 @@ def fits_converted(cfg: ClassifyConfig) -> bool:
     if cfg.model.weights in (None, "pretrained"):
         return False
     stored: Any = checkpoint.read(Path(str(cfg.model.weights)))
-    section = stored.get("config") if isinstance(stored, dict) else None
-    return isinstance(section, dict) and section.get("norm") == cfg.norm.model_dump(mode="json")
+    config = stored.get("config") if isinstance(stored, dict) else None
+    section = config.get("norm") if isinstance(config, dict) else None
+    if not isinstance(section, dict):
+        return False
+    if section == cfg.norm.model_dump(mode="json"):
+        return True
+    try:
+        theirs = NormConfig.model_validate(section)
+    except ValidationError:  # a recipe that is not known here
+        return False
+    # the batches that are shown to it make no other network, nor does a default that is written out
+    recipes = [norm.recipe(one.name, **one.options) for one in (theirs, cfg.norm)]
+    return recipes[0] == recipes[1] and theirs.overrides == cfg.norm.overrides
 
 
 def blank_images(info: DataInfo) -> list[Tensor]:

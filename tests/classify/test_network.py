@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from classify.config import ModelConfig
+from classify.config import ClassifyConfig, ModelConfig
 from classify.data import DataInfo
-from classify.network import build, fill
+from classify.network import build, fill, fits_converted
 from engine import checkpoint
 from engine.errors import UserError
 
@@ -107,3 +107,15 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
         build(cfg, INFO)
     with pytest.raises(UserError, match="'pretrained' is for torchvision/NAME and timm/NAME, not for vgg11"):
         build(ModelConfig(name="vgg11", options=SMALL, weights="pretrained"), INFO)
+
+
+def test_the_norm_of_a_checkpoint_is_the_configs_where_it_makes_the_same_network(tmp_path: Path):
+    stored = {"name": "deconv", "overrides": {}, "calibrate_batches": 0, "precise_batches": 4, "block": 32}
+    torch.save({"config": {"norm": stored}}, tmp_path / "best.pt")
+
+    def fits(**section: object) -> bool:
+        plain = {"length": "1 step", "batch_size": 1, "model": {"weights": str(tmp_path / "best.pt")}, "norm": section}
+        return fits_converted(ClassifyConfig.model_validate(plain))
+
+    assert fits(**stored) and fits(name="deconv", block=32) and fits(name="deconv", block=32, fc_block=0)
+    assert not (fits(name="deconv") or fits(name="bn") or fits(name="deconv", block=32, overrides={"fc": {"block": 8}}))
