@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,13 @@ def facts(info: DataInfo) -> dict[str, Any]:
     }
 
 
+def from_facts(meta: Mapping[str, Any]) -> DataInfo:
+    """What `facts` kept."""
+    return DataInfo(
+        tuple(meta["classes"]), int(meta["channels"]), int(meta["size"]), tuple(meta["mean"]), tuple(meta["std"])
+    )
+
+
 def from_checkpoint(
     path: Path | str, overrides: Sequence[str] = (), *, allow_imports: bool = False
 ) -> tuple[nn.Module, ClassifyConfig, DataInfo]:
@@ -154,10 +161,7 @@ def from_checkpoint(
     """
     content = checkpoint.load_trained(path, "classify")
     cfg = from_dict(content["config"], overrides, ClassifyConfig, str(path), allow_imports).config
-    meta = content["meta"]
-    info = DataInfo(
-        tuple(meta["classes"]), int(meta["channels"]), int(meta["size"]), tuple(meta["mean"]), tuple(meta["std"])
-    )
+    info = from_facts(content["meta"])
     data = as_trained(cfg.data, info, content["config"]["data"]["name"])
     cfg = cfg.model_copy(update={"data": data})
     info = replace(info, size=data.size or info.size, mean=data.mean or info.mean, std=data.std or info.std)
