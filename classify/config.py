@@ -10,7 +10,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from engine.config import Count, ExperimentConfig, Fraction, HomePath, NotNegative, Positive, ReportConfig, Section
+from engine.config import (
+    Count,
+    ExperimentConfig,
+    Fraction,
+    HomePath,
+    HomeText,
+    NotNegative,
+    Positive,
+    ReportConfig,
+    Section,
+)
 
 
 def _rising(pair: tuple[float, float]) -> tuple[float, float]:
@@ -78,10 +88,10 @@ class ModelConfig(Section):
     """Name of the network, one of classify.models.available(), or torchvision/NAME or timm/NAME."""
     options: dict[str, Any] = {}
     """Arguments of the network besides its classes and channels, such as width: 0.5."""
-    weights: str | None = None
+    weights: HomeText | None = None
     """Weights to start from: null (random), 'pretrained' (torchvision's or timm's, downloaded), or a path to a file. A
     classifier with another number of classes starts anew. A checkpoint of tools/train.py fits if it was trained with
-    batch norm, or with the very `norm` section of this config."""
+    batch norm, or with the very `norm` section of this config, but for precise_batches and calibrate_batches."""
     init: Literal["default", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal"] = (
         "default"
     )

@@ -76,6 +76,8 @@ def _folders(place: Path) -> list[str]:
 def find(root: Path, split: str, classes: tuple[str, ...]) -> Files:
     """The images of a split, also those in folders below a class's, but not hidden ones; class i is `classes[i]`.
 
+    Links to folders are followed, but not to one that they lie in.
+
     Raises:
         UserError: as `class_folders`; the split has other classes, or a class has no image.
     """
@@ -88,7 +90,12 @@ def find(root: Path, split: str, classes: tuple[str, ...]) -> Files:
             "splits must have the same class folders."
         )
     which = {name: i for i, name in enumerate(classes)}
-    samples = make_dataset(str(place), which, None, functools.partial(_is_image, place), allow_empty=True)
+    circular = functools.cache(functools.partial(_circular, str(place)))
+
+    def wanted(path: str) -> bool:
+        return _is_image(place, path) and not circular(os.path.dirname(path))
+
+    samples = make_dataset(str(place), which, None, wanted, allow_empty=True)
     labels = np.array([label for _, label in samples], np.int64)
     empty = [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]
     if empty:
@@ -102,6 +109,17 @@ def find(root: Path, split: str, classes: tuple[str, ...]) -> Files:
 def _is_image(place: Path, path: str) -> bool:
     parts = os.path.relpath(path, place).split(os.sep)
     return os.path.splitext(path)[1].lower() in images.SUFFIXES and not any(part.startswith(".") for part in parts)
+
+
+def _circular(place: str, folder: str) -> bool:
+    """Whether the way from `place` down to `folder` takes a link to a folder that it lies in: its images would come
+    forty times, and those of other classes as this one's."""
+    while len(folder) > len(place):
+        above = os.path.dirname(folder)
+        if os.path.islink(folder) and Path(os.path.realpath(above)).is_relative_to(os.path.realpath(folder)):
+            return True
+        folder = above
+    return False
 
 
 def _some(names: list[str]) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+import norm
 from classify import models
 from classify.config import ClassifyConfig, ModelConfig
 from classify.data import DataInfo, as_trained
 from engine import checkpoint
-from engine.config import from_dict
+from engine.config import NormConfig, from_dict
 from engine.errors import UserError
 from engine.prepare import convert_norm
 
@@ -42,23 +44,29 @@ def build(cfg: ModelConfig, info: DataInfo, *, pretrained: bool = True) -> tuple
         _initialise(model, cfg.init)
     said = ""
     if pretrained and cfg.weights is not None:
-        said = fill(model, cfg)
+        said = fill(model, cfg, info)
     return model, said
 
 
-def fill(model: nn.Module, cfg: ModelConfig) -> str:
+def fill(model: nn.Module, cfg: ModelConfig, info: DataInfo) -> str:
     """Fill the network from the file or the download that `cfg.weights` names, and say so; a classifier of another
     shape is left as it is. Raises UserError as `build`."""
     source = str(cfg.weights)
     if cfg.init != "default":
         raise UserError(f"model.init: {cfg.init} has no effect beside the weights of model.weights; remove one of them")
+    if cfg.name in ("torchvision/googlenet", "torchvision/inception_v3") and "transform_input" not in cfg.options:
+        raise UserError(
+            f"model.options.transform_input: torchvision's weights of {cfg.name} were trained on images normalised in "
+            "another way and need true, weights that were trained here without it false; give one of them"
+        )
     state: Any = _download(cfg.name) if source == "pretrained" else checkpoint.read(Path(source))
+    note = "" if isinstance(state, dict) and "config" in state else _normalised_otherwise(model, info)
     for key in ("state_dict", "ema", "model"):  # of our checkpoints the average, which is what was scored
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
         raise UserError(f"{source}: found a {type(state).__name__}, expected a file of weights")
-    tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {_unwrapped(key): value for key, value in state.items() if isinstance(value, Tensor)}
     here = model.state_dict()
     tensors = {key: v for key, v in tensors.items() if key in here or not key.lower().startswith("aux")}  # extra heads
     own = [
@@ -69,7 +77,27 @@ def fill(model: nn.Module, cfg: ModelConfig) -> str:
     if own and all(name.endswith("bias") for name in own):
         own = []  # the same classes: a file without the bias is another network
     checkpoint.load_weights(model, {**tensors, **{name: here[name] for name in own}}, source)
-    return f"weights of {source}" + (f"; {', '.join(own)} start anew (another number of classes)" if own else "")
+    anew = f"; {', '.join(own)} start anew (another number of classes)" if own else ""
+    return f"weights of {source}{anew}{note}"
+
+
+def _normalised_otherwise(model: nn.Module, info: DataInfo) -> str:
+    """A line where timm normalises the images for its weights of a network in another way than the data set's."""
+    known: Any = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = (tuple(known.get(key, own)) for key, own in (("mean", info.mean), ("std", info.std)))
+    if (mean, std) == (info.mean, info.std):
+        return ""
+    return (
+        f"\nnote: timm's weights of this network are for images normalised with data.mean={list(mean)} "
+        f"data.std={list(std)}, here they are {list(info.mean)} and {list(info.std)}"
+    )
+
+
+def _unwrapped(name: str) -> str:
+    """The name that a parameter has without DistributedDataParallel (`module.`) and the compiler (`_orig_mod.`)."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.partition(".")[2]
+    return name
 
 
 def fits_converted(cfg: ClassifyConfig) -> bool:
@@ -78,8 +106,19 @@ def fits_converted(cfg: ClassifyConfig) -> bool:
     if cfg.model.weights in (None, "pretrained"):
         return False
     stored: Any = checkpoint.read(Path(str(cfg.model.weights)))
-    section = stored.get("config") if isinstance(stored, dict) else None
-    return isinstance(section, dict) and section.get("norm") == cfg.norm.model_dump(mode="json")
+    config = stored.get("config") if isinstance(stored, dict) else None
+    section = config.get("norm") if isinstance(config, dict) else None
+    if not isinstance(section, dict):
+        return False
+    if section == cfg.norm.model_dump(mode="json"):
+        return True
+    try:
+        theirs = NormConfig.model_validate(section)
+    except ValidationError:  # a recipe that is not known here
+        return False
+    # the batches that are shown to it make no other network, nor does a default that is written out
+    recipes = [norm.recipe(one.name, **one.options) for one in (theirs, cfg.norm)]
+    return recipes[0] == recipes[1] and theirs.overrides == cfg.norm.overrides
 
 
 def blank_images(info: DataInfo) -> list[Tensor]:
@@ -99,6 +138,13 @@ def facts(info: DataInfo) -> dict[str, Any]:
     }
 
 
+def from_facts(meta: Mapping[str, Any]) -> DataInfo:
+    """What `facts` kept."""
+    return DataInfo(
+        tuple(meta["classes"]), int(meta["channels"]), int(meta["size"]), tuple(meta["mean"]), tuple(meta["std"])
+    )
+
+
 def from_checkpoint(
     path: Path | str, overrides: Sequence[str] = (), *, allow_imports: bool = False
 ) -> tuple[nn.Module, ClassifyConfig, DataInfo]:
@@ -115,10 +161,7 @@ def from_checkpoint(
     """
     content = checkpoint.load_trained(path, "classify")
     cfg = from_dict(content["config"], overrides, ClassifyConfig, str(path), allow_imports).config
-    meta = content["meta"]
-    info = DataInfo(
-        tuple(meta["classes"]), int(meta["channels"]), int(meta["size"]), tuple(meta["mean"]), tuple(meta["std"])
-    )
+    info = from_facts(content["meta"])
     data = as_trained(cfg.data, info, content["config"]["data"]["name"])
     cfg = cfg.model_copy(update={"data": data})
     info = replace(info, size=data.size or info.size, mean=data.mean or info.mean, std=data.std or info.std)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from classify import data, losses, network
+from classify import data, losses, models, network
 from classify.config import ClassifyConfig
 from engine.optim import parameter_groups
 from engine.prepare import prepare, session
@@ -76,5 +76,6 @@ def _step(cfg: ClassifyConfig, name: str, images: torch.Tensor) -> Callable[[dic
     section = cfg.model.model_copy(update={"name": name, "options": options})
     model, _ = network.build(section, data.describe(cfg.data), pretrained=False)
     prepared = prepare(model, cfg, images=[images])
-    groups = parameter_groups(prepared.raw, cfg.optim, lambda _: True)
+    head = set(models.classifier_names(prepared.raw))
+    groups = parameter_groups(prepared.raw, cfg.optim, lambda key: key not in head)
     return training_step(prepared, cfg, groups, losses.build(cfg.loss))

@@ -9,7 +9,7 @@ from torch import nn
 from classify import losses, models, network
 from classify.config import ClassifyConfig
 from classify.data import describe, eval_batches, train_batches
-from classify.evaluate import evaluate_model
+from classify.evaluate import check_classes, evaluate_model
 from classify.scores import left_out
 from engine import distributed
 from engine.config import Loaded
@@ -32,11 +32,13 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
         training = train_batches(cfg, device, distributed.world_size(), distributed.rank())
         validation = eval_batches(cfg, device, world=distributed.world_size(), rank=distributed.rank())
         with open_work_dir(work_dir, loaded, resume) as state, Log(work_dir, cfg.report, resume=state) as log:
+            if state is not None:  # a class folder that was renamed would give the others' images to other outputs
+                check_classes(network.from_facts(state["meta"]), info, state["path"])
             later = state is None and network.fits_converted(cfg)
             model, weights = network.build(cfg.model, info, pretrained=state is None and not later)
             images = network.blank_images(info) if state else (batch["image"] for batch in training.epoch(0))
             prepared = prepare(model, cfg, images=images, blank=network.blank_images(info)[0])
-            weights = network.fill(prepared.raw, cfg.model) if later else weights
+            weights = network.fill(prepared.raw, cfg.model, info) if later else weights
             head = set(models.classifier_names(prepared.raw))
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
             summary = [line for line in prepared.report.splitlines() if " | " not in line]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import pickletools
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -189,7 +191,9 @@ def read(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # such a file is an error below
-            return torch.load(path, map_location=map_location, weights_only=True)
+            # torchvision's and timm's programs keep their arguments beside the weights; setting its fields runs nothing
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name is None and not _is_pickle(path):
@@ -254,7 +258,10 @@ def load_weights(
     missing = [name for name in here if name not in state_dict]
     unexpected = [name for name in state_dict if name not in here]
     if not (shapes or missing or unexpected):
-        model.load_state_dict(dict(state_dict))
+        whole = OrderedDict(state_dict)
+        # the layers' versions, which a file may be without: torchvision's MNASNet refuses weights of none
+        vars(whole)["_metadata"] = vars(here).get("_metadata")
+        model.load_state_dict(whole)
         return
     lines = [f"{path}: these weights are of another network than {type(model).__name__}"]
     lines += _listing("of another shape", [f"{name}: here {a}, in the file {b}" for name, (a, b) in shapes.items()])

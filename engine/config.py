@@ -73,6 +73,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
 """A path in which ~ is the home folder, as a shell leaves it in data.root=~/x."""
+HomeText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""The same for a path that may also be a word, such as `pretrained`."""
 
 
 class Section(BaseModel):

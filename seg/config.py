@@ -11,7 +11,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from engine.config import Count, ExperimentConfig, Fraction, HomePath, NotNegative, Positive, Section, from_dict, load
+from engine.config import (
+    Count,
+    ExperimentConfig,
+    Fraction,
+    HomePath,
+    HomeText,
+    NotNegative,
+    Positive,
+    Section,
+    from_dict,
+    load,
+)
 from engine.errors import UserError
 
 Side = Annotated[int, Field(ge=16)]
@@ -81,7 +92,7 @@ class ModelConfig(Section):
     options: dict[str, Any] = {}
     """Further arguments of the architecture of segmentation-models-pytorch, such as decoder_channels, or of timm's
     encoder, such as drop_path_rate."""
-    backbone_weights: str | None = None
+    backbone_weights: HomeText | None = None
     """Pretrained backbone: null (random); 'torchvision', 'timm' or 'imagenet' (downloaded by the library that the
     network is from); 'package:efficientnet-lite0' (the extra `pretrained`; its inputs are normalised with data.mean and
     data.std of 0.5); or a path to a file of weights (.pt, .pth, .safetensors)."""

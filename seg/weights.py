@@ -16,7 +16,7 @@ from engine.errors import UserError
 
 _HEADS = ("fc.", "classifier.", "aux_classifier.")
 _REMEDY = "check model.backbone_weights, which must be of the encoder that model.name names"
-_WRAPPERS = ("module.", "network.", "backbone.", "encoder.", "model.")
+_WRAPPERS = ("_orig_mod.", "module.", "network.", "backbone.", "encoder.", "model.")
 
 
 class _Package(NamedTuple):
@@ -153,7 +153,7 @@ def load_exactly(backbone: nn.Module, state: Mapping[str, Tensor], source: str) 
     Raises:
         UserError: layers differ, see `engine.checkpoint.load_weights`.
     """
-    for prefix in ("module.", "backbone.", "features."):
+    for prefix in ("_orig_mod.", "module.", "backbone.", "features."):
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     kept = {k: v for k, v in state.items() if not k.startswith(_HEADS)}

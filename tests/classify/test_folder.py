@@ -94,6 +94,19 @@ def test_hidden_folders_are_left_out_at_any_depth(root: Path) -> None:
     assert len(folder.find(hidden, "train", CLASSES).labels) == before + 1
 
 
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_links_in_a_circle_add_no_images(tmp_path: Path, target: str) -> None:
+    for place in ("elsewhere", "train/a", "train/b"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "x.png").touch()
+    (tmp_path / "train/a/circle").symlink_to(target)
+    (tmp_path / "train/a/more").symlink_to(tmp_path / "elsewhere")
+    files = folder.find(tmp_path, "train", ("a", "b"))
+    names = [os.path.relpath(os.fsdecode(path), tmp_path / "train") for path in files.paths]
+    assert names == ["a/x.png", "a/more/x.png", "b/x.png"]
+    assert files.labels.tolist() == [0, 0, 1]
+
+
 def test_empty_class_folders_are_named(root: Path) -> None:
     shutil.rmtree(root / "train/bee")
     (root / "train/bee").mkdir()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from classify.config import ModelConfig
+from classify.config import ClassifyConfig, ModelConfig
 from classify.data import DataInfo
-from classify.network import build
+from classify.network import build, fill, fits_converted
 from engine import checkpoint
 from engine.errors import UserError
 
@@ -40,8 +43,10 @@ def test_weights_of_a_plain_file_and_of_data_parallel(tmp_path: Path):
     state = source.state_dict()
     torch.save(state, tmp_path / "plain.pt")
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "wrapped.pt")
+    compiled = {f"_orig_mod.module.{name}": value for name, value in state.items()}
+    torch.save({"model": compiled, "args": Namespace(lr=0.1)}, tmp_path / "reference.pth")
     checkpoint.export_weights(tmp_path / "x.safetensors", state)
-    for name in ("plain.pt", "wrapped.pt", "x.safetensors"):
+    for name in ("plain.pt", "wrapped.pt", "reference.pth", "x.safetensors"):
         model, said = build(cfg.model_copy(update={"weights": str(tmp_path / name)}), INFO)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
         assert said == f"weights of {tmp_path / name}"
@@ -61,6 +66,21 @@ def test_initial_weights_beside_those_of_a_file_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="model.init: orthogonal has no effect beside the weights of model.weights"):
         build(cfg, INFO)
     build(cfg, INFO, pretrained=False)  # of a checkpoint
+
+
+def test_weights_that_were_trained_on_images_of_another_normalisation(tmp_path: Path):
+    cfg = ModelConfig(name="timm/resnet10t", weights=str(tmp_path / "timm.pth"))
+    torch.save(build(cfg, INFO, pretrained=False)[0].state_dict(), tmp_path / "timm.pth")
+    assert build(cfg, INFO)[1].endswith(
+        "note: timm's weights of this network are for images normalised with data.mean=[0.485, 0.456, 0.406] "
+        "data.std=[0.229, 0.224, 0.225], here they are [0.5, 0.5, 0.5] and [0.5, 0.5, 0.5]"
+    )
+    assert "note" not in build(cfg, replace(INFO, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)))[1]
+    cfg = ModelConfig(name="torchvision/googlenet", weights="pretrained")
+    with pytest.raises(
+        UserError, match="model.options.transform_input: torchvision's weights of torchvision/googlenet"
+    ):
+        fill(nn.Identity(), cfg, INFO)
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path):
@@ -87,3 +107,15 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
         build(cfg, INFO)
     with pytest.raises(UserError, match="'pretrained' is for torchvision/NAME and timm/NAME, not for vgg11"):
         build(ModelConfig(name="vgg11", options=SMALL, weights="pretrained"), INFO)
+
+
+def test_the_norm_of_a_checkpoint_is_the_configs_where_it_makes_the_same_network(tmp_path: Path):
+    stored = {"name": "deconv", "overrides": {}, "calibrate_batches": 0, "precise_batches": 4, "block": 32}
+    torch.save({"config": {"norm": stored}}, tmp_path / "best.pt")
+
+    def fits(**section: object) -> bool:
+        plain = {"length": "1 step", "batch_size": 1, "model": {"weights": str(tmp_path / "best.pt")}, "norm": section}
+        return fits_converted(ClassifyConfig.model_validate(plain))
+
+    assert fits(**stored) and fits(name="deconv", block=32) and fits(name="deconv", block=32, fc_block=0)
+    assert not (fits(name="deconv") or fits(name="bn") or fits(name="deconv", block=32, overrides={"fc": {"block": 8}}))

@@ -58,6 +58,15 @@ def test_a_step_trains(cifar_root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         timing._step(cfg, "nonet", batch["image"])
 
 
+def test_a_rate_of_the_classifiers_own_is_no_mistake() -> None:
+    """A training takes it, so that the program must."""
+    cfg = ClassifyConfig.model_validate(
+        {"length": "1 epoch", "batch_size": 2, "runtime": {"device": "cpu"}, "optim": {"head_lr_factor": 10}}
+    )
+    batch = {"image": torch.randn(2, 3, 32, 32), "target": torch.tensor([0, 1]), "name": ["a", "b"]}
+    timing._step(cfg, "lenet", batch["image"])(batch)
+
+
 def test_the_program_prints_a_row_for_each_network(cifar_root: Path, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(
         f"task: classify\nlength: 1 epoch\nbatch_size: 10\nmodel: {{name: lenet}}\nruntime: {{device: cpu}}\n"

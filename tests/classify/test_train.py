@@ -115,6 +115,17 @@ def test_files_that_vanish_meanwhile_are_named_and_the_checkpoint_stays(
     assert checkpoint.load(tmp_path / "run/last.pt")["step"] >= 1
 
 
+def test_a_class_that_is_called_otherwise_ends_a_resumed_training(image_root: Path, tmp_path: Path) -> None:
+    """The classes after it would be those of other outputs."""
+    root = Path(shutil.copytree(image_root, tmp_path / "images"))
+    options = dict(name="folder", val_split="val", size=32)
+    train.run(loaded(root, "batch_size=6", "length=1 step", **options), tmp_path / "run")
+    for split in ("train", "val"):
+        (root / split / "tram").rename(root / split / "a tram")
+    with pytest.raises(UserError, match=r"run/last.pt: the network's class 'bus' is 'a tram' in the data set"):
+        train.run(loaded(root, "batch_size=6", "length=2 steps", **options), tmp_path / "run", "auto")
+
+
 def test_weights_of_another_number_of_classes_start_the_classifier_anew(
     cifar_root: Path, image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

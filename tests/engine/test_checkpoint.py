@@ -4,6 +4,7 @@ import os
 import pickle
 import resource
 import zipfile
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,15 @@ def test_a_mistake_in_the_content_is_not_a_full_disk(tmp_path: Path) -> None:
 class Evil:
     def __reduce__(self) -> Any:
         return os.system, ("touch was_run",)
+
+
+def test_the_arguments_that_other_programs_keep_are_no_code(tmp_path: Path) -> None:
+    """torchvision's and timm's reference scripts write them beside the weights."""
+    torch.save({"model": {"a": torch.ones(1)}, "args": Namespace(lr=0.1, opt="sgd")}, tmp_path / "x.pth")
+    assert torch.equal(read(tmp_path / "x.pth")["model"]["a"], torch.ones(1))
+    torch.save({"args": Namespace(lr=Evil())}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"refused, because the file refers to the code (posix|os).system"):
+        read(tmp_path / "evil.pth")
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
@@ -312,3 +322,21 @@ def test_files_older_than_the_batch_counter_load() -> None:
     state = {name: value + 1 for name, value in model.state_dict().items() if "num_batches" not in name}
     load_weights(model, state, "old.pth")
     assert torch.equal(model[1].running_mean, torch.ones(4)) and int(model[1].num_batches_tracked) == 0
+
+
+def test_layers_that_ask_for_the_version_of_their_weights(tmp_path: Path) -> None:
+    class Versioned(nn.Linear):  # as torchvision's MNASNet
+        _version = 2
+
+        def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+            if metadata.get("version") != 2:
+                raise ValueError(f"version should be 2 instead of {metadata.get('version')}")
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    source, model = (nn.Sequential(Versioned(2, 3)) for _ in range(2))
+    save(tmp_path / "x.pt", {"model": source.state_dict()})
+    export_weights(tmp_path / "x.safetensors", source.state_dict())
+    for state in (read(tmp_path / "x.pt")["model"], read(tmp_path / "x.safetensors")):
+        model[0].weight.data.zero_()
+        load_weights(model, state, "x")
+        assert torch.equal(model[0].weight, source[0].weight)
