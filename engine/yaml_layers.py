@@ -94,8 +94,8 @@ def _read_file(path: str, chain: Sequence[str]) -> Layer:
     except OSError as error:
         raise UserError(f"{path}: cannot read the config{asked}: {error.strerror}") from None
     node = _compose(text, path)
-    if node is None:
-        raise UserError(f"{path}: the config is empty, expected keys such as 'task: seg'")
+    if node is None or (isinstance(node, yaml.MappingNode) and not node.value):
+        raise UserError(f"{path}: the config is empty, expected keys such as 'task: seg'{asked}")
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}: found {_WORDS[type(node)]}, expected a mapping of keys such as 'task: seg'")
     return dict(_build(node, path, lambda line: f"{path}:{line}"))
