@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -85,7 +86,9 @@ def _plan_layer(layer: nn.Module, names: list[str], at: Place, mine: Recipe, why
         plain, rebuild = take_apart(layer, kind)
     except NormError as error:
         dummy = probe(layer, kind)
-        if method(dummy, at) is not dummy:
+        with torch.device("meta"):
+            kept = method(dummy, at) is dummy
+        if not kept:
             raise NormError(
                 f"{names[0]} {error}; leave it alone with overrides={{{names[0]!r}: {{'recipe': 'keep'}}}}, "
                 "or build the network with the plain layer"

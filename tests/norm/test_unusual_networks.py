@@ -172,3 +172,31 @@ def test_block_and_block_features() -> None:
     with pytest.raises(norm.NormError, match=r"overrides is \[.*expected patterns and options"):
         norm.convert(build(), "deconv", overrides=[("1", {"block": 4})])  # type: ignore[arg-type]
     assert [layer.block for layer in model] == [layer.block for layer in before]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in ("sync_bn", "frozen_bn", "gn", "in", "ln", "none", "deconv")),
+        ("bn", {"eps": 0.1}),
+        ("deconv_fast", {"gain": True}),
+    ],
+)
+def test_a_norm_of_an_unknown_class_is_named(name: str, options: dict[str, Any]) -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Own(4))
+    with pytest.raises(norm.NormError, match=r"1 is a .*Own, a norm layer that may do more.*recipe.*keep"):
+        norm.convert(model, name, **options)
+    assert type(model[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("name", ["deconv", "deconv_fast", "none"])
+def test_a_convolution_of_an_unknown_class_is_named(name: str) -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    options = {} if name == "none" else {"gain": True}
+    with pytest.raises(norm.NormError, match=r"0 is a .*Own, a conv layer that may do more.*recipe.*keep"):
+        norm.convert(nn.Sequential(Own(3, 4, 3, bias=False)), name, **options)
