@@ -200,3 +200,16 @@ def test_a_convolution_of_an_unknown_class_is_named(name: str) -> None:
     options = {} if name == "none" else {"gain": True}
     with pytest.raises(norm.NormError, match=r"0 is a .*Own, a conv layer that may do more.*recipe.*keep"):
         norm.convert(nn.Sequential(Own(3, 4, 3, bias=False)), name, **options)
+
+
+@pytest.mark.parametrize(("name", "options"), [("in", {}), ("gn", {"groups": 4})])
+def test_one_image_behind_image_pooling(name: str, options: dict[str, Any]) -> None:
+    """As in DeepLabV3: maps of one pixel, one value a group."""
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+    nn.init.normal_(pooled[2].bias)
+    norm.convert(pooled, name, **options)
+    x = torch.randn(2, 3, 8, 8)
+    pooled(x[:1]).sum().backward()
+    bias = pooled[2].bias.detach()
+    for output in (pooled.eval()(x)[1], pooled(x[:1]), norm.fold(pooled)(x[:1])):
+        torch.testing.assert_close(output.flatten(), bias, rtol=1e-4, atol=1e-4)
