@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from torch import Tensor, nn
 from torch import distributed as dist
 from torchvision.ops import DeformConv2d
@@ -213,3 +215,18 @@ def test_one_image_behind_image_pooling(name: str, options: dict[str, Any]) -> N
     bias = pooled[2].bias.detach()
     for output in (pooled.eval()(x)[1], pooled(x[:1]), norm.fold(pooled)(x[:1])):
         torch.testing.assert_close(output.flatten(), bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [StdConv2dSame, ScaledStdConv2dSame])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_that_standardise_and_pad_unevenly(kind: type[nn.Conv2d], stride: int) -> None:
+    model, x = nn.Sequential(kind(3, 8, 3, stride=stride, bias=False)).double(), torch.randn(4, 3, 10, 11).double()
+    want, deconvolved = model(x), copy.deepcopy(model)
+    norm.convert(model, "none")
+    torch.testing.assert_close(model(x), want)
+    report = norm.convert(deconvolved, "deconv", calibrate=x)
+    torch.testing.assert_close(deconvolved.eval()(x), want)
+    plain = norm.fold(deconvolved)
+    torch.testing.assert_close(plain(x), want)
+    assert type(plain[0]) is (Conv2dSame if stride == 2 else nn.Conv2d)
+    assert report.deviation is not None and report.deviation < 1e-9
