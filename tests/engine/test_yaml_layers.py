@@ -42,3 +42,10 @@ def test_a_file_that_says_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "y.yaml").write_text("base: x.yaml\n")
     with pytest.raises(UserError, match=r"x.yaml: the config is empty, .* \(named by base: in .*y.yaml\)"):
         yaml_layers.read_chain(tmp_path / "y.yaml")
+
+
+@pytest.mark.parametrize("text", ["norm.overrides.'layer4.*'.n_iter=3", 'norm.overrides."layer4.*".n_iter=3'])
+def test_quotes_around_a_key_are_not_taken_for_a_part_of_it(text: str) -> None:
+    with pytest.raises(UserError, match=r"keys are not quoted; one that holds a dot goes into braces, such as norm\."):
+        yaml_layers.parse_overrides([text])
+    assert yaml_layers.parse_overrides(["data.root='a b'"]) == {"data": {"root": Leaf("a b", "override")}}
