@@ -80,7 +80,13 @@ HomeText = Annotated[str, AfterValidator(os.path.expanduser)]
 class Section(BaseModel):
     """A group of keys: unknown keys are errors, values are read-only, the docstring under a field describes it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # in options that no type restricts: what is saved reads back as it was
+    )
 
 
 class OptimConfig(Section):
@@ -193,9 +199,9 @@ class RuntimeConfig(Section):
     """Only deterministic algorithms; slower, an operation without one is an error."""
     workers: Annotated[int, Field(ge=0)] = 4
     """Processes that load data, for each rank; 0 loads in the training process."""
-    threads: Count | None = None
+    threads: Annotated[int, Field(ge=1, le=2**15)] | None = None
     """Threads of torch on the CPU; null leaves torch's choice."""
-    ddp_timeout_minutes: Positive = 30.0
+    ddp_timeout_minutes: Annotated[float, Field(gt=0, le=1e6)] = 30.0
     """How long a rank waits for the others before it gives up."""
 
     @model_validator(mode="after")

@@ -34,6 +34,9 @@ def explain(error: ErrorDetails, kind: type[BaseModel], layer: Layer, data: dict
         text = "missing, and it has no default"
     elif error["type"] == "value_error":
         text = error["msg"].removeprefix("Value error, ")
+        option = re.search(r"has no option '(\w+)'", text) if key == "norm" else None
+        near = option and _nearest(f"norm.{option[1]}", [one for one in _known_keys(kind) if one.startswith("norm.")])
+        text += f"; did you mean {near}?" if near else ""  # the recipe knows its options, not the section's own keys
     else:
         expected = error["msg"].replace("Input should be ", "expected ").replace("an object", "a section with keys")
         text = f"found {error['input']!r}, {expected}"

@@ -94,8 +94,8 @@ def _read_file(path: str, chain: Sequence[str]) -> Layer:
     except OSError as error:
         raise UserError(f"{path}: cannot read the config{asked}: {error.strerror}") from None
     node = _compose(text, path)
-    if node is None:
-        raise UserError(f"{path}: the config is empty, expected keys such as 'task: seg'")
+    if node is None or (isinstance(node, yaml.MappingNode) and not node.value):
+        raise UserError(f"{path}: the config is empty, expected keys such as 'task: seg'{asked}")
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}: found {_WORDS[type(node)]}, expected a mapping of keys such as 'task: seg'")
     return dict(_build(node, path, lambda line: f"{path}:{line}"))
@@ -106,7 +106,7 @@ def parse_overrides(overrides: Sequence[str]) -> Layer:
     mapping, empty it first: `["loss.terms={}", "loss.terms.dice=1"]`.
 
     Raises:
-        UserError: no `=`, an empty part of the key, or a value that is not YAML.
+        UserError: no `=`, an empty part of the key, a quoted one, or a value that is not YAML.
     """
     layer: Layer = {}
     for text in overrides:
@@ -114,6 +114,11 @@ def parse_overrides(overrides: Sequence[str]) -> Layer:
         parts = key.strip().split(".")
         if not equals or not all(parts):
             raise UserError(f"override {text!r}: expected key=value, such as optim.lr=0.05")
+        if any(quote in key for quote in "'\""):
+            raise UserError(
+                f"override {text!r}: keys are not quoted; one that holds a dot goes into braces, such as "
+                "norm.overrides={layer4.*: {n_iter: 3}}"
+            )
         if parts == ["base"]:
             raise UserError(f"override {text!r}: base can only be written in a config file")
         where = f"override {text!r}"

@@ -6,6 +6,7 @@ Classes are recognised by name: no library is imported for it.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Literal
@@ -32,6 +33,8 @@ _SMP_EFFICIENTNET = "segmentation_models_pytorch.encoders._efficientnet"
 _SAME_CONV = {"timm.layers.conv2d_same.Conv2dSame", f"{_SMP_EFFICIENTNET}.Conv2dDynamicSamePadding"}
 _STATIC_SAME_CONV = {f"{_SMP_EFFICIENTNET}.Conv2dStaticSamePadding"}
 _STANDARDISED = {"timm.layers.std_conv.StdConv2d", "timm.layers.std_conv.ScaledStdConv2d"}
+_STANDARDISED_SAME = {f"{name}Same" for name in _STANDARDISED}
+"""Standardised, and padded as Conv2dSame where `same_pad` says so (DeepMind's NFNets, hybrid transformers)."""
 # Linear layers whose weight another module reads: replacing them would change nothing or break it.
 _READ_BY_OTHERS = {"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"}
 _READERS = {
@@ -92,6 +95,12 @@ def take_apart(layer: nn.Module, kind: Kind) -> tuple[nn.Module, Rebuild]:
         return _plain_conv(layer, layer.padding), lambda new: Padded(layer.get_submodule("static_padding"), new)
     if name in _STANDARDISED and isinstance(layer, nn.Conv2d):
         return _standardised_conv(layer), _as_it_is
+    if name in _STANDARDISED_SAME and isinstance(layer, nn.Conv2d):
+        if not vars(layer)["same_pad"]:
+            return _standardised_conv(layer), _as_it_is
+        pad = SamePad2d(layer.kernel_size, layer.stride, layer.dilation)
+        timm = sys.modules.get("timm.layers.conv2d_same")  # where its class is, so is this one
+        return _standardised_conv(layer), lambda new: Padded(pad, new, getattr(timm, "Conv2dSame", None))
     if isinstance(layer, (FastDeconv, Delinear, ChannelDeconv)):
         raise NormError(f"is already a {type(layer).__name__}; convert the network as it was built")
     raise NormError(f"is a {name}, a {kind} layer that may do more than the plain one")

@@ -24,7 +24,7 @@ def fold(model: nn.Module) -> nn.Module:
     """A copy of `model` in evaluation mode, with Conv2d and Linear in place of the layers of `norm`.
 
     FastDeconv and WSConv2d become Conv2d, Delinear Linear, ChannelDeconv a 1x1 Conv2d or a Linear, ChannelAffine a
-    depthwise 1x1 Conv2d. The outputs equal those of `model.eval()` within float error; batch norms stay as they are.
+    depthwise 1x1 Conv2d. The outputs equal those of `model.eval()` within float error; norms stay as they are.
 
     Raises:
         NormError: a ChannelDeconv that has seen no input, so that its number of channels is unknown; running statistics

@@ -56,6 +56,17 @@ class WSConv2d(nn.Conv2d):
         return self._conv_forward(x, self.standardised(), self.bias)
 
 
+class ChannelNorm(nn.GroupNorm):
+    """Instance norm, as a group norm of one channel a group. It takes a map of one pixel, whose output is the bias.
+
+    nn.GroupNorm refuses one of a single image, in evaluation too, though not those of two.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        cudnn = torch.backends.cudnn.enabled
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, cudnn)
+
+
 class FrozenBatchNorm2d(nn.Module):
     """Batch norm with fixed statistics, weight and bias: a per-channel scale and shift that does not learn."""
 

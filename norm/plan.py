@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -85,7 +86,9 @@ def _plan_layer(layer: nn.Module, names: list[str], at: Place, mine: Recipe, why
         plain, rebuild = take_apart(layer, kind)
     except NormError as error:
         dummy = probe(layer, kind)
-        if method(dummy, at) is not dummy:
+        with torch.device("meta"):
+            kept = method(dummy, at) is dummy
+        if not kept:
             raise NormError(
                 f"{names[0]} {error}; leave it alone with overrides={{{names[0]!r}: {{'recipe': 'keep'}}}}, "
                 "or build the network with the plain layer"
@@ -157,20 +160,21 @@ def _first_and_last(layers: list[nn.Module]) -> tuple[nn.Module | None, set[int]
 
 
 def _check_sharing(model: nn.Module, swaps: list[Swap]) -> None:
-    """A layer that is replaced gets a weight of its own, which must not cut it off from another one's."""
+    """A layer that is replaced gets parameters of its own, which must not cut it off from another one's."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(name)
     for swap in swaps:
-        weight = swap.old._parameters.get("weight")
-        if weight is not None and swap.core is not swap.plain and len(owners[id(weight)]) > 1:
-            names = owners[id(weight)]
-            raise NormError(
-                f"{' and '.join(names)} are {'two' if len(names) == 2 else len(names)} layers that share one weight; "
-                "use one layer in all places, so that it can be converted once, or keep all of them (overrides)"
-            )
+        for key, parameter in swap.old._parameters.items():
+            names = [] if parameter is None else owners[id(parameter)]
+            if swap.core is not swap.plain and len(names) > 1:
+                count = "two" if len(names) == 2 else len(names)
+                raise NormError(
+                    f"{' and '.join(names)} are {count} layers that share one {key}; "
+                    "use one layer in all places, so that it can be converted once, or keep all of them (overrides)"
+                )
 
 
 def _check_whitens(chosen: Recipe, swaps: list[Swap]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from norm.channel_deconv import ChannelDeconv
 from norm.layers import Delinear, FastDeconv
-from norm.other_layers import FrozenBatchNorm2d, WSConv2d
+from norm.other_layers import ChannelNorm, FrozenBatchNorm2d, WSConv2d
 from norm.registry import Place, Recipe, register
 from norm.sampling import Grouping
 from norm.state import FRESH_STEPS, NormError, check_options
@@ -130,8 +130,7 @@ class GroupNorm(Recipe):
         _check_eps("gn", self.eps)
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
-        groups = math.gcd(self.groups, old.num_features)
-        return _copy_norm(old, nn.GroupNorm(groups, old.num_features, self.eps, old.affine))
+        return _group_norm(old, math.gcd(self.groups, old.num_features), self.eps)
 
     def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
         # A filter of one number has no variance, and the layer that predicts is not normalised afterwards.
@@ -151,7 +150,7 @@ class InstanceNorm(Recipe):
         _check_eps("in", self.eps)
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
-        return _copy_norm(old, nn.GroupNorm(old.num_features, old.num_features, self.eps, old.affine))
+        return _group_norm(old, old.num_features, self.eps)
 
 
 @register("ln")
@@ -165,7 +164,7 @@ class LayerNorm(Recipe):
         _check_eps("ln", self.eps)
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
-        return _copy_norm(old, nn.GroupNorm(1, old.num_features, self.eps, old.affine))
+        return _group_norm(old, 1, self.eps)
 
 
 @register("none")
@@ -365,6 +364,11 @@ def _check_wide(weight: Tensor, at: Place) -> None:
             f"{at.name} has weights of {weight.dtype}; whitening needs float32: convert the network in float32 and "
             "train it under torch.autocast"
         )
+
+
+def _group_norm(old: nn.BatchNorm2d, groups: int, eps: float) -> nn.Module:
+    kind = ChannelNorm if groups == old.num_features else nn.GroupNorm
+    return _copy_norm(old, kind(groups, old.num_features, eps, old.affine))
 
 
 def _copy_norm(old: nn.BatchNorm2d, new: nn.Module) -> nn.Module:

@@ -274,6 +274,8 @@ def test_stored_config_imports_nothing_unless_allowed(tmp_path: Path, monkeypatc
         ("optim: {lr: fast}\n", "x.yaml:4: optim.lr: found 'fast', expected a valid number"),
         ("optim: {lr: -1}\n", "x.yaml:4: optim.lr: found -1, expected greater than 0"),
         ("optim: {lr: .nan}\n", "x.yaml:4: optim.lr: found nan, expected a finite number"),
+        ("runtime: {threads: 100000000000}\n", "x.yaml:4: runtime.threads: found 100000000000, expected less than"),
+        ("runtime: {ddp_timeout_minutes: 1e9}\n", "x.yaml:4: runtime.ddp_timeout_minutes: found 1000000000.0, expec"),
         ("optim: {nesterov: 1}\n", "x.yaml:4: optim.nesterov: found 1, expected a valid boolean"),
         ("micro_batch: true\n", "x.yaml:4: micro_batch: found True, expected a valid integer"),
         ("micro_batch: 2.5\n", "x.yaml:4: micro_batch: found 2.5, expected a valid integer"),

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from engine.config import ExperimentConfig, Loaded, load
+import pytest
+
+from engine.config import ExperimentConfig, Loaded, from_dict, load
+from engine.errors import UserError
 
 BASE = """
 task: t
@@ -54,3 +57,25 @@ def test_what_was_resolved_reads_back_as_it_was(tmp_path):
     loaded = read(tmp_path, "recipes: {deconv: {n_iter: 2, optim: {lr: 0.02}}}\n", "optim.momentum=0.7")
     (tmp_path / "saved.yaml").write_text(loaded.text)
     assert load(tmp_path / "saved.yaml", [], ExperimentConfig).config == loaded.config
+
+
+def test_numbers_without_end_in_options_are_saved_as_they_are(tmp_path):
+    loaded = read(tmp_path, "norm: {overrides: {a: {eps: .inf}, b: {eps: -.inf}}}\n")
+    (tmp_path / "saved.yaml").write_text(loaded.text)
+    assert load(tmp_path / "saved.yaml", [], ExperimentConfig).config == loaded.config
+    stored = loaded.config.model_dump(mode="json")
+    assert from_dict(stored, [], ExperimentConfig, "x.pt").config == loaded.config
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("calibrate_batch", "calibrate_batches"), ("override", "overrides"), ("precise", "precise_batches")],
+)
+def test_a_key_of_the_section_written_wrongly(tmp_path, wrong, meant):
+    with pytest.raises(UserError, match=rf"'gn' has no option '{wrong}'; its .*; did you mean norm.{meant}\?$"):
+        read(tmp_path, "", "norm.name=gn", f"norm.{wrong}=4")
+
+
+def test_an_option_of_the_recipe_written_wrongly(tmp_path):
+    with pytest.raises(UserError, match=r"'deconv' has no option 'blok' \(did you mean 'block'\?\); its .*delinear$"):
+        read(tmp_path, "", "norm.blok=4")

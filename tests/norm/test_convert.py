@@ -327,6 +327,10 @@ def test_weights_that_other_layers_share_are_not_cut_off():
         norm.convert(pair, "deconv", overrides={"1": {"recipe": "keep"}})
     norm.convert(pair, "deconv", overrides={"[01]": {"recipe": "keep"}})
     assert pair[1].weight is pair[0].weight and isinstance(pair[2], norm.FastDeconv)
+    pair[1] = nn.Conv2d(4, 4, 1)
+    pair[1].bias = pair[0].bias
+    with pytest.raises(norm.NormError, match="0 and 1 are two layers that share one bias"):
+        norm.convert(pair, "deconv", overrides={"2": {"recipe": "keep"}})
 
 
 def test_norms_do_not_go_where_nothing_whitens():

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 from torch import Tensor, nn
 from torch import distributed as dist
 from torchvision.ops import DeformConv2d
@@ -172,3 +174,59 @@ def test_block_and_block_features() -> None:
     with pytest.raises(norm.NormError, match=r"overrides is \[.*expected patterns and options"):
         norm.convert(build(), "deconv", overrides=[("1", {"block": 4})])  # type: ignore[arg-type]
     assert [layer.block for layer in model] == [layer.block for layer in before]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in ("sync_bn", "frozen_bn", "gn", "in", "ln", "none", "deconv")),
+        ("bn", {"eps": 0.1}),
+        ("deconv_fast", {"gain": True}),
+    ],
+)
+def test_a_norm_of_an_unknown_class_is_named(name: str, options: dict[str, Any]) -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Own(4))
+    with pytest.raises(norm.NormError, match=r"1 is a .*Own, a norm layer that may do more.*recipe.*keep"):
+        norm.convert(model, name, **options)
+    assert type(model[0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("name", ["deconv", "deconv_fast", "none"])
+def test_a_convolution_of_an_unknown_class_is_named(name: str) -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    options = {} if name == "none" else {"gain": True}
+    with pytest.raises(norm.NormError, match=r"0 is a .*Own, a conv layer that may do more.*recipe.*keep"):
+        norm.convert(nn.Sequential(Own(3, 4, 3, bias=False)), name, **options)
+
+
+@pytest.mark.parametrize(("name", "options"), [("in", {}), ("gn", {"groups": 4})])
+def test_one_image_behind_image_pooling(name: str, options: dict[str, Any]) -> None:
+    """As in DeepLabV3: maps of one pixel, one value a group."""
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+    nn.init.normal_(pooled[2].bias)
+    norm.convert(pooled, name, **options)
+    x = torch.randn(2, 3, 8, 8)
+    pooled(x[:1]).sum().backward()
+    bias = pooled[2].bias.detach()
+    for output in (pooled.eval()(x)[1], pooled(x[:1]), norm.fold(pooled)(x[:1])):
+        torch.testing.assert_close(output.flatten(), bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [StdConv2dSame, ScaledStdConv2dSame])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_that_standardise_and_pad_unevenly(kind: type[nn.Conv2d], stride: int) -> None:
+    model, x = nn.Sequential(kind(3, 8, 3, stride=stride, bias=False)).double(), torch.randn(4, 3, 10, 11).double()
+    want, deconvolved = model(x), copy.deepcopy(model)
+    norm.convert(model, "none")
+    torch.testing.assert_close(model(x), want)
+    report = norm.convert(deconvolved, "deconv", calibrate=x)
+    torch.testing.assert_close(deconvolved.eval()(x), want)
+    plain = norm.fold(deconvolved)
+    torch.testing.assert_close(plain(x), want)
+    assert type(plain[0]) is (Conv2dSame if stride == 2 else nn.Conv2d)
+    assert report.deviation is not None and report.deviation < 1e-9
