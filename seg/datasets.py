@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UserError
-from engine.images import SUFFIXES
+from engine.images import SUFFIXES, walk
 from seg.cityscapes import Cityscapes, Key, Listing, Sample
 from seg.cityscapes import listing as cityscapes_listing
 from seg.config import DataConfig
@@ -287,16 +287,23 @@ class _Files(NamedTuple):
 
 
 def _files(top: Path, suffixes: Iterable[str] = SUFFIXES, ending: str = "") -> _Files:
-    """Path below `top` without suffix and `ending` -> file, of the files that have both; hidden ones are left out."""
-    allowed, found = set(suffixes), _Files({}, [])
-    for path in sorted(top.rglob("[!.]*")):
+    """Path below `top` without suffix and `ending` -> file, of the files that have both. Links to folders are
+    followed, hidden files and folders are left out.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    found, problems = _Files({}, []), list[str]()
+    for path in sorted(walk(top, problems, frozenset(suffixes))):
         name = path.relative_to(top).with_suffix("").as_posix()
-        if path.suffix.lower() not in allowed or not name.endswith(ending) or not path.is_file():
+        if not name.endswith(ending):
             continue
         key = name.removesuffix(ending)
         if key in found.files:
             found.twice.append((path, found.files[key]))
         found.files.setdefault(key, path)
+    if problems:
+        raise UserError(problems[0])
     return found
 
 

@@ -233,6 +233,29 @@ def test_two_images_of_one_name_and_an_empty_split(tmp_path: Path) -> None:
         datasets.samples(config("folder", tmp_path).data, "night")
 
 
+def test_links_to_folders_are_followed_and_hidden_folders_are_not_read(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    folder(root)
+    for kind in ("images", "masks"):
+        (root / kind / "train/day1").rename(elsewhere.with_name(kind))
+        (root / kind / "train/day1").symlink_to(elsewhere.with_name(kind))
+    image = next((root / "images/train/day0").iterdir())
+    put(image.parent / ".ipynb_checkpoints/shot-checkpoint.png", np.zeros((*SIZE, 3), np.uint8))
+    found = [sample.name for sample in datasets.samples(config("folder", root).data, "train")]
+    assert found == ["day0/shot 0", "day0/shot 2", "day1/shot 1", "day1/shot 3"]
+
+
+def test_a_link_to_nothing_is_no_image_less(tmp_path: Path) -> None:
+    folder(tmp_path)
+    for kind in ("images", "masks"):
+        path = next((tmp_path / kind / "train/day0").glob("shot 0.*"))
+        path.unlink()
+        path.symlink_to(tmp_path / "not mounted")
+    samples = datasets.samples(config("folder", tmp_path).data, "train")
+    with pytest.raises(UserError, match=r"shot 0\.jpg: cannot be read"):
+        data.read_pair(samples[0])
+
+
 def test_an_id_that_the_table_does_not_know_names_file_and_table(tmp_path: Path) -> None:
     folder(tmp_path)
     sample = datasets.samples(config("folder", tmp_path).data, "train")[0]
