@@ -121,11 +121,13 @@ def camvid(cfg: DataConfig, split: str) -> Listing:
 
 def bdd100k(cfg: DataConfig, split: str) -> Listing:
     """BDD100K's 10k images (https://bdd-data.berkeley.edu): `images/10k/<split>/*.jpg` with
-    `labels/sem_seg/masks/<split>/*.png`, which hold train ids and 255. 7000 train, 1000 val; test has no labels."""
-    images = _files(_folder(cfg, cfg.root / "images/10k" / split, GET_BDD))
+    `labels/sem_seg/masks/<split>/*.png`, which hold train ids and 255, all below `bdd100k`, as the archives have them,
+    or in the root itself. 7000 train, 1000 val; test has no labels."""
+    root = cfg.root / "bdd100k" if (cfg.root / "bdd100k").is_dir() else cfg.root
+    images = _files(_folder(cfg, root / "images/10k" / split, GET_BDD))
     if split == "test":
         return _listed(images)
-    masks = _files(_folder(cfg, cfg.root / "labels/sem_seg/masks" / split, GET_BDD), (".png",))
+    masks = _files(_folder(cfg, root / "labels/sem_seg/masks" / split, GET_BDD), (".png",))
     return _listed(images, masks)
 
 

@@ -147,6 +147,12 @@ def test_kittis_split_is_every_fifth_image(tmp_path: Path) -> None:
         datasets.samples(cfg, "dev")
 
 
+def test_bdd100ks_archives_are_taken_as_they_unpack(tmp_path: Path) -> None:
+    bdd100k(tmp_path / "bdd100k")
+    found = [datasets.samples(config("bdd100k", root).data, "val") for root in (tmp_path, tmp_path / "bdd100k")]
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
 def test_acdcs_condition_is_the_city_and_may_be_left_out(tmp_path: Path) -> None:
     acdc(tmp_path)
     cfg = config("acdc", tmp_path).data
