@@ -214,7 +214,7 @@ def voc(cfg: DataConfig, split: str) -> Listing:
 def _names(path: Path) -> list[str]:
     """The lines of a list of images. Raises UserError where one is more than a name."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a name in each line, in UTF-8.") from None
     for number, line in enumerate(lines, 1):

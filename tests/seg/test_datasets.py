@@ -227,6 +227,13 @@ def test_lists_of_voc(tmp_path: Path) -> None:
         datasets.samples(cfg, "train")
 
 
+def test_a_list_of_voc_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    voc(tmp_path)
+    path = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert len(datasets.samples(config("voc", tmp_path).data, "train")) == 4
+
+
 def test_two_images_of_one_name_and_an_empty_split(tmp_path: Path) -> None:
     folder(tmp_path)
     image = next((tmp_path / "images/train/day0").iterdir())
