@@ -125,6 +125,27 @@ def find_images(
     return [Found(path, name) for path, name in zip(paths, names, strict=True)], problems
 
 
+def walk(folder: Path | str, problems: list[str], suffixes: frozenset[str] | None = SUFFIXES) -> Iterator[Path]:
+    """Files below a folder in sorted order, hidden files and folders left out. Links to folders are followed, each real
+    folder is entered once; a folder that cannot be read is told in `problems`."""
+    seen: set[tuple[int, int]] = set()
+
+    def unreadable(error: OSError) -> None:
+        problems.append(f"{show(error.filename)}: the folder cannot be read ({error.strerror}).")
+
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        info = os.stat(here)
+        if (info.st_dev, info.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            known = suffixes is None or os.path.splitext(name)[1].lower() in suffixes
+            if known and not name.startswith("."):
+                yield Path(here, name)
+
+
 def write_png(path: Path | str, pixels: Array, inside: Path | str | None = None) -> None:
     """Writes uint8 (H, W) or (H, W, 3) as PNG by `write_bytes`."""
     data = io.BytesIO()
@@ -229,32 +250,32 @@ def _rgb(image: Image.Image, path: Path, opaque: bool) -> Array:
 def _expand(text: str, problems: list[str]) -> Iterator[tuple[Path, Path]]:
     """Files that one input names, each with its path relative to the folder it was searched in."""
     if os.path.isdir(text) and text:
-        yield from ((p, p.relative_to(text)) for p in _walk(text, problems))
+        yield from ((p, p.relative_to(text)) for p in walk(text, problems))
     elif os.path.lexists(text):
         yield Path(text), Path(Path(text).name)
     elif glob.has_magic(text):
         fixed = Path(*_fixed_parts(text))
         for hit in _glob(text, problems):
-            inner = _walk(hit, problems) if os.path.isdir(hit) else [hit]
+            inner = walk(hit, problems) if os.path.isdir(hit) else [hit]
             yield from ((p, p.relative_to(fixed)) for p in inner)
 
 
 def _nothing(text: str, videos: bool) -> str:
     """What is said of an input that names no image."""
-    lonely = next(_walk(text, [], VIDEO_SUFFIXES), None) if videos and text and os.path.isdir(text) else None
+    lonely = next(walk(text, [], VIDEO_SUFFIXES), None) if videos and text and os.path.isdir(text) else None
     if lonely is None:
         return "no such file or no image in it."
     return f"no image in it, but videos; a video is given by itself, such as {show(lonely)}."
 
 
 def _glob(pattern: str, problems: list[str]) -> list[Path]:
-    """Sorted matches. `**` goes through `_walk`, because the library's own follows links in circles."""
+    """Sorted matches. `**` goes through `walk`, because the library's own follows links in circles."""
     parts = Path(pattern).parts
     if "**" not in parts:
         return sorted(map(Path, glob.glob(pattern)))
     fixed = Path(*_fixed_parts(pattern))
     wanted = parts[len(fixed.parts) :]
-    files = _walk(fixed, problems, SUFFIXES if wanted[-1] == "**" else None)
+    files = walk(fixed, problems, SUFFIXES if wanted[-1] == "**" else None)
     return [path for path in files if _matches(path.relative_to(fixed).parts, wanted)]
 
 
@@ -270,26 +291,6 @@ def _fixed_parts(pattern: str) -> list[str]:
     parts = Path(pattern).parts
     first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     return list(parts[:first])
-
-
-def _walk(folder: Path | str, problems: list[str], suffixes: frozenset[str] | None = SUFFIXES) -> Iterator[Path]:
-    """Files below a folder in sorted order. Links to folders are followed, each real folder is entered once."""
-    seen: set[tuple[int, int]] = set()
-
-    def unreadable(error: OSError) -> None:
-        problems.append(f"{show(error.filename)}: the folder cannot be read ({error.strerror}).")
-
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
-        info = os.stat(here)
-        if (info.st_dev, info.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((info.st_dev, info.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            known = suffixes is None or os.path.splitext(name)[1].lower() in suffixes
-            if known and not name.startswith("."):
-                yield Path(here, name)
 
 
 def _output_names(keys: Sequence[Path], relative: Sequence[Path]) -> list[str]:

@@ -26,6 +26,9 @@ CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", ".avi"
 """Endings of the files that can be written, and the codec of each."""
 LOSSLESS = {".mkv": "FFV1", ".avi": "FFV1"}
 """The same for grey frames that must come back exactly, such as label ids."""
+_COUNTED = frozenset({".mp4", ".m4v", ".mov", ".avi"})
+"""Endings of the files that hold their number of frames. For the others OpenCV computes it from the length of all there
+is in the file, sound included, and the rate."""
 _USUAL_RATE = 25.0
 _HIGHEST_RATE = 1000.0
 
@@ -36,7 +39,7 @@ class Reader:
     Attributes:
         rate: frames a second.
         size: width and height.
-        announced: frames that the file says it has, None where it does not.
+        announced: frames that the file says it has, or that its length and rate make; None where it tells neither.
         read: frames so far.
         seconds: spent on them.
         remarks: what was assumed.
@@ -98,8 +101,12 @@ class Reader:
             yield frame
             frame = self._next()
         if self.announced is not None and self.read < self.announced:
+            found = f"{self.read} frames could be read of the {self.announced}"
             self.problems.append(
-                f"{self.read} frames could be read of the {self.announced} announced; the file is cut off or damaged"
+                f"{found} announced; the file is cut off or damaged"
+                if self.path.suffix.lower() in _COUNTED
+                else f"{found} that its length and rate make: its sound is longer than its pictures, their rate "
+                "varies, or the file is cut off or damaged"
             )
 
     def _next(self) -> Array | None:

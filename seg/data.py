@@ -120,7 +120,12 @@ def augment(
     import albumentations as A
 
     base = cfg.base_size / min(mask.shape) if cfg.base_size else 1.0
-    scale = A.RandomScale((base * cfg.scale[0] - 1, base * cfg.scale[1] - 1), cv2.INTER_LINEAR, cv2.INTER_NEAREST, p=1)
+    scale = A.RandomScale(
+        (base * cfg.scale[0] - 1, base * cfg.scale[1] - 1),
+        cv2.INTER_LINEAR,
+        cv2.INTER_NEAREST_EXACT,  # without EXACT OpenCV's labels lie up to half a pixel beside its images
+        p=1,
+    )
     steps: list[Any] = [
         A.RandomCrop(
             *cfg.crop,

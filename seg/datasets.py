@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UserError
-from engine.images import SUFFIXES
+from engine.images import SUFFIXES, walk
 from seg.cityscapes import Cityscapes, Key, Listing, Sample
 from seg.cityscapes import listing as cityscapes_listing
 from seg.config import DataConfig
@@ -121,11 +121,13 @@ def camvid(cfg: DataConfig, split: str) -> Listing:
 
 def bdd100k(cfg: DataConfig, split: str) -> Listing:
     """BDD100K's 10k images (https://bdd-data.berkeley.edu): `images/10k/<split>/*.jpg` with
-    `labels/sem_seg/masks/<split>/*.png`, which hold train ids and 255. 7000 train, 1000 val; test has no labels."""
-    images = _files(_folder(cfg, cfg.root / "images/10k" / split, GET_BDD))
+    `labels/sem_seg/masks/<split>/*.png`, which hold train ids and 255, all below `bdd100k`, as the archives have them,
+    or in the root itself. 7000 train, 1000 val; test has no labels."""
+    root = cfg.root / "bdd100k" if (cfg.root / "bdd100k").is_dir() else cfg.root
+    images = _files(_folder(cfg, root / "images/10k" / split, GET_BDD))
     if split == "test":
         return _listed(images)
-    masks = _files(_folder(cfg, cfg.root / "labels/sem_seg/masks" / split, GET_BDD), (".png",))
+    masks = _files(_folder(cfg, root / "labels/sem_seg/masks" / split, GET_BDD), (".png",))
     return _listed(images, masks)
 
 
@@ -212,7 +214,7 @@ def voc(cfg: DataConfig, split: str) -> Listing:
 def _names(path: Path) -> list[str]:
     """The lines of a list of images. Raises UserError where one is more than a name."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a name in each line, in UTF-8.") from None
     for number, line in enumerate(lines, 1):
@@ -287,16 +289,23 @@ class _Files(NamedTuple):
 
 
 def _files(top: Path, suffixes: Iterable[str] = SUFFIXES, ending: str = "") -> _Files:
-    """Path below `top` without suffix and `ending` -> file, of the files that have both; hidden ones are left out."""
-    allowed, found = set(suffixes), _Files({}, [])
-    for path in sorted(top.rglob("[!.]*")):
+    """Path below `top` without suffix and `ending` -> file, of the files that have both. Links to folders are
+    followed, hidden files and folders are left out.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    found, problems = _Files({}, []), list[str]()
+    for path in sorted(walk(top, problems, frozenset(suffixes))):
         name = path.relative_to(top).with_suffix("").as_posix()
-        if path.suffix.lower() not in allowed or not name.endswith(ending) or not path.is_file():
+        if not name.endswith(ending):
             continue
         key = name.removesuffix(ending)
         if key in found.files:
             found.twice.append((path, found.files[key]))
         found.files.setdefault(key, path)
+    if problems:
+        raise UserError(problems[0])
     return found
 
 

@@ -127,10 +127,7 @@ class Predictor:
         wholes: dict[int, Tensor] = {}
         for part, logits in self._windows(inputs):
             _place(wholes, part, logits, inputs[part.image])
-        return [
-            torch.cat([logits.softmax(0) for _, logits in _enlarged(wholes.pop(i), image.shape[:2])], dim=1)
-            for i, image in enumerate(images)
-        ]
+        return [_softmax(wholes.pop(i), image.shape[:2]) for i, image in enumerate(images)]
 
     def _input(self, image: Array) -> Array:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -264,6 +261,15 @@ def _place(wholes: dict[int, Tensor], part: _Window, logits: Tensor, image: Arra
         wholes[part.image] = logits.new_empty(logits.shape[0], *image.shape[:2])
     rows, columns = part.kept
     wholes[part.image][:, rows, columns] = logits
+
+
+def _softmax(logits: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Probabilities at `size` of logits (C, h, w), which they replace where that is their size; strip by strip, so that
+    no further copy of all exists."""
+    result = logits if logits.shape[1:] == size else logits.new_empty(logits.shape[0], *size)
+    for rows, strip in _enlarged(logits, size):
+        result[:, rows] = strip.softmax(0)
+    return result
 
 
 def _enlarged(logits: Tensor, size: tuple[int, ...]) -> Iterator[tuple[slice, Tensor]]:

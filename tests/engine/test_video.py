@@ -1,6 +1,8 @@
 """Video files there and back: size, rate, content; files that are none, or not whole."""
 
+import re
 import resource
+import struct
 from pathlib import Path
 
 import cv2
@@ -62,6 +64,18 @@ def test_a_truncated_file_gives_what_it_has_and_says_so(tmp_path: Path):
         count = len(list(reader))
     assert 5 <= count < 15
     assert reader.problems == [f"{count} frames could be read of the 20 announced; the file is cut off or damaged"]
+
+
+def test_a_file_whose_sound_is_longer_than_its_pictures_is_not_called_damaged(tmp_path: Path):
+    path = write(tmp_path / "a.mkv", [np.full((48, 64, 3), 9 * i, np.uint8) for i in range(20)])
+    data = bytearray(path.read_bytes())
+    place = data.find(b"\x44\x89\x88") + 3  # Matroska's Duration, a double: the length of all streams, in milliseconds
+    data[place : place + 8] = struct.pack(">d", 2 * struct.unpack(">d", data[place : place + 8])[0])
+    path.write_bytes(data)
+    with Reader(path) as reader:
+        assert len(list(reader)) == 20
+    said = r"20 frames .* the 40 that its length .* sound is longer .* or the file is cut off"
+    assert re.match(said, reader.problems[0])
 
 
 def broken(tmp_path: Path, kind: str) -> Path:

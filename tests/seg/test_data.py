@@ -316,6 +316,16 @@ def test_image_and_mask_move_together_and_padding_is_ignored() -> None:
     assert padded > 20
 
 
+@pytest.mark.parametrize("scale", [0.6, 0.9, 1.1, 1.3, 1.7])
+def test_scaled_labels_lie_on_the_scaled_image(scale: float) -> None:
+    rows, columns = np.mgrid[:200, :200]
+    disc = ((rows - 99.5) ** 2 + (columns - 99.5) ** 2 < 3600).astype(np.uint8)
+    cfg = config(Path("."), data={"scale": (scale, scale), "crop": [round(200 * scale)] * 2, "color_jitter": 0.0}).data
+    image, mask = data.augment(np.repeat(255 * disc[..., None], 3, 2), disc, cfg, (0,))
+    middles = [np.argwhere(part).mean(0) for part in (image[..., 0] > 127, mask)]
+    assert np.abs(middles[0] - middles[1]).max() < 0.1  # OpenCV's INTER_NEAREST: 0.4 to the right and down
+
+
 def test_scale_range_base_size_and_independence_of_flip() -> None:
     image, mask = picture()
     cfg = config(

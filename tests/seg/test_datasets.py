@@ -147,6 +147,12 @@ def test_kittis_split_is_every_fifth_image(tmp_path: Path) -> None:
         datasets.samples(cfg, "dev")
 
 
+def test_bdd100ks_archives_are_taken_as_they_unpack(tmp_path: Path) -> None:
+    bdd100k(tmp_path / "bdd100k")
+    found = [datasets.samples(config("bdd100k", root).data, "val") for root in (tmp_path, tmp_path / "bdd100k")]
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
 def test_acdcs_condition_is_the_city_and_may_be_left_out(tmp_path: Path) -> None:
     acdc(tmp_path)
     cfg = config("acdc", tmp_path).data
@@ -221,6 +227,13 @@ def test_lists_of_voc(tmp_path: Path) -> None:
         datasets.samples(cfg, "train")
 
 
+def test_a_list_of_voc_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    voc(tmp_path)
+    path = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert len(datasets.samples(config("voc", tmp_path).data, "train")) == 4
+
+
 def test_two_images_of_one_name_and_an_empty_split(tmp_path: Path) -> None:
     folder(tmp_path)
     image = next((tmp_path / "images/train/day0").iterdir())
@@ -231,6 +244,29 @@ def test_two_images_of_one_name_and_an_empty_split(tmp_path: Path) -> None:
         (tmp_path / kind / "night").mkdir()
     with pytest.raises(UserError, match="the split 'night' of folder is empty"):
         datasets.samples(config("folder", tmp_path).data, "night")
+
+
+def test_links_to_folders_are_followed_and_hidden_folders_are_not_read(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    folder(root)
+    for kind in ("images", "masks"):
+        (root / kind / "train/day1").rename(elsewhere.with_name(kind))
+        (root / kind / "train/day1").symlink_to(elsewhere.with_name(kind))
+    image = next((root / "images/train/day0").iterdir())
+    put(image.parent / ".ipynb_checkpoints/shot-checkpoint.png", np.zeros((*SIZE, 3), np.uint8))
+    found = [sample.name for sample in datasets.samples(config("folder", root).data, "train")]
+    assert found == ["day0/shot 0", "day0/shot 2", "day1/shot 1", "day1/shot 3"]
+
+
+def test_a_link_to_nothing_is_no_image_less(tmp_path: Path) -> None:
+    folder(tmp_path)
+    for kind in ("images", "masks"):
+        path = next((tmp_path / kind / "train/day0").glob("shot 0.*"))
+        path.unlink()
+        path.symlink_to(tmp_path / "not mounted")
+    samples = datasets.samples(config("folder", tmp_path).data, "train")
+    with pytest.raises(UserError, match=r"shot 0\.jpg: cannot be read"):
+        data.read_pair(samples[0])
 
 
 def test_an_id_that_the_table_does_not_know_names_file_and_table(tmp_path: Path) -> None:

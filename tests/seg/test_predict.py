@@ -158,6 +158,18 @@ def test_enlarging_in_strips_equals_enlarging_at_once(monkeypatch: pytest.Monkey
     torch.testing.assert_close(torch.cat([strip for _, strip in strips], 1), expected)
 
 
+@pytest.mark.parametrize("size", [(50, 17), (101, 64)])
+def test_probabilities_take_the_place_of_logits_of_their_size(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(predict, "_STRIP_VALUES", 5 * 17 * 7)
+    logits = torch.randn(5, 50, 17)
+    expected = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0].softmax(0)
+    found = predict._softmax(logits, size)
+    assert (found.data_ptr() == logits.data_ptr()) == (size == (50, 17))  # of 124 classes two copies are too many
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_real_network_takes_one_pixel_and_odd_sizes() -> None:
     from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
