@@ -34,6 +34,15 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _joined(splits: str) -> str:
+    names = splits.split("+")
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(
+            f"found {splits!r}, expected a split, or different ones with + between them, such as train+val"
+        )
+    return splits
+
+
 class DataConfig(Section):
     name: Literal["cityscapes", "camvid", "bdd100k", "mapillary", "kitti", "acdc", "voc", "folder"] = "cityscapes"
     """The data set and its label table: see seg/datasets.py for the layout of each; `folder` is your own images, masks
@@ -42,8 +51,8 @@ class DataConfig(Section):
     """Folder of the data set: for cityscapes the one that holds leftImg8bit/ and gtFine/."""
     labels: HomePath | None = None
     """The table of labels for `folder` (null: labels.yaml in data.root) and `mapillary` (null: its newest config)."""
-    train_split: str = "train"
-    """Split that is trained on."""
+    train_split: Annotated[str, AfterValidator(_joined)] = "train"
+    """Split that is trained on, or several: train+val, as for a submission."""
     val_split: str = "val"
     """Split that is scored during training and by default in tools/evaluate.py."""
     coarse_share: Fraction = 0.0

@@ -54,12 +54,21 @@ MAKE_FOLDER = (
 )
 
 
+def parts(split: str) -> list[str]:
+    """The splits that `data.train_split` joins by +; of any other split, itself."""
+    return split.split("+")
+
+
 def samples(cfg: DataConfig, split: str) -> list[Sample]:
-    """The files of a split in a fixed order, every image with its label.
+    """The files of a split, or of several joined by +, in a fixed order, every image with its label.
 
     Raises:
         UserError: folders or files are missing; the message says what was found, what is expected, how to get it.
     """
+    return [sample for part in parts(split) for sample in _samples(cfg, part)]
+
+
+def _samples(cfg: DataConfig, split: str) -> list[Sample]:
     if cfg.name == "cityscapes":
         return Cityscapes(cfg.root, split).samples
     found = listing(cfg, split)
@@ -98,7 +107,7 @@ def listing(cfg: DataConfig, split: str) -> Listing:
 def splits(cfg: DataConfig) -> list[str]:
     """The splits that an experiment uses, and test."""
     coarse = [COARSE[0]] if cfg.coarse_share else []
-    return list(dict.fromkeys([cfg.train_split, *coarse, cfg.val_split, "test"]))
+    return list(dict.fromkeys([*parts(cfg.train_split), *coarse, cfg.val_split, "test"]))
 
 
 def split_name(cfg: DataConfig, split: str | None = None) -> str:

@@ -20,7 +20,7 @@ from engine.errors import UserError
 from seg.cityscapes import Key, Listing
 from seg.config import DataConfig
 from seg.data import read_rgb
-from seg.datasets import listing, near, splits
+from seg.datasets import listing, near, parts, splits
 from seg.labels import LabelTable, read_instance_ids, read_label_ids, table
 from seg.per_image import told
 
@@ -78,7 +78,8 @@ class Inspection:
         return list(dict.fromkeys(entry.split for entry in self.entries))
 
     def of(self, split: str) -> list[Entry]:
-        return [entry for entry in self.entries if entry.split == split]
+        """The files of a split, or of several joined by +."""
+        return [entry for entry in self.entries if entry.split in parts(split)]
 
     def pixels(self, split: str) -> NDArray[np.int64]:
         """Pixels by label id, int64 (256,)."""
@@ -154,7 +155,7 @@ def find(data: DataConfig) -> tuple[list[Entry], list[Problem]]:
         try:
             found = listing(data, split)
         except UserError as error:
-            if split != "test" or split in (data.train_split, data.val_split):
+            if split != "test" or split in (*parts(data.train_split), data.val_split):
                 problems.append(Problem("split that cannot be used", f"{split}: {error}"))
                 first = first or error
             continue

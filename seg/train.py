@@ -17,6 +17,7 @@ from engine.resume import open_work_dir
 from seg import losses, models, weights
 from seg.config import SegConfig
 from seg.data import eval_batches, train_batches
+from seg.datasets import parts
 from seg.evaluate import check_scorable, evaluate_model
 from seg.labels import scored_table, table
 
@@ -48,6 +49,11 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
             prepared = prepare(model, cfg, images=images, blank=models.blank_images()[0])
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
             log.message("\n".join(line for line in prepared.report.splitlines() if " | " not in line))
+
+            if cfg.data.val_split in parts(cfg.data.train_split):
+                log.message(
+                    f"note: {cfg.data.val_split!r} is trained on too, so its scores are not those of other images"
+                )
 
             def evaluate(network: nn.Module, max_batches: int | None) -> Evaluation:
                 scores, panels = evaluate_model(network, cfg, batches=validation, max_batches=max_batches)

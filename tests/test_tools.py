@@ -211,6 +211,7 @@ def test_two_processes_train_one_classifier(project: Path, classifier: str, imag
         (["evaluate", "nowhere.pt"], "nowhere.pt: cannot read the checkpoint"),
         (["evaluate", "tiny.yaml"], "tiny.yaml: not a checkpoint"),
         (["evaluate", "--predictions", "none", "--ground-truth", "."], "none (--predictions): no such folder"),
+        (["evaluate", "runs/x/best.pt", "--predictions", "x"], "without the checkpoint runs/x/best.pt; leave one"),
         (["predict", "runs/x/best.pt", "nothing*.png", "--out", "o"], "nothing*.png"),
         (["make_sample", "x", "--size", "big"], "error:"),
         (["compare", "runs/none", "--out", "o.png"], "runs/none"),

@@ -58,6 +58,8 @@ def parse() -> argparse.Namespace:
     args.words = words = [*([args.checkpoint] if args.checkpoint else []), *args.overrides]
     if args.predictions is None and (args.checkpoint is None or args.ground_truth):
         parser.error("give a checkpoint, or --predictions with --ground-truth or with a data set")
+    if args.predictions and args.checkpoint and args.checkpoint.endswith(".pt"):
+        parser.error(f"--predictions scores a folder, without the checkpoint {args.checkpoint}; leave one of them out")
     if args.predictions and bool(words) == bool(args.ground_truth):
         parser.error(
             "with --predictions give either --ground-truth, or a data set: data.name=... data.root=..., or a config"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from engine import checkpoint
@@ -145,6 +146,24 @@ def test_kittis_split_is_every_fifth_image(tmp_path: Path) -> None:
     assert len(datasets.samples(cfg, "trainval")) == 10
     with pytest.raises(UserError, match="KITTI has no split 'dev'; expected train, val, trainval or test"):
         datasets.samples(cfg, "dev")
+
+
+@pytest.mark.parametrize("name", ["kitti", "cityscapes"])
+def test_a_training_on_several_splits(name: str, tmp_path: Path, sample_root: Path) -> None:
+    root = sample_root if name == "cityscapes" else tmp_path
+    if name == "kitti":
+        kitti(root)
+    data = config(name, root, train_split="val+train").data
+    assert datasets.samples(data, data.train_split) == [
+        *datasets.samples(data, "val"),
+        *datasets.samples(data, "train"),
+    ]
+    assert datasets.splits(data) == ["val", "train", "test"]
+    with pytest.raises(UserError, match="nowhere"):
+        datasets.samples(data, "train+nowhere")
+    for wrong in ("train+", "train+train", ""):
+        with pytest.raises(ValidationError, match=r"expected a split, or different ones with \+ between"):
+            config(name, root, train_split=wrong)
 
 
 def test_bdd100ks_archives_are_taken_as_they_unpack(tmp_path: Path) -> None:

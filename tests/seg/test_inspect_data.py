@@ -95,6 +95,13 @@ def test_sound_data_has_no_mistakes(found: Inspection) -> None:
     assert f"{100 * found.shares('train')['road']:.3f}" in rows["road"]
 
 
+def test_a_training_on_several_splits(found: Inspection, sample_root: Path) -> None:
+    both = inspect(sample_root, train_split="train+val")
+    sums = np.add(found.class_pixels("train"), found.class_pixels("val"))
+    assert both.class_pixels("train+val") == sums.tolist() and both.splits == found.splits
+    assert inspect_page.mistakes(both) == 0 and both.colours("train+val") != found.colours("train")
+
+
 def test_rare_classes_and_classes_that_never_occur(copy: Path) -> None:
     for split in ("train", "val"):
         for path in label_files(copy, split):
