@@ -19,7 +19,7 @@ from classify.scores import MOST_CLASSES, Mistake, Scores, left_out
 from engine import distributed
 from engine.errors import NotFiniteError, UserError
 from engine.images import check_results_writable, write_bytes
-from engine.score_files import described, scores_folder
+from engine.score_files import described, scores_folder, written
 
 
 def evaluate_model(
@@ -148,8 +148,10 @@ def evaluate_and_report(
     print("\n".join(left_out(scores.problems)), end="\n" if scores.problems else "")
     out = out or scores_folder(path, split)
     text = json.dumps({**described(path, split, overrides), **scores.to_json()}, indent=1, allow_nan=False) + "\n"
-    write_bytes(json_file or out / "scores.json", text.encode())
+    json_file = json_file or out / "scores.json"
+    write_bytes(json_file, text.encode())
     draw(scores, out)
+    print(written(json_file, out))
 
 
 def draw(scores: Scores, out: Path) -> None:

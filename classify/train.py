@@ -42,7 +42,7 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
             head = set(models.classifier_names(prepared.raw))
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
             summary = [line for line in prepared.report.splitlines() if " | " not in line]
-            log.message("\n".join([weights, *summary] if weights else summary))
+            log.message("\n".join([*([weights] if weights else []), *summary, f"work directory: {work_dir}"]))
 
             def evaluate(net: nn.Module, max_batches: int | None) -> Evaluation:
                 scores = evaluate_model(net, cfg, info, validation, max_batches=max_batches)

@@ -12,6 +12,11 @@ def scores_folder(checkpoint: Path, split: str) -> Path:
     return checkpoint.with_name(f"scores_{split.strip('/').replace('/', '_')}")
 
 
+def written(json_file: Path, out: Path) -> str:
+    """Where the scores and the pictures of an evaluation are: few look for a folder beside the checkpoint."""
+    return f"scores: {json_file}, pictures: {out}"
+
+
 def described(checkpoint: Path, split: str, overrides: Sequence[str], views: object = None) -> dict[str, Any]:
     """Whose scores a file holds: those of another evaluation beside the checkpoint take its place."""
     found = {"checkpoint": str(checkpoint), "split": split, "changes": list(overrides)}

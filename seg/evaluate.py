@@ -19,7 +19,7 @@ from torch import nn
 from engine import distributed
 from engine.errors import NotFiniteError, UserError
 from engine.images import check_results_writable, write_png
-from engine.score_files import described, scores_folder
+from engine.score_files import described, scores_folder, written
 from seg import draw
 from seg.averaging import Views, predictor_of
 from seg.config import DataConfig, SegConfig
@@ -165,7 +165,9 @@ def evaluate_and_report(
         if views is not None:
             print(f"predictions averaged over: {views}")
         out = out or scores_folder(path, split)
-        report(scores, pictures, json_file or out / "scores.json", out, described(path, split, overrides, views))
+        json_file = json_file or out / "scores.json"
+        report(scores, pictures, json_file, out, described(path, split, overrides, views))
+        print(written(json_file, out))
 
 
 def evaluate_folder(predictions: Path | str, ground_truth: Path | str, workers: int | None = None) -> Scores:

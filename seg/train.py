@@ -48,7 +48,8 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
             images = models.blank_images() if state else (batch["image"] for batch in training.epoch(0))
             prepared = prepare(model, cfg, images=images, blank=models.blank_images()[0])
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
-            log.message("\n".join(line for line in prepared.report.splitlines() if " | " not in line))
+            summary = [line for line in prepared.report.splitlines() if " | " not in line]
+            log.message("\n".join([*summary, f"work directory: {work_dir}"]))
 
             if cfg.data.val_split in parts(cfg.data.train_split):
                 log.message(

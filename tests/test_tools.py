@@ -48,7 +48,8 @@ def project(tmp_path_factory, sample_root: Path) -> Path:
     """A folder with a config and a trained run, made by the program."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "tiny.yaml").write_text(CONFIG)
-    tool("train", "tiny.yaml", f"data.root={sample_root}", "--work-dir", "runs/x", cwd=folder)
+    out = tool("train", "tiny.yaml", f"data.root={sample_root}", "--work-dir", "runs/x", cwd=folder)
+    assert "work directory: runs/x" in out.splitlines()
     return folder
 
 
@@ -56,7 +57,8 @@ def project(tmp_path_factory, sample_root: Path) -> Path:
 def classifier(project: Path, image_root: Path) -> str:
     """The work directory, below the project, of a trained classifier."""
     (project / "images.yaml").write_text(IMAGES)
-    tool("train", "images.yaml", f"data.root={image_root}", "--work-dir", "runs/c", cwd=project)
+    out = tool("train", "images.yaml", f"data.root={image_root}", "--work-dir", "runs/c", cwd=project)
+    assert "work directory: runs/c" in out.splitlines()
     return "runs/c"
 
 
@@ -86,7 +88,9 @@ def test_evaluate_a_checkpoint(project: Path):
     scores = json.loads((project / "s.json").read_text())
     assert 0 <= scores["averageScoreClasses"] <= 1 and "road" in scores["classScores"]
     assert {"confusion.png", "class_iou.png"} <= {path.name for path in (project / "pics").iterdir()}
-    tool("evaluate", "runs/x/best.pt", cwd=project)
+    assert out.splitlines()[-1] == "scores: s.json, pictures: pics"
+    out = tool("evaluate", "runs/x/best.pt", cwd=project)
+    assert out.splitlines()[-1] == "scores: runs/x/scores_val/scores.json, pictures: runs/x/scores_val"
     stored = project / "runs/x/scores_val"
     assert json.loads((stored / "scores.json").read_text()) == scores and (stored / "confusion.png").exists()
 
@@ -155,6 +159,7 @@ def test_compare_draws_one_picture_of_two_runs(project: Path):
 def test_a_classifier_is_scored_and_compared(project: Path, classifier: str):
     out = tool("evaluate", f"{classifier}/best.pt", cwd=project)
     assert "tram" in out and "top-1" in out
+    assert out.splitlines()[-1] == f"scores: {classifier}/scores_val/scores.json, pictures: {classifier}/scores_val"
     scores = json.loads((project / classifier / "scores_val/scores.json").read_text())
     rows = [json.loads(line) for line in (project / classifier / "metrics.jsonl").read_text().splitlines()]
     assert scores["images"] == 9 and scores["top1"] == rows[-1]["score"]
