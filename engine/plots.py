@@ -20,6 +20,7 @@ from engine.images import write_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import Locator
 
 Record = Mapping[str, Any]
 """A row of a metrics.jsonl: "step", and "loss" or "score" (0 to 1)."""
@@ -97,15 +98,20 @@ def curves(
         _finish(axes, x, xlabel, legend=any(name for name, _ in runs))
 
 
-def _finish(axes: Axes, x: str, xlabel: str, legend: bool) -> None:
+def whole_numbers() -> Locator:
+    """Ticks for an axis of steps or epochs."""
     from matplotlib.ticker import MaxNLocator
 
+    return MaxNLocator(integer=True)
+
+
+def _finish(axes: Axes, x: str, xlabel: str, legend: bool) -> None:
     axes.set_xlabel(xlabel or x)
     axes.grid(alpha=0.3)
     axes.set_xlim(0, axes.get_xlim()[1] if axes.lines else None)
     axes.set_ylim(0, 1.05 * axes.get_ylim()[1] if axes.lines else None)
     if x == "step":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(whole_numbers())
     if legend:
         axes.legend(fontsize=8)
 

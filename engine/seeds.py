@@ -26,6 +26,8 @@ class Course:
     epochs: tuple[float, ...]
     scores: tuple[tuple[float, ...], ...]
     """Of each step, one score (0 to 1) for each run."""
+    measure: str = "score"
+    """What the score is, such as mIoU, where the runs say it."""
 
     @property
     def means(self) -> list[float]:
@@ -89,11 +91,13 @@ def course(name: str, runs: Sequence[Path]) -> Course:
             f"{name}: {listed} were never evaluated at the same step, so they have no mean; compare runs "
             "of one length and report.eval_every"
         )
+    measures = {str(row.get("measure", "score")) for each in rows for row in each.values()}
     return Course(
         name,
         tuple(steps),
         tuple(float(rows[0][step]["epoch"]) for step in steps),
         tuple(tuple(float(each[step]["score"]) for each in rows) for step in steps),
+        measures.pop() if len(measures) == 1 else "score",
     )
 
 
@@ -114,7 +118,11 @@ def compare(found: Mapping[str, Sequence[Path]], picture: Path) -> str:
             label = f"{plots.in_legend(each.name)}, {_plural(percent.shape[1])}"
             axes.plot(each.epochs, percent.mean(1), color=color, marker="o", markersize=3, label=label)
             axes.fill_between(each.epochs, percent.min(1), percent.max(1), color=color, alpha=0.2, linewidth=0)
-        axes.set(xlabel="epoch", ylabel="%", title="Score: mean, lowest and highest of the seeds")
+        (measure, *others) = {each.measure for each in courses}
+        title = "Mean, lowest and highest of the seeds"
+        axes.set(xlabel="epoch", ylabel=f"{'score' if others else measure}, %", title=title)
+        if max(axes.get_xlim()) > 2:
+            axes.xaxis.set_major_locator(plots.whole_numbers())
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return "\n".join([*_table(courses), f"drawn in {picture}"])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from engine import plots
-from engine.plots import Record, bars, curves, figure, records
+from engine.plots import Record, bars, curves, figure, in_legend, records
 from seg import labels
 
 Array = NDArray[np.uint8]
@@ -133,31 +133,39 @@ def plot_runs(
     ratio = max((x.image.shape[0] / x.image.shape[1] for x in examples), default=0)
     width = 13.0
     tall = width / columns * ratio + 0.35
+    names = 0.5 if examples else 0.0  # inches for those of the classes
     top = max(5.0, 1.2 + len(classes) * (0.12 + 0.1 * len(runs))) if classes else 5.0
-    with figure(path, (width, top + tall * len(examples))) as drawn:
-        parts: Any = drawn.subfigures(2, 1, height_ratios=[top, tall * len(examples)]) if examples else [drawn]
+    with figure(path, (width, top + tall * len(examples) + names)) as drawn:
+        heights = [top, tall * len(examples) + names]
+        parts: Any = drawn.subfigures(2, 1, height_ratios=heights) if examples else [drawn]
         axes = parts[0].subplot_mosaic([["mIoU", "bars"], ["loss", "bars"]] if classes else [["mIoU", "loss"]])
         rows = [(run.name, records(run.metrics)) for run in runs]
         curves(axes["mIoU"], axes["loss"], rows, "Mean IoU on the validation split")
         if classes:
             bars(axes["bars"], {run.name: run.class_iou or {} for run in runs}, classes, "Class IoU, %")
         if examples:
-            _examples(parts[1], examples, [run.name for run in runs], table.colors)
+            _examples(parts[1], examples, [run.name for run in runs], table)
         if title:
             drawn.suptitle(title)
 
 
-def _examples(figure: Any, examples: Sequence[Example], names: Sequence[str], palette: NDArray[np.uint8]) -> None:
+def _examples(figure: Any, examples: Sequence[Example], names: Sequence[str], table: labels.LabelTable) -> None:
+    from matplotlib.patches import Patch
+
     grid = figure.subplots(len(examples), 2 + len(names), squeeze=False)
     for row, example in zip(grid, examples, strict=True):
         ids = [example.label, *(example.predictions.get(name) for name in names)]
-        shown = [example.image, *(None if x is None else colorize(x, palette) for x in ids)]
+        shown = [example.image, *(None if x is None else colorize(x, table.colors) for x in ids)]
         for axes, pixels in zip(row, shown, strict=True):
             axes.axis("off")
             if pixels is not None:
                 axes.imshow(pixels, interpolation="nearest")
     for axes, text in zip(grid[0], ["image", "label", *names], strict=True):
         axes.set_title(text, fontsize=9)
+    every = [ids for example in examples for ids in (example.label, *example.predictions.values()) if ids is not None]
+    classes = sorted({i for ids in every for i in _present(ids)} - {labels.IGNORE})
+    patches = [Patch(color=table.colors[i] / 255, label=in_legend(table.classes[i])) for i in classes]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(10, len(patches)), fontsize=8, frameon=False)
 
 
 def _legend(ids: NDArray[Any], width: int, size: int, table: labels.LabelTable) -> Array:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy.stats import ttest_ind
 
 from engine import seeds
@@ -34,6 +35,21 @@ def test_mean_deviation_and_significance(tmp_path: Path) -> None:
     deviation = 100 * np.std([0.60, 0.61], ddof=1)
     assert deconv.split() == ["deconv", "2", "1.5", "60.50%", "+-", f"{deviation:.2f}", "+8.50", f"{p:.3f}", "1"]
     assert (tmp_path / "seeds.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_picture_tells_what_the_score_is_and_counts_whole_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, data, **_: drawn.append(self) or data.write(b"x"))
+    found = {"bn": runs(tmp_path, {"a": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]})}
+    seeds.compare(found, tmp_path / "seeds.png")
+    for file in tmp_path.glob("*/metrics.jsonl"):
+        file.write_text(file.read_text().replace('"kind"', '"measure": "mIoU", "kind"'))
+    seeds.compare(found, tmp_path / "seeds.png")
+    axes = [figure.axes[0] for figure in drawn]
+    assert [each.get_ylabel() for each in axes] == ["score, %", "mIoU, %"]
+    assert all(tick == round(tick) for tick in axes[0].get_xticks())
 
 
 def test_a_shorter_group_is_compared_where_both_were_evaluated(tmp_path: Path) -> None:

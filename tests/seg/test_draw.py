@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from engine.errors import UserError
@@ -162,7 +163,7 @@ def records(factor: float) -> list[dict[str, Any]]:
     ]
 
 
-def test_runs_make_one_picture(tmp_path: Path) -> None:
+def test_runs_make_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records(1.0)))
     image = np.zeros((40, 60, 3), np.uint8)
@@ -174,6 +175,13 @@ def test_runs_make_one_picture(tmp_path: Path) -> None:
     pixels = opened(tmp_path / "all.png")
     shown = {i: np.all(pixels == labels.TRAIN_COLORS[i], axis=-1).sum() for i in (1, 8)}
     assert shown[1] > 2.9 * shown[8] > 5000  # label and bn, bn again; deconv once
+    drawn: list[Figure] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Figure, "savefig", lambda self, data, **_: drawn.append(self) or data.write(b"x"))
+        draw.plot_runs(runs, tmp_path / "x.png", examples)
+    (legend,) = drawn[0].subfigs[1].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["sidewalk", "vegetation"]
+    (tmp_path / "x.png").unlink()
     draw.plot_runs([Run("bn", [])], tmp_path / "bare.png")
     assert opened(tmp_path / "bare.png").shape[0] < pixels.shape[0]
     with pytest.raises(UserError, match="gone.jsonl: missing or without records"):
