@@ -198,7 +198,7 @@ def _download(name: str) -> dict[str, Tensor]:
 
         return dict(get_model_weights(rest)["DEFAULT"].get_state_dict(progress=False, check_hash=True))  # type: ignore[index]
     except (URLError, OSError, RuntimeError, KeyError) as error:
-        reason = checkpoint.first_line(error)
+        reason = checkpoint.first_line(error).rstrip(".")
         raise UserError(
             f"model.weights: cannot get the pretrained weights of {name}: {reason}; fetch the file elsewhere and set "
             "model.weights=PATH"
