@@ -67,15 +67,27 @@ def plan(model: nn.Module, chosen: Recipe, overrides: Overrides) -> list[Swap]:
     _check_patterns(overrides, layers)
     first, last = _first_and_last([layer for layer, _ in layers])
     swaps = []
+    before: nn.Module | None = None
     for layer, names in layers:
-        depthwise = isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
-        at = Place(names[0], layer is first, id(layer) in last, depthwise)
+        at = Place(names[0], layer is first, id(layer) in last, _depthwise(layer) or _follows_depthwise(layer, before))
+        before = layer
         mine, why = _recipe_for(names, chosen, overrides)
         swaps.append(_plan_layer(layer, names, at, mine, why))
     _check_sharing(model, swaps)
     _check_whitens(chosen, swaps)
     _check_effect(chosen, overrides, swaps)
     return swaps
+
+
+def _depthwise(layer: nn.Module | None) -> bool:
+    return isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
+
+
+def _follows_depthwise(layer: nn.Module, before: nn.Module | None) -> bool:
+    """Whether a norm is registered right behind a depthwise convolution of as many channels."""
+    if kind_of(layer) != "norm" or not isinstance(before, nn.Conv2d):
+        return False
+    return _depthwise(before) and getattr(layer, "num_features", None) == before.out_channels
 
 
 def _plan_layer(layer: nn.Module, names: list[str], at: Place, mine: Recipe, why: list[str]) -> Swap:

@@ -227,6 +227,9 @@ class Deconv(Recipe):
     sync: bool = False
     """Statistics of all processes' patches, in training: n processes with b images compute what one does with n b. Off:
     each has those of its own images."""
+    keep_depthwise: bool = False
+    """Leave depthwise convolutions and the batch norms right behind them as they are. What a depthwise convolution sees
+    of a channel by itself, its own few taps, is worth little to whiten."""
     fc_block: int = 0
     """Features whitened together in linear layers, which become Delinear; 0 keeps them. Those stay whose weights their
     owner reads (torch's MultiheadAttention and TransformerEncoderLayer, attention in torchvision's Swin)."""
@@ -276,9 +279,11 @@ class Deconv(Recipe):
         return super().override(options)
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
-        return nn.Identity()
+        return old if self.keep_depthwise and at.depthwise else nn.Identity()
 
     def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
+        if self.keep_depthwise and at.depthwise:
+            return old
         _check_wide(old.weight, at)
         last = at.last and old.kernel_size == (1, 1)
         block = self.block

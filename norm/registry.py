@@ -40,7 +40,8 @@ class Place:
     """It makes the network's predictions: the last linear layer, or the last convolution and those of the same shape
     of output in other heads."""
     depthwise: bool = False
-    """A convolution with as many groups as input channels, more than one."""
+    """A convolution with as many groups as input channels, more than one, or a batch norm of its channels that is
+    registered right behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)

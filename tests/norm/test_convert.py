@@ -123,6 +123,24 @@ def test_a_second_conversion_is_refused():
         norm.convert(model, "deconv")
 
 
+@pytest.mark.parametrize("name", ["deconv", "deconv_fast"])
+def test_depthwise_layers_may_stay(name: str) -> None:
+    def separable(*between: nn.Module) -> list[nn.Module]:
+        return [nn.Conv2d(8, 8, 3, padding=1, groups=8), *between, nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()]
+
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *separable(nn.BatchNorm2d(8), nn.ReLU()), *separable()]
+    model = nn.Sequential(*layers, nn.BatchNorm2d(8)).double()
+    x = torch.randn(64, 3, 12, 12, dtype=torch.float64)
+    model(x)
+    before, want = list(model), model.eval()(x)
+    norm.convert(model, name, keep_depthwise=True, calibrate=x)
+    stayed = [i for i, layer in enumerate(before) if not isinstance(layer, nn.ReLU) and model[i] is layer]
+    assert stayed == [3, 4, 9]
+    assert [i for i, layer in enumerate(model) if isinstance(layer, norm.FastDeconv)] == [0, 6, 10]
+    torch.testing.assert_close(model.eval()(x), want)
+    torch.testing.assert_close(norm.fold(model)(x), want)
+
+
 def test_models_without_layers_and_bare_layers_are_refused():
     with pytest.raises(norm.NormError, match="has no Conv2d, BatchNorm2d or Linear layer"):
         norm.convert(nn.Sequential(nn.ReLU()), "deconv")
