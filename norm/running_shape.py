@@ -131,17 +131,33 @@ def follow(
 ) -> None:
     """Move the averages by the statistics of the training step after `steps` others.
 
-    An average starts as the mean of what it has seen, and is never slower than momentum.
+    An average starts as the mean of what it has seen, and is never slower than momentum. That of the scale is taken of
+    its inverse root (`_average_root`).
 
     Args:
         mean, scale: the step's.
         gather: gives its patches (F, rows) or (G, F, rows); called where the shape is renewed.
         joint: they are those of all processes, of which each gathers its own.
     """
-    held.mean.lerp_(mean.to(held.mean.dtype), max(pace.momentum, 1 / (steps + 1)))
-    held.scale.lerp_(scale.to(held.scale.dtype), max(pace.momentum, 1 / (steps + 1)))
+    rate = max(pace.momentum, 1 / (steps + 1))
+    held.mean.lerp_(mean.to(held.mean.dtype), rate)
+    if rate < 1:
+        torch.pow(_average_root(held.scale, scale, rate), -2, out=held.scale)
+    else:  # what is held may be anything
+        held.scale.copy_(scale)
     if pace.due(steps):
         _renew(held, pace, steps, mean, scale, gather(), joint)
+
+
+def _average_root(held: Tensor, scale: Tensor, rate: float | Tensor) -> Tensor:
+    """The average of the factors in D = S / sqrt(scale), as the exact method averages D: (1 - rate) times that of the
+    scale held and `rate` times the new one's.
+
+    The average of the scales themselves would be that of the few batches with an outlier, where activations have heavy
+    tails, and D in evaluation far too small: an EfficientNet-B0 had 12% on test images where the batches' own
+    statistics gave 49% (docs/performance.md).
+    """
+    return torch.lerp(held.rsqrt(), scale.to(held.dtype).rsqrt(), rate)
 
 
 def _renew(held: Averages, pace: Pace, steps: int, mean: Tensor, scale: Tensor, patches: Tensor, joint: bool) -> None:
@@ -206,8 +222,9 @@ def follow_in_a_graph(
             rate = torch.where(still, 0.0, rate)
             mean, scale = if_finite((held.mean, mean), (held.scale, scale))
         held.mean.lerp_(mean.to(held.mean.dtype), rate)
+        moved = _average_root(held.scale, scale, rate.to(held.scale.dtype)).pow(-2)
         # a view: torch 2.11 loses what is done to a number on a CPU
-        held.scale.view(-1).lerp_(scale.to(held.scale.dtype).view(-1), rate.to(held.scale.dtype))
+        held.scale.view(-1).copy_((moved if still is None else torch.where(still, held.scale, moved)).view(-1))
         steps.add_(1)
         _, _, *shape = held
         operator = torch.ops.network_deconvolution.renew_when_due

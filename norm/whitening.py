@@ -351,7 +351,7 @@ def fold_gradient(
         to_deconv = split_weight(weight, features, groups, grouping).mT @ rows
         return Gradients(merge_weight(rows @ deconv.mT, weight.shape, groups, grouping), to_mean, to_deconv, None)
     flat = (-1,) if groups == 1 else (groups, -1)
-    to_scale = torch.linalg.vecdot(rows.reshape(flat), products.reshape(flat)) * (-0.5 / scale)
+    to_scale = torch.linalg.vecdot(rows.reshape(flat), products.reshape(flat)) / scale * -0.5
     rows = found.times(rows, in_place=True)
     return Gradients(merge_weight(rows, weight.shape, groups, grouping), to_mean, None, to_scale)
 

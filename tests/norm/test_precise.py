@@ -65,7 +65,7 @@ def test_the_cheap_method_gets_the_mean_of_its_shapes(make) -> None:  # type: ig
     scales = [covariance.diagonal().mean() for _, covariance in found]
     shape = torch.stack([covariance / scale for (_, covariance), scale in zip(found, scales, strict=True)]).mean(0)
     torch.testing.assert_close(layer.running_mean, torch.stack([mean for mean, _ in found]).mean(0))
-    scale = torch.stack(scales).mean()
+    scale = torch.stack([scale**-0.5 for scale in scales]).mean() ** -2
     torch.testing.assert_close(layer.running_scale, scale)
     torch.testing.assert_close(layer.deconv(), inverse_root(shape, layer.n_iter) / scale.sqrt())
     assert (layer.every, layer.momentum, int(layer.steps), layer._steps) == (4, 0.1, 3, 3)

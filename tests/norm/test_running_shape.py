@@ -59,7 +59,8 @@ class Reference:
             scale = ((rows - mean) ** 2).mean() + layer.eps
             rate = max(layer.momentum, 1 / (t + 1))
             self.mean[g] = (1 - rate) * self.mean[g] + rate * mean.detach()
-            self.scale[g] = (1 - rate) * self.scale[g] + rate * scale.detach()
+            root = (1 - rate) / self.scale[g].sqrt() + rate / scale.detach().sqrt()  # D is averaged, as in the paper
+            self.scale[g] = 1 / root**2
             if t < layer.fresh_steps or t % layer.every == 0:
                 centred = (rows - mean).detach()
                 eye = torch.eye(layer.features, dtype=D64)
