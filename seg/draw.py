@@ -25,6 +25,8 @@ from seg import labels
 Array = NDArray[np.uint8]
 
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
+_KEY_COLUMNS = 10
+"""Names of classes in a row below the examples of a picture of runs."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,12 @@ def plot_runs(
     ratio = max((x.image.shape[0] / x.image.shape[1] for x in examples), default=0)
     width = 13.0
     tall = width / columns * ratio + 0.35
-    names = 0.5 if examples else 0.0  # inches for those of the classes
+    shown = [ids for each in examples for ids in (each.label, *each.predictions.values()) if ids is not None]
+    present = sorted({i for ids in shown for i in _present(ids)} - {labels.IGNORE})
+    key = 0.1 + 0.2 * math.ceil(len(present) / _KEY_COLUMNS)  # inches for the names of the classes
     top = max(5.0, 1.2 + len(classes) * (0.12 + 0.1 * len(runs))) if classes else 5.0
-    with figure(path, (width, top + tall * len(examples) + names)) as drawn:
-        heights = [top, tall * len(examples) + names]
+    heights = [top, tall * len(examples) + key] if examples else [top]
+    with figure(path, (width, sum(heights))) as drawn:
         parts: Any = drawn.subfigures(2, 1, height_ratios=heights) if examples else [drawn]
         axes = parts[0].subplot_mosaic([["mIoU", "bars"], ["loss", "bars"]] if classes else [["mIoU", "loss"]])
         rows = [(run.name, records(run.metrics)) for run in runs]
@@ -144,28 +148,32 @@ def plot_runs(
         if classes:
             bars(axes["bars"], {run.name: run.class_iou or {} for run in runs}, classes, "Class IoU, %")
         if examples:
-            _examples(parts[1], examples, [run.name for run in runs], table)
+            _examples(parts[1], examples, [run.name for run in runs], table.colors)
+            _key(parts[1], present, table)
         if title:
             drawn.suptitle(title)
 
 
-def _examples(figure: Any, examples: Sequence[Example], names: Sequence[str], table: labels.LabelTable) -> None:
-    from matplotlib.patches import Patch
-
+def _examples(figure: Any, examples: Sequence[Example], names: Sequence[str], palette: NDArray[np.uint8]) -> None:
     grid = figure.subplots(len(examples), 2 + len(names), squeeze=False)
     for row, example in zip(grid, examples, strict=True):
         ids = [example.label, *(example.predictions.get(name) for name in names)]
-        shown = [example.image, *(None if x is None else colorize(x, table.colors) for x in ids)]
+        shown = [example.image, *(None if x is None else colorize(x, palette) for x in ids)]
         for axes, pixels in zip(row, shown, strict=True):
             axes.axis("off")
             if pixels is not None:
                 axes.imshow(pixels, interpolation="nearest")
     for axes, text in zip(grid[0], ["image", "label", *names], strict=True):
         axes.set_title(text, fontsize=9)
-    every = [ids for example in examples for ids in (example.label, *example.predictions.values()) if ids is not None]
-    classes = sorted({i for ids in every for i in _present(ids)} - {labels.IGNORE})
+
+
+def _key(figure: Any, classes: Sequence[int], table: labels.LabelTable) -> None:
+    """The colours of the classes (train ids) below the examples."""
+    from matplotlib.patches import Patch
+
     patches = [Patch(color=table.colors[i] / 255, label=in_legend(table.classes[i])) for i in classes]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(10, len(patches)), fontsize=8, frameon=False)
+    columns = max(1, min(_KEY_COLUMNS, len(patches)))
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _legend(ids: NDArray[Any], width: int, size: int, table: labels.LabelTable) -> Array:

@@ -181,6 +181,8 @@ def test_runs_make_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         draw.plot_runs(runs, tmp_path / "x.png", examples)
     (legend,) = drawn[0].subfigs[1].legends
     assert [text.get_text() for text in legend.get_texts()] == ["sidewalk", "vegetation"]
+    void = Example(image, np.full((40, 60), labels.IGNORE, np.uint8), {})
+    draw.plot_runs(runs, tmp_path / "x.png", [void])  # without a class to name
     (tmp_path / "x.png").unlink()
     draw.plot_runs([Run("bn", [])], tmp_path / "bare.png")
     assert opened(tmp_path / "bare.png").shape[0] < pixels.shape[0]
