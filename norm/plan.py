@@ -79,7 +79,7 @@ def plan(model: nn.Module, chosen: Recipe, overrides: Overrides) -> list[Swap]:
     return swaps
 
 
-def _depthwise(layer: nn.Module | None) -> bool:
+def _depthwise(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
 
 

@@ -49,12 +49,9 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
             prepared = prepare(model, cfg, images=images, blank=models.blank_images()[0])
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
             summary = [line for line in prepared.report.splitlines() if " | " not in line]
-            log.message("\n".join([*summary, f"work directory: {work_dir}"]))
-
-            if cfg.data.val_split in parts(cfg.data.train_split):
-                log.message(
-                    f"note: {cfg.data.val_split!r} is trained on too, so its scores are not those of other images"
-                )
+            seen, split = cfg.data.val_split in parts(cfg.data.train_split), cfg.data.val_split
+            note = [f"note: {split!r} is trained on too, so its scores are not those of other images"] if seen else []
+            log.message("\n".join([*summary, *note, f"work directory: {work_dir}"]))
 
             def evaluate(network: nn.Module, max_batches: int | None) -> Evaluation:
                 scores, panels = evaluate_model(network, cfg, batches=validation, max_batches=max_batches)
