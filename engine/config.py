@@ -80,12 +80,9 @@ HomeText = Annotated[str, AfterValidator(os.path.expanduser)]
 class Section(BaseModel):
     """A group of keys: unknown keys are errors, values are read-only, the docstring under a field describes it."""
 
+    # "constants" is for options that no type restricts: what is saved reads back as it was
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        ser_json_inf_nan="constants",  # in options that no type restricts: what is saved reads back as it was
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
     )
 
 
