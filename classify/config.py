@@ -61,8 +61,8 @@ class DataConfig(Section):
     """Black pixels around an image before a random crop of its size; not for folder."""
     crop_scale: Annotated[tuple[Positive, Fraction], AfterValidator(_rising)] = (0.08, 1.0)
     """folder: range of the share of the image's area that a random crop takes; it is resized to `size`."""
-    flip: Fraction = 0.5
-    """Probability of a horizontal flip."""
+    flip: Fraction | None = None
+    """Probability of a horizontal flip. null: 0.5, and 0 for the digits of mnist and svhn."""
     randaugment: Annotated[int, Field(ge=0)] = 0
     """RandAugment operations for each image; 0 turns it off."""
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9

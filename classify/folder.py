@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
 
-from classify import augment
+from classify import augment, sets
 from classify.config import ClassifyConfig, DataConfig
 from engine import images, loading
 from engine.errors import UserError
@@ -136,7 +136,7 @@ class FolderDataset(Dataset[dict[str, Any]]):
         size = cfg.size or DEFAULT_SIZE
         if train:
             crop = v2.RandomResizedCrop(size, scale=cfg.crop_scale, antialias=True)
-            steps = [crop, v2.RandomHorizontalFlip(cfg.flip), augment.randaugment(cfg)]
+            steps = [crop, v2.RandomHorizontalFlip(sets.flip(cfg)), augment.randaugment(cfg)]
         else:
             steps = [augment.evaluation_steps(cfg, size)]
         self.steps = v2.Compose([step for step in steps if step is not None])

@@ -54,6 +54,8 @@ class KnownSet:
     download: Callable[[Path, str], object] | None = None
     """(data.root, split) -> the files are there; None where torchvision can't."""
     first_label: int = 0
+    mirrors: bool = True
+    """Whether a mirrored image shows what it showed before."""
 
 
 def load(cfg: DataConfig, split: str) -> Arrays:
@@ -105,6 +107,13 @@ def _complete(cfg: DataConfig, known: KnownSet, split: str) -> None:
 def count(cfg: DataConfig, split: str) -> int:
     """The images of a split as it is published, which is not read. Raises UserError for a split that there is not."""
     return SETS[cfg.name].images[_own(cfg, split)]
+
+
+def flip(cfg: DataConfig) -> float:
+    """The probability of a horizontal flip: `data.flip`, or the data set's."""
+    if cfg.flip is not None:
+        return cfg.flip
+    return 0.5 if cfg.name not in SETS or SETS[cfg.name].mirrors else 0.0
 
 
 def _own(cfg: DataConfig, split: str) -> str:
@@ -166,6 +175,7 @@ def _mnist(kind: type[datasets.MNIST], page: str, md5: tuple[str, ...], mean: fl
         readers.idx,
         page,
         lambda root, split: kind(root, split == "train", download=True),
+        mirrors=not digits,
     )
 
 
@@ -269,6 +279,7 @@ SETS: Mapping[str, KnownSet] = {
         readers.svhn,
         "http://ufldl.stanford.edu/housenumbers",
         lambda root, split: datasets.SVHN(root, split, download=True),
+        mirrors=False,
     ),
     "stl10": KnownSet(
         STL10_CLASSES,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import classify.models
+import classify.sets
 from classify.config import ClassifyConfig
 from engine.config import load, show
 from engine.prepare import convert_norm
@@ -63,7 +64,8 @@ def test_the_papers_recipes_for_classification():
     cifar = load(ROOT / "configs/classify/vgg16_cifar100.yaml", ["norm.name=deconv"], ClassifyConfig).config
     optim = cifar.optim
     assert (str(cifar.length), cifar.batch_size, optim.lr, optim.weight_decay) == ("20 epochs", 128, 0.1, 1e-3)
-    assert (optim.schedule, optim.momentum, cifar.data.crop_padding, cifar.data.flip) == ("cosine", 0.9, 4, 0.5)
+    assert (optim.schedule, optim.momentum, cifar.data.crop_padding) == ("cosine", 0.9, 4)
+    assert classify.sets.flip(cifar.data) == 0.5
     assert cifar.norm.options == {"fc_block": 512} and cifar.data.name == "cifar100"
     imagenet = load(ROOT / "configs/classify/resnet18_imagenet.yaml", [], ClassifyConfig).config
     assert (str(imagenet.length), imagenet.batch_size, imagenet.optim.weight_decay) == ("90 epochs", 256, 1e-4)

@@ -95,6 +95,20 @@ def test_each_image_is_one_crop_with_black_around_and_perhaps_flipped() -> None:
     assert len(seen) > 20 and 40 < flips < 80, "all 25 places and both sides come up in 120 draws"
 
 
+@pytest.mark.parametrize(
+    ("name", "flip", "flipped"),
+    [("mnist", None, 0), ("svhn", None, 0), ("svhn", 1.0, 40), ("fashion_mnist", None, 20), ("folder", None, 20)],
+)
+def test_digits_are_not_mirrored_unless_asked(name: str, flip: float | None, flipped: int) -> None:
+    batches = training(config(name=name, flip=flip, crop_padding=0), arrays())
+    found = by_name(batches.epoch(0))
+    turned = [
+        not torch.equal(to_uint8(one), torch.from_numpy(arrays().images[int(n.split("/")[-1])]))
+        for n, one in found.items()
+    ]
+    assert abs(sum(turned) - flipped) < (10 if 0 < flipped < 40 else 1)
+
+
 def test_draws_are_uniform_and_independent() -> None:
     top, left, flip = memory.draws(20000, 4, 0.25, 0, 0)
     assert set(top) == set(left) == set(range(9)) and set(flip) == {0, 1}
