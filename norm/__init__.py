@@ -10,12 +10,12 @@ in this order; `adapters` and `other_layers` are for looking things up.
 
 from norm import recipes as _recipes  # registers the recipes that the toolkit brings
 from norm.channel_deconv import ChannelDeconv
+from norm.checks import NormError
 from norm.convert import Report, convert
 from norm.fold import fold
 from norm.layers import Delinear, FastDeconv
 from norm.precise import precise_statistics
 from norm.registry import Place, Recipe, available, recipe, register
-from norm.state import NormError
 
 __all__ = [
     "ChannelDeconv",

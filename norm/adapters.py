@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from norm.channel_deconv import ChannelDeconv
+from norm.checks import NormError
 from norm.layers import Delinear, FastDeconv
 from norm.other_layers import FrozenBatchNorm2d, Padded, SamePad2d
 from norm.recipes import conv_arguments, copy_conv
-from norm.state import NormError
 
 Kind = Literal["norm", "conv", "linear"]
 Rebuild = Callable[[nn.Module], nn.Module]

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from norm import processes, whitening
+from norm.checks import NormError, check_options
 from norm.processes import Traffic
 from norm.products import product
 from norm.sampling import Grouping, Rows
-from norm.state import NormError, Whitening, check_options
+from norm.state import Whitening
 
 
 class ChannelDeconv(Whitening):

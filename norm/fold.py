@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from norm.channel_deconv import ChannelDeconv
+from norm.checks import NormError, check_network
 from norm.convert import replace, share_hooks
 from norm.folded_conv import like
 from norm.layers import Delinear, FastDeconv
 from norm.other_layers import ChannelAffine, Padded, WSConv2d
 from norm.recipes import conv_arguments
-from norm.state import NormError, Whitening
+from norm.state import Whitening
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)
 
@@ -27,9 +28,10 @@ def fold(model: nn.Module) -> nn.Module:
     depthwise 1x1 Conv2d. The outputs equal those of `model.eval()` within float error; norms stay as they are.
 
     Raises:
-        NormError: a ChannelDeconv that has seen no input, so that its number of channels is unknown; running statistics
-            that are not finite.
+        NormError: `model` is no network; a ChannelDeconv that has seen no input, so that its number of channels is
+            unknown; running statistics that are not finite.
     """
+    check_network("norm.fold", model)
     plain = copy.deepcopy(model).eval()
     if (alone := _folded(plain, "the model")) is not None:
         return alone

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from norm.adapters import Kind, Rebuild, class_name, kind_of, probe, read_by_owner, take_apart
+from norm.checks import NormError, check_network
 from norm.other_layers import Padded
 from norm.recipes import Deconv
 from norm.registry import Place, Recipe, recipe
-from norm.state import NormError, Whitening
+from norm.state import Whitening
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
@@ -50,6 +51,7 @@ class Swap:
 
 
 def plan(model: nn.Module, chosen: Recipe, overrides: Overrides) -> list[Swap]:
+    check_network("norm.convert", model)
     for module in model.modules():
         if class_name(module) in _WRAPPERS:
             raise NormError(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from norm.channel_deconv import ChannelDeconv
-from norm.state import Deconvolving, NormError, float_batches
+from norm.checks import NormError, check_network, float_batches
+from norm.state import Deconvolving
 
 
 @torch.no_grad()
@@ -39,6 +40,7 @@ def precise_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> 
         NormError: no batch, one without images, or one that is no floating-point tensor. After any error the model is
             as it was.
     """
+    check_network("norm.precise_statistics", model)
     layers = [layer for layer in averaging(model) if layer.training or not model.training]
     if not layers:
         return 0

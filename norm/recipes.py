@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from norm.channel_deconv import ChannelDeconv
+from norm.checks import NormError, check_options
 from norm.layers import Delinear, FastDeconv
 from norm.other_layers import ChannelNorm, FrozenBatchNorm2d, WSConv2d
 from norm.registry import Place, Recipe, register
 from norm.sampling import Grouping
-from norm.state import FRESH_STEPS, NormError, check_options
+from norm.state import FRESH_STEPS
 
 
 def copy_conv(old: nn.Conv2d, new: nn.Conv2d) -> nn.Conv2d:

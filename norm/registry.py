@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from norm.state import NormError
+from norm.checks import NormError
 
 
 @dataclass(frozen=True)
