@@ -61,12 +61,10 @@ def fill(model: nn.Module, cfg: ModelConfig, info: DataInfo) -> str:
         )
     state: Any = _download(cfg.name) if source == "pretrained" else checkpoint.read(Path(source))
     note = "" if isinstance(state, dict) and "config" in state else _normalised_otherwise(model, info)
-    for key in ("state_dict", "ema", "model"):  # of our checkpoints the average, which is what was scored
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
+    found = checkpoint.weights_in(state)
+    if found is None:
         raise UserError(f"{source}: found a {type(state).__name__}, expected a file of weights")
-    tensors = {_unwrapped(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {_unwrapped(key): value for key, value in found.items()}
     here = model.state_dict()
     tensors = {key: v for key, v in tensors.items() if key in here or not key.lower().startswith("aux")}  # extra heads
     own = [

@@ -165,6 +165,24 @@ def _check_sums(path: Path) -> None:
         )
 
 
+_AVERAGES, _WEIGHTS = ("ema", "state_dict_ema", "model_ema"), ("state_dict", "model")
+
+
+def weights_in(state: Any) -> dict[str, Tensor] | None:
+    """The tensors of anybody's checkpoint as `read` gives it; None if there is no dictionary of them.
+
+    Where an average of the weights was kept beside them (ours, timm's, torchvision's scripts), the average: it is what
+    was scored.
+    """
+    while isinstance(state, dict):
+        inner = [state[key] for key in (*_AVERAGES, *_WEIGHTS) if isinstance(state.get(key), dict) and state[key]]
+        if not inner:
+            # torch's AveragedModel counts its updates among its tensors
+            return {key: one for key, one in state.items() if isinstance(one, Tensor) and key != "n_averaged"}
+        state = inner[0]
+    return None
+
+
 def read(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
     """Read any file of tensors and plain containers (`torch.save`, or safetensors by its suffix), never code.
 

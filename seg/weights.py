@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.error import URLError
 
 import torch
@@ -129,7 +129,7 @@ def from_package(name: str) -> dict[str, Tensor]:
         ) from None
     import timm
 
-    tensors = _tensors(checkpoint.read(getattr(module, package.file_class).get_model_file_path()))
+    tensors = from_file(getattr(module, package.file_class).get_model_file_path())
     with torch.device("meta"):
         expected = timm.create_model(package.network).state_dict()
     shapes = [tuple(one.shape) for one in tensors.values()]
@@ -139,12 +139,12 @@ def from_package(name: str) -> dict[str, Tensor]:
 
 
 def from_file(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file (.pt, .pth, .safetensors), without a wrapping `state_dict` or `model`.
+    """The tensors of a file (.pt, .pth, .safetensors), as `engine.checkpoint.weights_in` finds them.
 
     Raises:
         UserError: see `engine.checkpoint.read`.
     """
-    return _tensors(checkpoint.read(path))
+    return checkpoint.weights_in(checkpoint.read(path)) or {}
 
 
 def load_exactly(backbone: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -177,10 +177,3 @@ def _folded(key: str) -> str:
     while key.startswith(_WRAPPERS):
         key = key.partition(".")[2]
     return key.replace(".", "_")
-
-
-def _tensors(state: Any) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    return {key: one for key, one in state.items() if isinstance(one, Tensor)} if isinstance(state, dict) else {}

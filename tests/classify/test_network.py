@@ -55,8 +55,15 @@ def test_weights_of_a_plain_file_and_of_data_parallel(tmp_path: Path):
 def test_weights_of_a_checkpoint_are_the_average_where_one_was_kept(tmp_path: Path):
     cfg = ModelConfig(name="vgg11", options=SMALL)
     last, average = (build(cfg, INFO)[0].state_dict() for _ in range(2))
-    for ema, expected in ((average, average), (None, last)):
-        torch.save({"model": last, "ema": ema}, tmp_path / "best.pt")
+    steps = {"n_averaged": torch.tensor(3), **{f"module.{name}": value for name, value in average.items()}}
+    for content, expected in (
+        ({"model": last, "ema": average}, average),
+        ({"model": last, "ema": None}, last),
+        ({"model": last, "model_ema": steps, "args": Namespace(lr=0.1)}, average),
+        ({"state_dict": last, "state_dict_ema": average, "arch": "vgg11"}, average),
+        ({"state_dict": last, "ema": {}}, last),
+    ):
+        torch.save(content, tmp_path / "best.pt")
         model, _ = build(cfg.model_copy(update={"weights": str(tmp_path / "best.pt")}), INFO)
         assert torch.equal(model.get_parameter("fc.weight"), expected["fc.weight"])
 
