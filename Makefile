@@ -10,7 +10,7 @@ PY = $(VENV)/bin/python
 DATA ?= data/sample
 $(if $(word 2,$(DATA)),$(error DATA=$(DATA): a path without blanks is needed here; make a link to the folder))
 DEMO ?= runs/demo$(if $(filter-out data/sample,$(DATA)),-$(notdir $(abspath $(DATA))))
-CONFIG = configs/seg/sample.yaml
+CONFIG = configs/seg/demo.yaml
 OPTIONS = data.root=$(DATA) $(SET)
 
 .PHONY: demo test lint install clean
@@ -36,7 +36,7 @@ data/sample/complete: | install
 
 demo: install $(if $(filter data/sample,$(DATA)),data/sample/complete)
 	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/bn --resume auto $(OPTIONS)
-	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/deconv --resume auto norm.name=deconv optim.lr=0.1 $(OPTIONS)
+	$(PY) tools/train.py $(CONFIG) --work-dir $(DEMO)/deconv --resume auto norm.name=deconv $(OPTIONS)
 	for run in bn deconv; do \
 	  $(PY) tools/evaluate.py $(DEMO)/$$run/best.pt || exit 1; \
 	done
