@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 import norm
+from engine import flops
 from engine.checkpoint import first_line
 from engine.errors import UserError
 from engine.memory import allocated
@@ -85,7 +85,7 @@ class Row:
     peak: int | None = None
     """Largest allocation of a step beyond what was there before, in bytes."""
     flops: int | None = None
-    """Multiplications and additions of matrix products and convolutions in a step."""
+    """Multiplications and additions of matrix products and convolutions in a step, the mean of a round's."""
     evaluation: float | None = None
     """Seconds of a forward in evaluation."""
     folded: float | None = None
@@ -253,9 +253,13 @@ class _Work:
         return sum(kept.values())
 
     def flops(self) -> int:
-        with FlopCounterMode(display=False) as counter:
-            self.step()
-        return int(counter.get_total_flops())
+        """Of a step, the mean over a round: some norms compute in every few steps what they leave out in others."""
+
+        def steps() -> None:
+            for _ in range(self.settings.steps):
+                self.step()
+
+        return round(flops.count(steps) / self.settings.steps)
 
     def peak(self) -> int:
         return allocated(self.step, self.settings.device).peak

@@ -170,4 +170,5 @@ def _difference(first: Course, other: Course) -> tuple[str, str]:
     gap += "" if common[-1] == first.steps[-1] == other.steps[-1] else f" (epoch {at:g})"
     if min(len(a), len(b)) < 2 or np.ptp(a) == np.ptp(b) == 0:  # no deviation, nothing to hold the difference against
         return gap, "-"
-    return gap, f"{ttest_ind(a, b, equal_var=False).pvalue:.3f}"
+    p = ttest_ind(a, b, equal_var=False).pvalue
+    return gap, f"{p:.3f}" if p >= 0.0005 else "<0.001"  # no p is 0

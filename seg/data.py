@@ -48,14 +48,16 @@ Rgb = npt.NDArray[np.uint8]
 
 
 def read_rgb(path: Path) -> Rgb:
-    """An image of the data set as RGB uint8 (H, W, 3). RGB PNGs take a fast way, all else `engine.images.read_image`.
+    """An image of the data set as RGB uint8 (H, W, 3), the same as from `engine.images.read_image`, but opaque RGB PNGs
+    take a fast way.
 
     Raises:
         UserError: unreadable, empty, truncated, too many pixels, not an image.
     """
     if path.suffix.lower() == ".png":
         data = read_bytes(path)
-        if png_header(path, data) == (8, 2):
+        opaque = b"tRNS" not in data[: max(0, data.find(b"IDAT"))]  # which names the colour that is transparent
+        if png_header(path, data) == (8, 2) and opaque:
             bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
             if bgr is None:
                 raise damaged(path)

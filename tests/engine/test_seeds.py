@@ -101,3 +101,9 @@ def test_without_deviation_there_is_no_p(tmp_path: Path, recwarn: pytest.Warning
     left, right = runs(tmp_path, {"a": [0.5], "b": [0.5]}), runs(tmp_path, {"c": [0.6], "d": [0.6]})
     line = seeds.compare({"x": left, "y": right}, tmp_path / "seeds.png").splitlines()[2]
     assert line.split()[4:8] == ["+-", "0.00", "+10.00", "-"] and not recwarn.list
+
+
+def test_a_p_that_rounds_to_0_is_below_the_smallest_that_is_shown(tmp_path: Path) -> None:
+    sure = runs(tmp_path, {"a": [0.500], "b": [0.501], "c": [0.499]}), runs(tmp_path, {"d": [0.9], "e": [0.901]})
+    line = seeds.compare({"x": sure[0], "y": sure[1]}, tmp_path / "seeds.png").splitlines()[2]
+    assert line.split()[6:8] == ["+40.05", "<0.001"]

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from engine.errors import UserError
+from engine.images import read_image
 from seg import data
 from seg.config import SegConfig
 from seg.labels import IGNORE
@@ -264,6 +265,14 @@ def test_images_of_any_mode_are_rgb(tmp_path: Path, mode: str) -> None:
         )
     image = data.read_rgb(tmp_path / "x.png")
     assert image.dtype == np.uint8 and np.array_equal(image, np.repeat(grey[..., None], 3, 2))
+
+
+def test_a_transparent_colour_is_white_as_in_every_prediction(tmp_path: Path) -> None:
+    """The network must not see one image in training and another one in tools/predict.py."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png", transparency=tuple(pixels[1, 2].tolist()))
+    image = data.read_rgb(tmp_path / "x.png")
+    assert image[1, 2].tolist() == [255, 255, 255] and (image == read_image(tmp_path / "x.png")).all()
 
 
 def test_channels_are_rgb_not_bgr(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from engine import checkpoint, distributed
 from engine.errors import NotFiniteError, UserError
-from seg import evaluate
+from seg import draw, evaluate
 from seg.config import SegConfig
 from seg.labels import TRAIN_LABEL_IDS, read_label_ids, to_label_ids, to_train_ids
 from seg.metrics import ConfusionMatrix
@@ -299,6 +299,19 @@ def test_pictures_are_written(sample_root: Path, tmp_path: Path) -> None:
     for name, picture in pictures.items():
         assert np.array_equal(np.array(Image.open(tmp_path / "out" / f"{name}.png")), picture)
     assert min(Image.open(tmp_path / "out" / "confusion.png").size) > 300
+
+
+def test_a_drawn_matrix_says_that_void_predictions_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else half a class predicted as void, an accuracy of 50%, would stand there as 100% of its pixels."""
+    titles = []
+    monkeypatch.setattr(draw, "plot_confusion", lambda matrix, names, path, title: titles.append(title))
+    for predicted in (7, 0):
+        confusion = ConfusionMatrix()
+        confusion.update(np.array([[7, predicted]], np.uint8), np.array([[7, 7]], np.uint8))
+        evaluate.write_pictures(confusion.scores(), {}, tmp_path)
+    assert titles == ["", "Confusion, % of the true class's pixels\nthat are predicted as a class"]
 
 
 def test_a_checkpoint_is_scored_with_overrides(
