@@ -11,12 +11,15 @@ if TYPE_CHECKING:
 
 def add_view_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Let a program take --scales, --flip and --sliding-window."""
-    parser.add_argument("--scales", nargs="+", type=float, metavar="S", help="average over these scales (1.0)")
+    parser.add_argument(
+        "--scales", nargs="+", type=float, metavar="S", help="average probabilities of these scales (1.0)"
+    )
     parser.add_argument("--flip", action="store_true", help="average over each scale and its mirror image")
     parser.add_argument(
         "--sliding-window",
         action="store_true",
-        help="average over overlapping windows: predict.window, or of the size of a training crop",
+        help="average over overlapping windows (predict.window, or of the size of a training crop), each pixel "
+        "weighted by its distance from the window's edge",
     )
 
 
