@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
 import torch
 
+from engine.plan import Curve, Plan
 from seg.labels import to_label_ids
 from tests import programs
+from tools import train
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -264,3 +267,14 @@ def test_what_one_process_does_stops_under_torchrun_at_once(project: Path, name:
     done = programs.run(name, *arguments, cwd=project, env={"RANK": "0", "WORLD_SIZE": "2"})
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert f"error (process 0): tools/{name}.py" in done.stderr and "start it without torchrun" in done.stderr
+
+
+def test_of_several_processes_the_first_one_tells_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    found = Plan("a plan", 2**30, 2, 2, 0, {False: Curve({1: {"forward": 1, "again: forward": 1}})})
+    monkeypatch.setattr("seg.plan.plan", lambda loaded, budget: found)
+    for rank, count in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert train._plan(SimpleNamespace(config=SimpleNamespace(task="seg")), "1GiB") == 0
+        assert capsys.readouterr().out.count("a plan") == count
