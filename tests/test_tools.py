@@ -101,13 +101,15 @@ def test_evaluate_a_checkpoint(project: Path):
 def test_predictions_score_as_the_checkpoint_does(project: Path, sample_root: Path):
     """predict.py writes what evaluate.py scores: the numbers of both ways are equal."""
     images = sample_root / "leftImg8bit/val"
-    tool("predict", "runs/x/best.pt", images, "--out", "out", "--save", "labels", "color", "overlay", cwd=project)
+    kinds = ("labels", "color", "overlay")
+    said = tool("predict", "runs/x/best.pt", images, "--out", "out", "--save", *kinds, cwd=project)
+    assert said.splitlines()[-2:] == ["written to out/labels, out/color, out/overlay", "2 images labelled"]
     truth = sample_root / "gtFine/val"
     tool("evaluate", "--predictions", "out/labels", "--ground-truth", truth, "--json", "a.json", cwd=project)
     tool("evaluate", "runs/x/best.pt", "--json", "b.json", cwd=project)
     a, b = (json.loads((project / name).read_text()) for name in ("a.json", "b.json"))
     assert a["averageScoreClasses"] == b["averageScoreClasses"] and a["confMatrix"] == b["confMatrix"]
-    for kind in ("labels", "color", "overlay"):
+    for kind in kinds:
         files = sorted((project / "out" / kind).rglob("*.png"))
         assert len(files) == 2 and cv2.imread(str(files[0])) is not None
 
