@@ -194,7 +194,10 @@ def read(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
         with open(path, "rb") as file:
             start = file.read(4)
     except OSError as error:
-        raise UserError(f"{path}: cannot read the checkpoint: {error.strerror}") from None
+        folder = path if path.is_dir() else path.parent  # a run's, or a slip in the name
+        there = [one for one in ("best.pt", "last.pt") if (folder / one).is_file()]
+        hint = f"; {folder} has {' and '.join(there)}" if there else ""
+        raise UserError(f"{path}: cannot read the checkpoint: {error.strerror}{hint}") from None
     if path.suffix == ".safetensors":
         return _read_safetensors(path, map_location)
     if not start:

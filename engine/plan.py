@@ -11,6 +11,7 @@ import gc
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -251,7 +252,7 @@ def make_plan(work: Workload, budget: int, seconds: float = 60.0) -> Plan:
     with session(cfg.runtime) as device:
         ranks = distributed.world_size()
         share = cfg.model_copy(update={"micro_batch": None}).split(ranks).micro_batch
-        process = process_peak() if device.type == "cpu" else 0
+        process = max(distributed.gather(process_peak())) if device.type == "cpu" else 0
         asked = cfg.runtime.checkpointing
         plan = Plan(_title(work, device), budget, cfg.batch_size, ranks, process, {asked: Curve()}, data=work.held)
         _measure(work, plan, asked, share, seconds)
@@ -263,7 +264,7 @@ def make_plan(work: Workload, budget: int, seconds: float = 60.0) -> Plan:
                 del plan.curves[True]
                 plan.remarks.append(str(error).partition("; ")[0])
         if device.type == "cuda":
-            plan.process = _beside_tensors(device)
+            plan.process = max(distributed.gather(_beside_tensors(device)))
         else:
             plan.spare = _SPARE
             plan.remarks.append(
@@ -289,26 +290,29 @@ def _beside_tensors(device: torch.device) -> int:
 
 
 def _measure(work: Workload, plan: Plan, checkpointing: bool, share: int, seconds: float) -> None:
-    """Fill a curve: one image, two, and more while they fit and so long as it is expected to end in time."""
+    """Fill a curve: one image, two, and more while they fit and so long as it is expected to end in time.
+
+    All processes measure the same micro-batches, for which they wait for each other, and keep the highest figures.
+    """
     start, curve, last = time.monotonic(), plan.curves[checkpointing], 0.0
     for size in (size for size in range(1, share + 1) if share % size == 0):
         if len(curve.measured) >= 2:
             late = time.monotonic() - start + last * size / max(curve.measured) > seconds
-            if late or plan.memory(size, 1, checkpointing) > plan.budget:
+            if any(distributed.gather(late)) or plan.memory(size, 1, checkpointing) > plan.budget:
                 return
-        before = time.monotonic()
-        try:
+        before, found = time.monotonic(), None
+        with suppress(torch.OutOfMemoryError):
             gc.collect()  # else the network before this one might be given back meanwhile
             trial = _Trial(work, checkpointing)
-            curve.measured[size] = trial.measure(size)
+            found = trial.measure(size)
             plan.parts = trial.parts()
             del trial  # before the next one is built
-        except torch.OutOfMemoryError:
+        everywhere = [one for one in distributed.gather(found) if one is not None]
+        if len(everywhere) < plan.ranks:
             if not curve.measured:
-                raise UserError(
-                    f"--plan: not even a micro-batch of {size} fits into the memory that is there"
-                ) from None
+                raise UserError(f"--plan: not even a micro-batch of {size} fits into the memory that is there")
             return
+        curve.measured[size] = {key: max(one[key] for one in everywhere) for key in everywhere[0]}
         last = time.monotonic() - before
 
 

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
 import torch
 
+from engine.plan import Curve, Plan
 from seg.labels import to_label_ids
 from tests import programs
+from tools import train
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -98,13 +101,15 @@ def test_evaluate_a_checkpoint(project: Path):
 def test_predictions_score_as_the_checkpoint_does(project: Path, sample_root: Path):
     """predict.py writes what evaluate.py scores: the numbers of both ways are equal."""
     images = sample_root / "leftImg8bit/val"
-    tool("predict", "runs/x/best.pt", images, "--out", "out", "--save", "labels", "color", "overlay", cwd=project)
+    kinds = ("labels", "color", "overlay")
+    said = tool("predict", "runs/x/best.pt", images, "--out", "out", "--save", *kinds, cwd=project)
+    assert said.splitlines()[-2:] == ["written to out/labels, out/color, out/overlay", "2 images labelled"]
     truth = sample_root / "gtFine/val"
     tool("evaluate", "--predictions", "out/labels", "--ground-truth", truth, "--json", "a.json", cwd=project)
     tool("evaluate", "runs/x/best.pt", "--json", "b.json", cwd=project)
     a, b = (json.loads((project / name).read_text()) for name in ("a.json", "b.json"))
     assert a["averageScoreClasses"] == b["averageScoreClasses"] and a["confMatrix"] == b["confMatrix"]
-    for kind in ("labels", "color", "overlay"):
+    for kind in kinds:
         files = sorted((project / "out" / kind).rglob("*.png"))
         assert len(files) == 2 and cv2.imread(str(files[0])) is not None
 
@@ -264,3 +269,14 @@ def test_what_one_process_does_stops_under_torchrun_at_once(project: Path, name:
     done = programs.run(name, *arguments, cwd=project, env={"RANK": "0", "WORLD_SIZE": "2"})
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert f"error (process 0): tools/{name}.py" in done.stderr and "start it without torchrun" in done.stderr
+
+
+def test_of_several_processes_the_first_one_tells_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    found = Plan("a plan", 2**30, 2, 2, 0, {False: Curve({1: {"forward": 1, "again: forward": 1}})})
+    monkeypatch.setattr("seg.plan.plan", lambda loaded, budget: found)
+    for rank, count in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert train._plan(SimpleNamespace(config=SimpleNamespace(task="seg")), "1GiB") == 0
+        assert capsys.readouterr().out.count("a plan") == count

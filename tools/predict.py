@@ -65,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
-    from engine.images import VIDEO_SUFFIXES
+    from engine.images import VIDEO_SUFFIXES, show
     from engine.prepare import session
     from seg.label_files import label_files
     from seg.labels import table_of
@@ -99,7 +99,11 @@ def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
                 probabilities=predictor.probabilities_batch,
             )
         kinds = args.save or ["labels"]
-        return label_files(predictor.predict, args.inputs, args.out, kinds, table=table_of(meta), max_pixels=max_pixels)
+        table = table_of(meta)
+        done = label_files(predictor.predict, args.inputs, args.out, kinds, table=table, max_pixels=max_pixels)
+    if done.done:
+        print("written to " + ", ".join(show(args.out / kind) for kind in dict.fromkeys(kinds)))
+    return done
 
 
 def _classify(args: argparse.Namespace, max_pixels: int) -> Any:

@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     configs = {label: load(args.config, [*more, *keys], schema).config for label, keys in VARIANTS.items()}
     workload = importlib.import_module(f"{configs['bn'].task}.plan").workload
     variants = [scaling.Variant(label, cfg) for label, cfg in configs.items()]
+    steps = scaling.steps(workload, variants)  # first: a mistake in the config shows here, and not in other processes
     if args.processes:
         print(scaling.measured_table(scaling.measure(workload, variants, args.processes, args.rounds)))
-    steps = scaling.steps(workload, variants)
     print(f"\ncomputed, ms a step: gradients + buffers + statistics\n{scaling.computed_table(steps, args.gpus)}")
     return 0
 

@@ -143,6 +143,16 @@ def test_truncated(tmp_path: Path, part: float) -> None:
         load(path)
 
 
+def test_a_folder_or_a_slip_in_the_name_is_told_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(UserError) as error:
+        read(tmp_path)
+    assert str(error.value) == f"{tmp_path}: cannot read the checkpoint: Is a directory; {tmp_path} has best.pt"
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(UserError, match=r"bets.pt: cannot .*: No such file or directory; .* has best.pt and last.pt$"):
+        read(tmp_path / "bets.pt")
+
+
 def test_other_bad_files(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with pytest.raises(UserError, match=r"a.pt: cannot read the checkpoint: No such file"):

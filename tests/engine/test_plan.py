@@ -1,6 +1,7 @@
 """Memory plans: parsed sizes, curves, choices, and predictions held against measurements."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,6 +214,12 @@ def test_larger_micro_batches_are_measured_while_they_fit_and_time_is_left():
     assert sorted(plenty.curves[False].measured) == [1, 2, 4, 8] and "  ~" not in str(plenty)
     short = make_plan(workload(side=16), 2**40, seconds=0)
     assert sorted(short.curves[False].measured) == [1, 2] and "  ~" in str(short)
+
+
+def test_two_processes_measure_and_say_the_same(two: Path):
+    """One that had stopped before the other one would leave it waiting, for DistributedDataParallel."""
+    first, second = ((two / f"planned_{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second and "measured={1: " in first and " 2: " in first and " 4: " not in first
 
 
 def test_a_single_image_is_measured_alone():

@@ -93,3 +93,12 @@ def test_the_program_computes_without_measuring(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         main([str(ROOT / "configs/classify/lenet_mnist.yaml"), "--gpus", "1"])
     assert "--gpus at least 2" in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_network_is_one_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """Other processes would tell it with a traceback."""
+    from tools.scaling import main
+
+    assert main([str(ROOT / "configs/classify/lenet_mnist.yaml"), "model.options={widht: 1}", "--processes", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "widht" in err and err.startswith("error: ") and err.count("\n") == 1

@@ -14,15 +14,17 @@ from engine import checkpoint, distributed
 from engine.config import Length
 from engine.errors import UserError
 from engine.loop import Batch, Loss
+from engine.plan import make_plan
 from engine.prepare import prepare
 from tests.engine import synced, toy
 from tests.engine.toy import config, small, train
 
 
 def everything(folder: Path) -> None:
-    """For the tests of distributed.py, prepare.py and loop.py."""
+    """For the tests of distributed.py, prepare.py, plan.py and loop.py."""
     collectives(folder)
     wrapped(folder)
+    planned(folder)
     training(folder)
     synced.everything(folder)
 
@@ -54,6 +56,15 @@ def wrapped(folder: Path) -> None:
     except UserError as error:
         (folder / "sync_bn.txt").write_text(str(error))
     (folder / f"wrapped_{distributed.rank()}").touch()
+
+
+def planned(folder: Path) -> None:
+    """One process has no time left and the other one has."""
+    from tests.engine.test_plan import workload
+
+    work = workload(config(batch=16), side=16)
+    found = make_plan(work, 2**40, seconds=0 if distributed.rank() else 600)
+    (folder / f"planned_{distributed.rank()}.txt").write_text(f"{found.process} {found.parts} {found.curves}")
 
 
 def unused(net: nn.Sequential) -> None:
