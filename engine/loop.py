@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import distributed
 from engine.config import ExperimentConfig, Length
 from engine.errors import NotFiniteError, UserError
-from engine.optim import build_ema, build_optimizer, build_schedule, late_milestones, learning_rates
+from engine.optim import build_ema, build_optimizer, build_schedule, late_milestones, learning_rates, other_length
 from engine.prepare import Prepared, lost_processes, seed_all
 from engine.report import Evaluation, Log
 from engine.resume import BEST, LAST
@@ -246,6 +246,8 @@ class _Work:
             self.log.message(f"resumed after step {state.step} of {plan.total}" + (f"; {remark}" if remark else ""))
             if state.step >= plan.total:
                 self.log.message("the training is finished; a greater length=... would go on")
+            elif note := other_length(cfg.optim, resume["config"]["length"], cfg.length):
+                self.log.message(note)
         self.log.message(plan.text)
         late = late_milestones(cfg.optim, plan.total, plan.per_epoch)
         if late:

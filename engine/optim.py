@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from engine.config import OptimConfig
+from engine.config import Length, OptimConfig
 from engine.errors import UserError
 
 
@@ -95,6 +95,13 @@ def schedule_factor(cfg: OptimConfig, total_steps: int, steps_per_epoch: int) ->
 def late_milestones(cfg: OptimConfig, total_steps: int, steps_per_epoch: int) -> list[str]:
     """Those of a multistep schedule that the training does not come to."""
     return [str(one) for one in cfg.milestones if one.steps(steps_per_epoch) >= total_steps]
+
+
+def other_length(cfg: OptimConfig, was: object, now: Length) -> str | None:
+    """What to say of a training that goes on with another length than it began with; None if its rates stay."""
+    if cfg.schedule not in ("poly", "cosine") or str(was) == str(now):
+        return None
+    return f"note: length was {was}, now {now}: optim.schedule: {cfg.schedule} goes by it, so the learning rate jumps"
 
 
 def build_schedule(optimizer: Optimizer, cfg: OptimConfig, total_steps: int, steps_per_epoch: int) -> LambdaLR:

@@ -229,10 +229,17 @@ def test_a_finished_run_in_another_folder_is_scored_there(tmp_path: Path) -> Non
     assert (tmp_path / "b" / "best.pt").exists() and len((tmp_path / "b" / "metrics.jsonl").read_text()) > 0
 
 
-def test_longer_length_goes_on(tmp_path: Path) -> None:
+def test_longer_length_goes_on_and_says_what_becomes_of_the_schedule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(config(steps=5), tmp_path)
-    longer = config(steps=7)
-    assert train(longer, tmp_path, resume=find_resume(tmp_path, "auto", longer)).step == 7
+    for cfg, told in ((config(steps=7), True), (config(steps=9, optim__schedule="constant"), False)):
+        state = find_resume(tmp_path, "auto", config(steps=5))
+        capsys.readouterr()
+        assert train(cfg, tmp_path, resume=state).step == cfg.length.value
+        assert (
+            "note: length was 5 steps, now 7 steps: optim.schedule: poly goes by it" in capsys.readouterr().out
+        ) == told
 
 
 # ---- not finite
