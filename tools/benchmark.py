@@ -168,10 +168,10 @@ def main() -> int:
         norms = [parse_norm(text, options) for text in args.norms or ["bn", "deconv", "deconv_fast"]]
         rows += benchmark.measure(case, norms, how)
         print(benchmark.table(rows[-len(norms) :]), flush=True)
+        if args.json:  # after each: a later one may be stopped
+            write_bytes(args.json, (json.dumps(benchmark.to_json(rows), indent=1) + "\n").encode())
     if args.trace:
         benchmark.trace(case, norms[-1], how, args.trace)
-    if args.json:
-        write_bytes(args.json, (json.dumps(benchmark.to_json(rows), indent=1) + "\n").encode())
     return 0
 
 

@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     variants = [scaling.Variant(label, cfg) for label, cfg in configs.items()]
     steps = scaling.steps(workload, variants)  # first: a mistake in the config shows here, and not in other processes
     if args.processes:
+        counts = ", ".join(map(str, args.processes))
+        print(f"measuring {args.rounds + 2} steps of {len(variants)} variants in {counts} processes ...", flush=True)
         print(scaling.measured_table(scaling.measure(workload, variants, args.processes, args.rounds)))
     print(f"\ncomputed, ms a step: gradients + buffers + statistics\n{scaling.computed_table(steps, args.gpus)}")
     return 0
