@@ -1,7 +1,7 @@
 """What test_torchrun.py starts with torchrun: the toy experiment of `two_processes.training`, and its accidents.
 
 torchrun_toy.py WORK_DIR [accident ...], one for each attempt of torchrun, as `STEP:RANK:KIND`. The kinds: `hang`,
-`die`, and `stop` (torchrun itself gets SIGUSR1).
+`die`, and `stop` (torchrun itself gets SIGUSR1, or SIGTERM where it passes on no other, before torch 2.10).
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.run import get_args_parser
+
 from engine.config import Length, Loaded
 from engine.errors import program
 from engine.resume import open_work_dir
 from tests.engine import toy
 
 TIMEOUT = 0.15  # minutes
+PASSES_ON = "--signals-to-handle" in get_args_parser()._option_string_actions
 
 
 def accident(kind: str) -> None:
@@ -27,7 +30,7 @@ def accident(kind: str) -> None:
     elif kind == "die":
         os._exit(3)
     elif kind == "stop":
-        os.kill(os.getppid(), signal.SIGUSR1)
+        os.kill(os.getppid(), signal.SIGUSR1 if PASSES_ON else signal.SIGTERM)
         time.sleep(0.5)  # until it has been passed on, for the step not to depend on it
 
 
