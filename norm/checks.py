@@ -45,10 +45,10 @@ def float_batches(what: str, batches: Tensor | Iterable[Tensor]) -> Iterator[Ten
         NormError: there are none to go through, one is no floating-point tensor, or has no images.
     """
     try:
-        iter(batches)
+        each = iter([batches] if isinstance(batches, Tensor) else batches)  # once: a loader starts its workers
     except TypeError:
         raise NormError(f"{what}: expected float tensors (N, C, H, W), one or several; found {batches!r}") from None
-    for batch in [batches] if isinstance(batches, Tensor) else batches:
+    for batch in each:
         if not isinstance(batch, Tensor) or not batch.is_floating_point():
             found = f"a tensor of {batch.dtype}" if isinstance(batch, Tensor) else type(batch).__name__
             more = "; of a loader give the images alone: (images for images, _ in loader)" if _pair(batch) else ""
