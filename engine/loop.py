@@ -246,7 +246,7 @@ class _Work:
             self.log.message(f"resumed after step {state.step} of {plan.total}" + (f"; {remark}" if remark else ""))
             if state.step >= plan.total:
                 self.log.message("the training is finished; a greater length=... would go on")
-            elif note := other_length(cfg.optim, resume["config"]["length"], cfg.length):
+            elif note := other_length(cfg.optim, Length.parse(resume["config"]["length"]), cfg.length, plan.per_epoch):
                 self.log.message(note)
         self.log.message(plan.text)
         late = late_milestones(cfg.optim, plan.total, plan.per_epoch)

@@ -97,9 +97,9 @@ def late_milestones(cfg: OptimConfig, total_steps: int, steps_per_epoch: int) ->
     return [str(one) for one in cfg.milestones if one.steps(steps_per_epoch) >= total_steps]
 
 
-def other_length(cfg: OptimConfig, was: object, now: Length) -> str | None:
+def other_length(cfg: OptimConfig, was: Length, now: Length, steps_per_epoch: int) -> str | None:
     """What to say of a training that goes on with another length than it began with; None if its rates stay."""
-    if cfg.schedule not in ("poly", "cosine") or str(was) == str(now):
+    if cfg.schedule not in ("poly", "cosine") or was.steps(steps_per_epoch) == now.steps(steps_per_epoch):
         return None
     return f"note: length was {was}, now {now}: optim.schedule: {cfg.schedule} goes by it, so the learning rate jumps"
 

@@ -15,6 +15,7 @@ from engine.optim import (
     build_schedule,
     late_milestones,
     learning_rates,
+    other_length,
     parameter_groups,
     schedule_factor,
 )
@@ -111,6 +112,12 @@ def test_multistep_counts_epochs_and_steps() -> None:
     late = OptimConfig(schedule="multistep", milestones=milestones)
     assert [late_milestones(late, total, 2) for total in (4, 5, 8)] == [["2 epochs", "7 steps"], ["7 steps"], []]
     assert course(schedule="multistep", milestones=milestones, gamma=0.5) == [1] * 4 + [0.5] * 3 + [0.25] * 3
+
+
+def test_another_length_is_told_where_it_is_another_number_of_steps() -> None:
+    epochs, steps = Length(2, "epochs"), [Length(count, "steps") for count in (10, 11)]
+    assert [other_length(OptimConfig(), epochs, one, 5) is None for one in steps] == [True, False]
+    assert other_length(OptimConfig(schedule="constant"), epochs, steps[1], 5) is None
 
 
 def test_constant_with_warmup() -> None:
