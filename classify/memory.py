@@ -101,7 +101,6 @@ class MemoryTrainBatches:
         self.order = Order(len(data.labels), cfg, world, rank, where)
         self.padded = F.pad(torch.from_numpy(data.images), (cfg.data.crop_padding,) * 4).to(device)
         self.labels = torch.from_numpy(data.labels).to(device)
-        self.flip = sets.flip(cfg.data)
         values = self.order.micro_batch * data.images[0].size
         self.together = 1 if device.type == "cpu" else max(1, CHUNK // values)
 
@@ -111,7 +110,7 @@ class MemoryTrainBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[dict[str, Any]]:
         """The batches of `epoch` from micro-batch `start` on; those before cost nothing."""
         rows = self.order.epoch(epoch)
-        drawn = draws(len(self.labels), self.cfg.crop_padding, self.flip, self.seed, epoch)
+        drawn = draws(len(self.labels), self.cfg.crop_padding, sets.flip(self.cfg), self.seed, epoch)
         # (4, batches, N), on the device at once: no batch waits for a copy
         tables = torch.from_numpy(np.concatenate([rows[None], drawn[:, rows]])).to(self.labels.device)
         prefix = f"{self.cfg.name}/{self.cfg.train_split}/"
