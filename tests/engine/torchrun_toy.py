@@ -21,7 +21,7 @@ from engine.resume import open_work_dir
 from tests.engine import toy
 
 TIMEOUT = 0.15  # minutes
-PASSES_ON = "--signals-to-handle" in get_args_parser()._option_string_actions
+PASSES_ON = "--signals-to-handle" in get_args_parser().format_help()
 
 
 def accident(kind: str) -> None:
