@@ -96,9 +96,9 @@ def convert(
         A Report; print it.
 
     Raises:
-        NormError: an unknown recipe or option, an override that matches no layer, a layer of an unknown subclass,
-            layers that share a weight, a whitening recipe that finds nothing to whiten, or `calibrate` with a recipe
-            that does not whiten. The model is then as it was.
+        NormError: `model` is no network, an unknown recipe or option, an override that matches no layer, a layer of an
+            unknown subclass, layers that share a weight, a whitening recipe that finds nothing to whiten, or
+            `calibrate` with a recipe that does not whiten. The model is then as it was.
     """
     chosen = recipe(name, **options)
     swaps = plan(model, chosen, overrides or {})

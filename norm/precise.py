@@ -37,8 +37,8 @@ def precise_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> 
         How many layers have new statistics; 0 without any such layer, and then no batch is read.
 
     Raises:
-        NormError: no batch, one without images, or one that is no floating-point tensor. After any error the model is
-            as it was.
+        NormError: `model` is no network; no batch, one without images, or one that is no floating-point tensor. After
+            any error the model is as it was.
     """
     check_network("norm.precise_statistics", model)
     layers = [layer for layer in averaging(model) if layer.training or not model.training]
