@@ -40,25 +40,32 @@ class Kind(NamedTuple):
     """Keys of the loss section that act on it."""
 
 
-def _pixels(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross entropy of each pixel without class weights, (N, H, W); 0 where the label is 255."""
-    return F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
+def _table(weights: ClassWeights, device: torch.device) -> Tensor | None:
+    return None if weights is None else torch.tensor(weights, dtype=torch.float32, device=device)
+
+
+def _pixels(logits: Tensor, target: Tensor, weights: ClassWeights = None, smoothing: float = 0.0) -> Tensor:
+    """Cross entropy of each pixel, (N, H, W); 0 where the label is 255."""
+    table = _table(weights, logits.device)
+    return F.cross_entropy(logits, target, table, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
 
 
 def _weights(target: Tensor, weights: ClassWeights) -> Tensor:
     """Weight of each pixel, float32 (N, H, W); 0 where the label is 255."""
     valid = target != IGNORE
-    if weights is None:
-        return valid.float()
-    table = torch.tensor(weights, dtype=torch.float32, device=target.device)
-    return table[target.where(valid, 0)] * valid
+    table = _table(weights, target.device)
+    return valid.float() if table is None else table[target.where(valid, 0)] * valid
 
 
 def _cross_entropy(cfg: LossConfig, weights: ClassWeights) -> Criterion:
     def criterion(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        table = None if weights is None else torch.tensor(weights, dtype=torch.float32, device=logits.device)
         total = F.cross_entropy(
-            logits, target, table, ignore_index=IGNORE, reduction="sum", label_smoothing=cfg.label_smoothing
+            logits,
+            target,
+            _table(weights, logits.device),
+            ignore_index=IGNORE,
+            reduction="sum",
+            label_smoothing=cfg.label_smoothing,
         )
         return total, _weights(target, weights).sum()
 
@@ -93,8 +100,9 @@ def _focal(cfg: LossConfig, weights: ClassWeights) -> Criterion:
 
 def _boundary(cfg: LossConfig, weights: ClassWeights) -> Criterion:
     def criterion(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        counts = _weights(target, weights) * (1 + cfg.boundary_weight * nearness(target, cfg.boundary_width))
-        return (_pixels(logits, target, cfg.label_smoothing) * counts).sum(), counts.sum()
+        factor = 1 + cfg.boundary_weight * nearness(target, cfg.boundary_width)
+        losses = _pixels(logits, target, weights, cfg.label_smoothing)
+        return (losses * factor).sum(), (_weights(target, weights) * factor).sum()
 
     return criterion
 

@@ -98,22 +98,29 @@ def distance_to_a_border(target: Tensor, n: int, y: int, x: int) -> float:
     return best
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
-def test_boundary_counts_pixels_by_their_distance_to_a_border(weights):
+def test_boundary_counts_pixels_by_their_distance_to_a_border(weights, smoothing):
     torch.manual_seed(1)
     logits, target = torch.randn(2, CLASSES, 9, 10), torch.full((2, 9, 10), 2)
     target[0, :, 7:] = 1
     target[0, 8] = 255  # void makes no border
     target[1, :, 4] = 255
-    total, weight = make("boundary", weights, boundary_weight=3.0, boundary_width=4)(logits, target)
+    options = {"boundary_weight": 3.0, "boundary_width": 4, "label_smoothing": smoothing}
+    total, weight = make("boundary", weights, **options)(logits, target)
     w, p = weights or [1.0] * CLASSES, probabilities(logits)
-    counts = [
-        (w[label] * (1 + 3 * max(0.0, 1 - distance_to_a_border(target, n, y, x) / 4)), p[n, label, y, x])
+    near = {
+        (n, y, x, label): 1 + 3 * max(0.0, 1 - distance_to_a_border(target, n, y, x) / 4)
         for n, y, x, label in labelled(target)
-    ]
-    assert len({count for count, _ in counts}) > 4
-    assert total.item() == pytest.approx(-sum(count * math.log(q) for count, q in counts), rel=1e-5)
-    assert weight.item() == pytest.approx(sum(count for count, _ in counts))
+    }
+    assert len({w[label] * factor for (*_, label), factor in near.items()}) > 4
+
+    def loss(n: int, y: int, x: int, label: int) -> float:  # smoothing as in torch: each class by its own weight
+        all_classes = sum(w[c] * math.log(p[n, c, y, x]) for c in range(CLASSES)) / CLASSES
+        return -(1 - smoothing) * w[label] * math.log(p[n, label, y, x]) - smoothing * all_classes
+
+    assert total.item() == pytest.approx(sum(factor * loss(*place) for place, factor in near.items()), rel=1e-5)
+    assert weight.item() == pytest.approx(sum(factor * w[label] for (*_, label), factor in near.items()))
     assert nearness(target, 4)[1].max() == 0
 
 
