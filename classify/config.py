@@ -107,6 +107,7 @@ class LossConfig(Section):
 
 class ClassifyConfig(ExperimentConfig):
     task: Literal["classify"] = "classify"
+    """Which trainer the experiment is for: seg or classify."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()

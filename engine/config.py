@@ -369,7 +369,7 @@ def show(loaded: Loaded[Any]) -> str:
     """The resolved configuration as YAML, with the recipe's own defaults; a comment on each line says where its value
     comes from."""
     plain = loaded.config.model_dump(mode="json")
-    recipe = _recipe_defaults(loaded.config.norm)
+    recipe = recipe_defaults(loaded.config.norm)
     plain["norm"] = {"name": plain["norm"]["name"], **recipe, **plain["norm"]}
     lines = [
         (text, "" if path is None else loaded.origins.get(path, f"default of the recipe {loaded.config.norm.name}"))
@@ -390,7 +390,8 @@ def _lines(plain: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
             yield f"{head} {yaml_layers.dump_line(value)}", ".".join((*path, key))
 
 
-def _recipe_defaults(section: NormConfig) -> dict[str, Any]:
+def recipe_defaults(section: NormConfig) -> dict[str, Any]:
+    """The options of the section's recipe, those that were set and the others."""
     import norm
 
     recipe = norm.recipe(section.name, **section.options)

@@ -28,14 +28,14 @@ def explain(error: ErrorDetails, kind: type[BaseModel], layer: Layer, data: dict
     key = ".".join(path).replace(".[", "[")
     place = _place(tuple(part for part in path if not part.startswith("[")), layer, error["msg"]) or source
     if error["type"] == "extra_forbidden":
-        near = _nearest(key, list(_known_keys(kind)))
+        near = nearest(key, list(_known_keys(kind)))
         text = "unknown key" + (f"; did you mean {near}?" if near else "")
     elif missing:
         text = "missing, and it has no default"
     elif error["type"] == "value_error":
         text = error["msg"].removeprefix("Value error, ")
         option = re.search(r"has no option '(\w+)'", text) if key == "norm" else None
-        near = option and _nearest(f"norm.{option[1]}", [one for one in _known_keys(kind) if one.startswith("norm.")])
+        near = option and nearest(f"norm.{option[1]}", [one for one in _known_keys(kind) if one.startswith("norm.")])
         text += f"; did you mean {near}?" if near else ""  # the recipe knows its options, not the section's own keys
     else:
         expected = error["msg"].replace("Input should be ", "expected ").replace("an object", "a section with keys")
@@ -59,7 +59,7 @@ def _known_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from _known_keys(part, f"{prefix}{name}.")
 
 
-def _nearest(key: str, known: Sequence[str]) -> str | None:
+def nearest(key: str, known: Sequence[str]) -> str | None:
     """The known key that was probably meant: of the same section if one is near, else of any."""
     section, _, word = key.rpartition(".")
     siblings = {one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == section}

@@ -71,7 +71,9 @@ class BatchNorm(Recipe):
     """Batch norm as the network has it; options that are given replace its settings."""
 
     eps: float | None = None
+    """Added to the variance; None: as the network has it."""
     momentum: float | None = None
+    """Rate of the running averages; None: as the network has it."""
 
     def __post_init__(self) -> None:
         if self.eps is not None:
@@ -122,8 +124,11 @@ class GroupNorm(Recipe):
     """
 
     groups: int = 32
+    """Groups of channels."""
     eps: float = 1e-5
+    """Added to the variance."""
     weight_standardisation: bool = False
+    """Convolutions subtract their filters' means and divide by their deviations."""
 
     def __post_init__(self) -> None:
         if self.groups < 1:
@@ -146,6 +151,7 @@ class InstanceNorm(Recipe):
     """Instance norm with a learned scale and shift, as a group norm of one channel a group (1x1 maps allowed)."""
 
     eps: float = 1e-5
+    """Added to the variance."""
 
     def __post_init__(self) -> None:
         _check_eps("in", self.eps)
@@ -160,6 +166,7 @@ class LayerNorm(Recipe):
     """Layer norm over channels and pixels of an image, as a group norm of one group (Wu and He, section 3)."""
 
     eps: float = 1e-5
+    """Added to the variance."""
 
     def __post_init__(self) -> None:
         _check_eps("ln", self.eps)

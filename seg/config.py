@@ -155,6 +155,7 @@ class PredictConfig(Section):
 
 class SegConfig(ExperimentConfig):
     task: Literal["seg"] = "seg"
+    """Which trainer the experiment is for: seg or classify."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()

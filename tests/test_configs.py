@@ -9,6 +9,7 @@ import classify.models
 import classify.sets
 from classify.config import ClassifyConfig
 from engine.config import load, show
+from engine.config_help import describe
 from engine.prepare import convert_norm
 from seg import losses, models
 from seg.config import SegConfig
@@ -50,6 +51,15 @@ def test_head_says_what_how_and_what_to_expect(path):
     text = " ".join(head)
     assert f"python tools/train.py {path.relative_to(ROOT)}" in text
     assert "not measured" in text or "mIoU" in text
+
+
+@pytest.mark.parametrize("norm", ["deconv_fast", "bn", "gn", "in", "keep"])
+@pytest.mark.parametrize(("path", "schema"), [(SEG[-1], SegConfig), (CLASSIFY[-1], ClassifyConfig)])
+def test_every_key_has_a_meaning(path, schema, norm):
+    lines = describe(load(path, [f"norm.name={norm}"], schema)).splitlines()
+    heads = [number for number, line in enumerate(lines) if not line.startswith("    ")]
+    assert len(heads) > 60
+    assert all(lines[number + 1].startswith("    ") and lines[number + 1].strip() for number in heads)
 
 
 def test_every_network_has_a_config():

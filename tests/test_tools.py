@@ -85,6 +85,12 @@ def test_show_prints_the_resolved_config_with_origins(project: Path, sample_root
     assert "tiny.yaml:4" in lines["batch_size"] and "default" in lines["momentum"] and "block" not in lines
 
 
+def test_explain_tells_what_keys_mean(project: Path, sample_root: Path):
+    text = tool("train", "tiny.yaml", "--explain", "norm.name=bn", cwd=project)
+    assert "norm.name: bn" in text and "optim.lr: " in text and "Learning rate after warm-up" in text
+    assert tool("train", "tiny.yaml", "norm.name=bn", "--explain", "optim.lr", cwd=project).count("\n") == 2
+
+
 def test_evaluate_a_checkpoint(project: Path):
     out = tool("evaluate", "runs/x/best.pt", "--split", "val", "--json", "s.json", "--out", "pics", cwd=project)
     assert "road" in out and "mean" in out

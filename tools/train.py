@@ -4,6 +4,7 @@ python tools/train.py configs/seg/deeplabv3_resnet50_deconv.yaml data.root=/data
 python tools/train.py configs/classify/vgg11_cifar10.yaml norm.name=deconv norm.fc_block=512
 python tools/train.py CONFIG --resume auto --work-dir runs/x optim.lr=0.05 norm.name=bn
 python tools/train.py CONFIG --show
+python tools/train.py CONFIG --explain            # what each key means; --explain optim a section's, optim.lr one alone
 python tools/train.py CONFIG --plan 11GiB
 torchrun --nproc-per-node 8 tools/train.py CONFIG ...
 
@@ -61,12 +62,22 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, help="folder for checkpoints and logs (default: runs/NAME OF CONFIG)")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the work directory's last.pt, or from a file")
     parser.add_argument("--show", action="store_true", help="print the resolved config and where each key comes from")
+    parser.add_argument(
+        "--explain", nargs="?", const="", metavar="KEY", help="print what each key, or this key or section, means"
+    )
     parser.add_argument("--plan", metavar="SIZE", help="print what fits into this memory, such as 11GiB, and stop")
     args = parser.parse_intermixed_args()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which --plan measures with, talks a lot
     from engine.config import load, show
 
+    if args.explain and "=" in args.explain:  # the first change of the config, not a key to explain
+        args.overrides, args.explain = [args.explain, *args.overrides], ""
     loaded: Any = load(args.config, args.overrides, schema)
+    if args.explain is not None:
+        from engine.config_help import describe
+
+        print(describe(loaded, args.explain), end="")
+        return 0
     if args.show:
         print(show(loaded), end="")
         return 0
