@@ -126,7 +126,7 @@ def write_errors(
     with session(cfg.runtime) as device:
         check_writable(out.parent)
         split = split or cfg.data.val_split
-        samples = labelled(eval_batches(cfg, split).samples, split)
+        samples = labelled(eval_batches(cfg, split).samples, cfg.data, split)
         predictor = predictor_of(model, cfg, device, views)
         found = search(predictor, cfg, samples)
         if not any(one.matrix.any() for one in found.images.images):
