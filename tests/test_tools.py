@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,17 @@ def test_one_unreadable_image_stops_nothing(project: Path, sample_root: Path):
 def test_compare_draws_one_picture_of_two_runs(project: Path):
     tool("compare", "runs/x", "runs/x", "--names", "one", "two", "--out", "both.png", cwd=project)
     assert cv2.imread(str(project / "both.png")) is not None
+
+
+def test_compare_tells_of_other_data(project: Path):
+    other = project / "runs/elsewhere"
+    shutil.copytree(project / "runs/x", other)
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("val_split: val", "val_split: train"))
+    command = ["compare", "runs/x", "runs/elsewhere", "--out", "other.png"]
+    for more in (["--examples", "0"], ["--names", "a", "a"]):
+        out = tool(*command, *more, cwd=project)
+        assert "note: runs/x and runs/elsewhere name different data to score (data.val_split: val and train)" in out
 
 
 def test_a_classifier_is_scored_and_compared(project: Path, classifier: str):
