@@ -185,7 +185,7 @@ def _images(card: Card) -> str:
             one.name,
             row(
                 picture(one.image, "image", photo=True, max_width=370),
-                picture(draw.colorize(one.truth, colors), "truth (black: void)", max_width=370),
+                picture(draw.colorize(one.truth, colors), f"truth ({draw.void(colors)}: void)", max_width=370),
                 picture(draw.colorize(one.prediction, colors), "prediction", max_width=370),
             ),
             level=3,

@@ -306,7 +306,7 @@ def _beside(image: Rgb, truth: Ids, prediction: Ids, colors: Ids) -> str:
     wrong[(truth != prediction) & (truth != IGNORE)] = _RED
     return row(
         picture(_enlarged(image), "image", photo=True, max_width=width),
-        picture(_enlarged(draw.colorize(truth, colors)), "truth (black: void)", max_width=width),
+        picture(_enlarged(draw.colorize(truth, colors)), f"truth ({draw.void(colors)}: void)", max_width=width),
         picture(_enlarged(draw.colorize(prediction, colors)), "prediction", max_width=width),
         picture(_enlarged(wrong), "errors red, void dark", max_width=width),
     )
