@@ -235,6 +235,7 @@ def test_two_processes_train_one_classifier(project: Path, classifier: str, imag
         (["evaluate", "--predictions", "none", "--ground-truth", "."], "none (--predictions): no such folder"),
         (["evaluate", "runs/x/best.pt", "--predictions", "x"], "without the checkpoint runs/x/best.pt; leave one"),
         (["predict", "runs/x/best.pt", "nothing*.png", "--out", "o"], "nothing*.png"),
+        (["predict", "runs/x/best.pt", "a.mp4", "--out", "o.mp4", "--smooth", "1.5"], "--smooth: found 1.5, expected"),
         (["make_sample", "x", "--size", "big"], "error:"),
         (["compare", "runs/none", "--out", "o.png"], "runs/none"),
         (["export", "runs/x/best.pt", "--out", "x.onnx"], "x.onnx: expected a name that ends in .pt2"),
