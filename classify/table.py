@@ -42,6 +42,7 @@ def make(wanted: Request) -> bool:
         if grid.train_missing(todo, known, _train, partial(_write, wanted, known), _say):
             _say(f"stopped by a signal; the same command goes on. So far: {wanted.folder / 'table.md'}")
             return False
+        _say(grid.summary({cell.key: known[cell.key] for cell in todo}, wanted.folder / "table.md"))
     return all(known[cell.key].state == "done" for cell in todo)
 
 

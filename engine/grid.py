@@ -198,6 +198,12 @@ def train_missing(
     return False
 
 
+def summary(known: Mapping[Any, Outcome[C]], table: Path) -> str:
+    """What a grid that was not stopped ends with, also when there was nothing left to train."""
+    done = sum(one.state == "done" for one in known.values())
+    return f"\n{done} of {len(known)} cells are trained: {table}"
+
+
 def mean_and_deviation(shares: Sequence[float]) -> str:
     """Of scores, in percent."""
     mean = f"{100 * statistics.fmean(shares):.2f}"

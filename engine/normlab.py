@@ -160,8 +160,8 @@ def make(wanted: Request, schema: Schema[Any], program: Sequence[str]) -> bool:
         stopped = grid.train_missing(
             todo, known, partial(_train, program, stop), partial(write, wanted, known), partial(print, flush=True)
         )
-    if stopped:
-        print(f"stopped by a signal; the same command goes on. So far: {wanted.folder / 'lab.md'}")
+    place = wanted.folder / "lab.md"
+    print(f"stopped by a signal; the same command goes on. So far: {place}" if stopped else grid.summary(known, place))
     return all(one.state == "done" for one in known.values())
 
 

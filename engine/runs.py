@@ -43,6 +43,19 @@ def config(run: Path) -> dict[str, Any]:
     return found
 
 
+def other_data(runs: Sequence[Path]) -> list[str]:
+    """A sentence for each run whose config names other data to score than the first one's: a difference of scores may
+    be one of the data."""
+    lines = []
+    first, *others = [config(run).get("data") or {} for run in runs]
+    for run, here in zip(runs[1:], others, strict=True):
+        keys = ("name", "root", "labels", "val_split")
+        found = [f"data.{key}: {first.get(key)} and {here.get(key)}" for key in keys if first.get(key) != here.get(key)]
+        if found:
+            lines.append(f"note: {runs[0]} and {run} name different data to score ({'; '.join(found)})")
+    return lines
+
+
 def evaluations(run: Path) -> list[Row]:
     """The evaluations of a run, in order; those without a score are left out."""
     return [row for row in read_metrics(run / METRICS) if row.get("kind") == "eval" and row.get("score") is not None]

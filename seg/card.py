@@ -20,9 +20,9 @@ from engine.errors import UserError
 from seg.averaging import Averaged, Views
 from seg.boundary import BoundaryIoU
 from seg.calibration import Calibration, Calibrator, halves, pixels_of
-from seg.config import SegConfig
+from seg.config import DataConfig, SegConfig
 from seg.data import EvalBatches, Rgb, Sample
-from seg.datasets import split_name
+from seg.datasets import instead_of_scores, split_name
 from seg.html import counted
 from seg.labels import table
 from seg.metrics import ConfusionMatrix, Scores, mean, nothing_scored
@@ -127,13 +127,13 @@ def measure_split(
     return scores, boundary, calibrator.result(), images, examples
 
 
-def labelled(samples: Sequence[Sample], split: str) -> Sequence[Sample]:
+def labelled(samples: Sequence[Sample], data: DataConfig, split: str) -> Sequence[Sample]:
     """The samples. Raises UserError when one of them has no label."""
     missing = [sample for sample in samples if sample.label is None]
     if missing:
         raise UserError(
             f"{missing[0].image}: has no label to score against; the split {split!r} has no public ones. Choose "
-            "another split, or write predictions for the test server with tools/submit.py."
+            f"another split, or {instead_of_scores(data)}."
         )
     return samples
 

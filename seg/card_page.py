@@ -65,7 +65,7 @@ def write_card(
         out = out or scores_folder(path, split)
         for folder in (out, json_file.parent if json_file else out):
             check_writable(folder)
-        samples = labelled(eval_batches(cfg, split).samples, split)
+        samples = labelled(eval_batches(cfg, split).samples, cfg.data, split)
         predictor = predictor_of(model, cfg, device, views)
         chosen = spread(samples, corruption_images)
         measured = measure_split(predictor, cfg, samples, split)
@@ -185,7 +185,7 @@ def _images(card: Card) -> str:
             one.name,
             row(
                 picture(one.image, "image", photo=True, max_width=370),
-                picture(draw.colorize(one.truth, colors), "truth (black: void)", max_width=370),
+                picture(draw.colorize(one.truth, colors), f"truth ({draw.void(colors)}: void)", max_width=370),
                 picture(draw.colorize(one.prediction, colors), "prediction", max_width=370),
             ),
             level=3,

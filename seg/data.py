@@ -287,9 +287,15 @@ def train_batches(cfg: SegConfig, world: int = 1, rank: int = 0, cache: Path | N
     """Batches of the training split for `engine.loop.fit`; `cache` as in TrainBatches.
 
     Raises:
-        UserError: missing or bad files, see `seg.datasets`; with repeat_rare or rare_crop every label file is read.
+        UserError: missing or bad files, see `seg.datasets`, or images without labels; with repeat_rare or rare_crop
+            every label file is read.
     """
     coarse, fine = coarse_samples(cfg.data), samples_of(cfg.data, cfg.data.train_split)
+    if unlabelled := next((sample for sample in fine if sample.label is None), None):
+        raise UserError(
+            f"data.train_split: {cfg.data.train_split!r} has images without labels, the first is {unlabelled.image}; a "
+            "test split has no public ones. Name splits with labels, such as train or train+val"
+        )
     return TrainBatches(fine, cfg, world, rank, coarse, cache)
 
 

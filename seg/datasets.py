@@ -115,6 +115,13 @@ def split_name(cfg: DataConfig, split: str | None = None) -> str:
     return f"the split {split or cfg.val_split!r} in {cfg.root}"
 
 
+def instead_of_scores(cfg: DataConfig) -> str:
+    """What errors propose for a split without labels."""
+    if cfg.name == "cityscapes":
+        return "pack predictions for the Cityscapes test server with tools/submit.py"
+    return "label its images with tools/predict.py"
+
+
 def cityscapes(cfg: DataConfig, split: str) -> Listing:
     """Cityscapes, see `seg.cityscapes`; `data.coarse_share` adds train_extra of gtCoarse to the training."""
     return cityscapes_listing(cfg.root, split)

@@ -1,8 +1,8 @@
 """Pictures: palettes, overlays with a legend, panels, plots of scores, and the one picture of several runs.
 
 Arrays in and out are uint8: images and colours (H, W, 3) in RGB, ids (H, W). Ids are train ids unless another palette
-is given, Cityscapes' unless another table is; 255 is void and drawn black. Plots are written to a path, whole or not
-at all.
+is given, Cityscapes' unless another table is; 255 is void and drawn in a colour of its own, see `void`. Plots are
+written to a path, whole or not at all.
 """
 
 from __future__ import annotations
@@ -49,13 +49,23 @@ class Example:
     predictions: Mapping[str, Array]
 
 
+_VOID = {"black": (0, 0, 0), "white": (255, 255, 255), "grey": (128, 128, 128), "magenta": (255, 0, 255)}
+
+
+def void(palette: NDArray[np.uint8]) -> str:
+    """The colour of void beside classes of these colours: black, but a class may have that, as VOC's background has."""
+    taken = set(map(tuple, palette.tolist()))
+    return next((name for name, color in _VOID.items() if color not in taken), "black")
+
+
 def colorize(ids: NDArray[Any], palette: NDArray[np.uint8] | None = None) -> Array:
-    """Colours of ids (H, W): RGB uint8 (H, W, 3). `palette` (K, 3) defaults to the 19 train classes; 255 becomes black.
+    """Colours of ids (H, W): RGB uint8 (H, W, 3). `palette` (K, 3) defaults to the 19 train classes; 255 is `void`.
 
     Raises ValueError on any other id outside the palette, since that means ids of another kind.
     """
     palette = labels.TRAIN_COLORS if palette is None else palette
     table = np.zeros((256, 3), np.uint8)
+    table[labels.IGNORE] = _VOID[void(palette)]
     table[: len(palette)] = palette
     strange = [i for i in _present(ids) if not (0 <= i < len(palette) or i == labels.IGNORE)]
     if strange:

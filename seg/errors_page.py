@@ -126,7 +126,7 @@ def write_errors(
     with session(cfg.runtime) as device:
         check_writable(out.parent)
         split = split or cfg.data.val_split
-        samples = labelled(eval_batches(cfg, split).samples, split)
+        samples = labelled(eval_batches(cfg, split).samples, cfg.data, split)
         predictor = predictor_of(model, cfg, device, views)
         found = search(predictor, cfg, samples)
         if not any(one.matrix.any() for one in found.images.images):
@@ -306,7 +306,7 @@ def _beside(image: Rgb, truth: Ids, prediction: Ids, colors: Ids) -> str:
     wrong[(truth != prediction) & (truth != IGNORE)] = _RED
     return row(
         picture(_enlarged(image), "image", photo=True, max_width=width),
-        picture(_enlarged(draw.colorize(truth, colors)), "truth (black: void)", max_width=width),
+        picture(_enlarged(draw.colorize(truth, colors)), f"truth ({draw.void(colors)}: void)", max_width=width),
         picture(_enlarged(draw.colorize(prediction, colors)), "prediction", max_width=width),
         picture(_enlarged(wrong), "errors red, void dark", max_width=width),
     )

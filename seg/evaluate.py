@@ -24,8 +24,8 @@ from seg import draw
 from seg.averaging import Views, predictor_of
 from seg.config import DataConfig, SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
+from seg.datasets import instead_of_scores, split_name
 from seg.datasets import samples as samples_of
-from seg.datasets import split_name
 from seg.labels import (
     CITYSCAPES,
     IGNORE,
@@ -88,10 +88,7 @@ def evaluate_model(
             for item, ids in zip(items, predictor.predict_batch([item["image"] for item in items]), strict=True):
                 sample, label = item["sample"], item["label"]
                 if label is None:
-                    raise UserError(
-                        f"{sample.image}: has no label to score against, the split 'test' has no public ones. Score "
-                        "another split, or pack predictions for the Cityscapes test server with tools/submit.py."
-                    )
+                    raise _no_label(sample, cfg.data, split)
                 confusion.update(labels.to_label_ids(ids), label, item["instance"], name=str(sample.label))
                 if sample in wanted:
                     truth = labels.to_train_ids(label, sample.label)
@@ -113,12 +110,21 @@ def check_scorable(data: DataConfig, split: str | None = None) -> None:
     """Look for an evaluated pixel in a split's labels (default `data.val_split`); where all is well, one file is read.
 
     Raises:
-        UserError: there is none, or a label file is bad; images without labels are not looked at.
+        UserError: there is none, an image has no label, or a label file is bad.
     """
-    labels = table(data)
-    paths = [sample.label for sample in samples_of(data, split or data.val_split) if sample.label is not None]
-    if paths and all((labels.to_train_ids(read_label_ids(path), path) == IGNORE).all() for path in paths):
+    labels, samples = table(data), samples_of(data, split or data.val_split)
+    paths = [sample.label for sample in samples if sample.label is not None]
+    if len(paths) < len(samples):
+        raise _no_label(next(sample for sample in samples if sample.label is None), data, split)
+    if all((labels.to_train_ids(read_label_ids(path), path) == IGNORE).all() for path in paths):
         raise nothing_scored(split_name(data, split))
+
+
+def _no_label(sample: Sample, data: DataConfig, split: str | None) -> UserError:
+    return UserError(
+        f"{sample.image}: has no label to score against, the split {split or data.val_split!r} has no public ones. "
+        f"Score another split, or {instead_of_scores(data)}."
+    )
 
 
 def evaluate_checkpoint(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,17 @@ def test_compare_draws_one_picture_of_two_runs(project: Path):
     assert cv2.imread(str(project / "both.png")) is not None
 
 
+def test_compare_tells_of_other_data(project: Path):
+    other = project / "runs/elsewhere"
+    shutil.copytree(project / "runs/x", other)
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("val_split: val", "val_split: train"))
+    command = ["compare", "runs/x", "runs/elsewhere", "--out", "other.png"]
+    for more in (["--examples", "0"], ["--names", "a", "a"]):
+        out = tool(*command, *more, cwd=project)
+        assert "note: runs/x and runs/elsewhere name different data to score (data.val_split: val and train)" in out
+
+
 def test_a_classifier_is_scored_and_compared(project: Path, classifier: str):
     out = tool("evaluate", f"{classifier}/best.pt", cwd=project)
     assert "tram" in out and "top-1" in out
@@ -229,6 +241,7 @@ def test_two_processes_train_one_classifier(project: Path, classifier: str, imag
         (["evaluate", "--predictions", "none", "--ground-truth", "."], "none (--predictions): no such folder"),
         (["evaluate", "runs/x/best.pt", "--predictions", "x"], "without the checkpoint runs/x/best.pt; leave one"),
         (["predict", "runs/x/best.pt", "nothing*.png", "--out", "o"], "nothing*.png"),
+        (["predict", "runs/x/best.pt", "a.mp4", "--out", "o.mp4", "--smooth", "1.5"], "--smooth: found 1.5, expected"),
         (["make_sample", "x", "--size", "big"], "error:"),
         (["compare", "runs/none", "--out", "o.png"], "runs/none"),
         (["export", "runs/x/best.pt", "--out", "x.onnx"], "x.onnx: expected a name that ends in .pt2"),

@@ -53,6 +53,8 @@ def main() -> int:
     )
     seg.add_argument("--allow-imports", action="store_true", help="run the modules that the runs' configs import")
     args = parser.parse_args()
+    from engine.runs import other_data
+
     if args.examples is not None and args.examples < 0:
         parser.error(f"--examples: {args.examples}; expected 0 or more")
     if args.examples == 0 and (args.set or args.allow_imports):
@@ -61,25 +63,26 @@ def main() -> int:
         parser.error(f"{len(args.names)} names for {len(args.runs)} runs")
     names = args.names or names_of(args.runs)
     task = task_of(args.runs)
+    notes = other_data(args.runs)
     if args.names and len(set(names)) < len(names):
         from engine import seeds
 
         if args.examples is not None or args.set or args.allow_imports:
             parser.error("--examples, --set and --allow-imports go with runs that each have a name of their own")
         found = seeds.groups(args.runs, names)
-        print("\n".join([seeds.compare(found, args.out), *seeds.same_seeds(found), *seeds.unlike(found)]))
+        print("\n".join([seeds.compare(found, args.out), *seeds.same_seeds(found), *seeds.unlike(found), *notes]))
         return 0
     if task == "classify":
         if args.examples is not None or args.set or args.allow_imports:
             parser.error("--examples, --set and --allow-imports go with segmentation runs; these are of classification")
         from classify.compare import compare as compare_classify
 
-        print(compare_classify(args.runs, names, args.out))
+        print("\n".join([compare_classify(args.runs, names, args.out), *notes]))
         return 0
     from seg.compare import compare as compare_seg
 
     examples = 2 if args.examples is None else args.examples
-    print(compare_seg(args.runs, names, args.out, examples, args.set, args.allow_imports))
+    print("\n".join([compare_seg(args.runs, names, args.out, examples, args.set, args.allow_imports), *notes]))
     return 0
 
 

@@ -83,7 +83,7 @@ def last_score(run: Path) -> float:
     return float([one for one in read_metrics(run / "metrics.jsonl") if one["kind"] == "eval"][-1]["score"])
 
 
-def test_a_table_is_made_and_not_made_twice(ask: Any, trained: list[str]):
+def test_a_table_is_made_and_not_made_twice(ask: Any, trained: list[str], capsys: pytest.CaptureFixture[str]):
     wanted = ask(command="python tools/table1.py ...")
     assert table.listing(wanted).splitlines() == [
         f"vgg16, {name}, seed 0: open  {wanted.folder}/vgg16_{name}" for name in ("bn", "deconv")
@@ -102,7 +102,9 @@ def test_a_table_is_made_and_not_made_twice(ask: Any, trained: list[str]):
     assert one["training_seconds"] > 0 and one["parameters"] > 10_000
     assert one["run"].endswith("cifar10_1ep/vgg16_deconv")
     assert (wanted.folder / "curves.png").stat().st_size > 10_000
+    capsys.readouterr()
     assert table.make(wanted) and len(trained) == 2
+    assert capsys.readouterr().out == f"\n2 of 2 cells are trained: {wanted.folder / 'table.md'}\n"
     assert (wanted.folder / "table.md").read_text() == text
     assert table.listing(wanted).startswith(f"vgg16, bn, seed 0: done, {100 * scores[0]:.2f} %")
 

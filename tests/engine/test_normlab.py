@@ -111,7 +111,7 @@ def test_the_arguments_of_a_cell_give_its_config(ask: Any):
         assert one.arguments[-4:] == ("--work-dir", str(one.run), "--resume", "auto")
 
 
-def test_a_grid_is_trained_drawn_and_not_trained_twice(ask: Any, trainer: Trainer):
+def test_a_grid_is_trained_drawn_and_not_trained_twice(ask: Any, trainer: Trainer, capsys: pytest.CaptureFixture[str]):
     wanted = ask(command="python tools/normlab.py ...")
     assert make(wanted, ToyConfig, ["train"])
     assert trainer.started == ["bn_b4", "bn_b8", "gn_norm.groups_3_b4", "gn_norm.groups_3_b8"]
@@ -126,8 +126,10 @@ def test_a_grid_is_trained_drawn_and_not_trained_twice(ask: Any, trainer: Traine
     assert f"| 4 | {scores['bn', 4]} | {scores['gn:norm.groups=3', 4]} |" in text
     picture = cv2.imread(str(wanted.folder / "lab.png"))
     assert picture is not None and picture.shape[1] > 1000
+    capsys.readouterr()
     assert make(wanted, ToyConfig, ["train"]) and len(trainer.started) == 4
     assert (wanted.folder / "lab.md").read_text() == text
+    assert capsys.readouterr().out == f"\n4 of 4 cells are trained: {wanted.folder / 'lab.md'}\n"
 
 
 def test_curves_of_nearly_equal_values_lie_below_the_upper_frame(ask: Any, monkeypatch: pytest.MonkeyPatch):

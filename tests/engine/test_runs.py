@@ -78,3 +78,14 @@ def test_a_resumed_run_takes_no_time_twice():
     """The row of a step that is logged again, or an earlier one, adds nothing."""
     rows = [train(4, 20.0), train(4, 1.0), train(8, 20.0)]
     assert [row["seconds"] for row in runs.timed(rows, 10)] == pytest.approx([2, 2, 4])
+
+
+def test_runs_that_were_scored_on_other_data_are_told(tmp_path: Path) -> None:
+    text = "task: seg\nbatch_size: 2\ndata: {{name: {}, root: {}, val_split: val}}\n"
+    a = write(tmp_path / "a", [], text.format("cityscapes", "/data/x"))
+    b = write(tmp_path / "b", [], text.format("cityscapes", "/data/x"))
+    c = write(tmp_path / "c", [], text.format("kitti", "/data/y"))
+    assert runs.other_data([a, b]) == [] == runs.other_data([a])
+    (note,) = runs.other_data([a, b, c])
+    assert note.startswith(f"note: {a} and {c} name different data to score ")
+    assert note.endswith("(data.name: cityscapes and kitti; data.root: /data/x and /data/y)")

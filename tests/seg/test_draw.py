@@ -15,6 +15,7 @@ from PIL import Image
 from engine.errors import UserError
 from seg import draw, labels
 from seg.draw import Example, Run
+from seg.label_tables import VOC
 
 ALL = np.arange(19, dtype=np.uint8)
 
@@ -36,6 +37,14 @@ def test_colorize_takes_label_ids_with_their_palette_and_no_other() -> None:
         draw.colorize(label_ids)
     with pytest.raises(ValueError, match=r"ids \[-1\]"):
         draw.colorize(np.array([[-1, 0]]))
+
+
+def test_void_has_the_colour_of_no_class() -> None:
+    ids = np.array([[0, 20, 255]], np.uint8)
+    assert draw.void(VOC.colors) == "white" and draw.void(labels.TRAIN_COLORS) == "black"
+    colors = draw.colorize(ids, VOC.colors)[0]
+    assert colors[0].tolist() == [0, 0, 0] and colors[2].tolist() == [255, 255, 255]
+    assert draw.void(np.array([[0, 0, 0], [255, 255, 255]], np.uint8)) == "grey"
 
 
 def test_overlay_mixes_and_leaves_void_alone() -> None:

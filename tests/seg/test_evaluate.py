@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from engine import checkpoint, distributed
 from engine.errors import NotFiniteError, UserError
 from seg import draw, evaluate
+from seg.card import labelled
 from seg.config import SegConfig
+from seg.datasets import samples
 from seg.labels import TRAIN_LABEL_IDS, read_label_ids, to_label_ids, to_train_ids
 from seg.metrics import ConfusionMatrix
 from tests import programs
+from tests.seg import layouts
 
 TOOL = Path(evaluate.__file__).parents[1] / "tools" / "evaluate.py"
 
@@ -268,6 +271,22 @@ def test_the_test_split_has_no_scores(sample_root: Path) -> None:
     with pytest.raises(UserError, match="has no label to score against, the split 'test' has no public ones"):
         evaluate.evaluate_model(model, config(sample_root), split="test")
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("cityscapes", "pack predictions for the Cityscapes test"), ("kitti", "label its images with .*predict.py")],
+)
+def test_what_is_proposed_for_a_split_without_labels_works(
+    sample_root: Path, tmp_path: Path, name: str, told: str
+) -> None:
+    root = sample_root
+    if name == "kitti":
+        layouts.kitti(root := tmp_path)
+    with pytest.raises(UserError, match=f"the split 'test' has no public ones.*{told}"):
+        evaluate.evaluate_model(Coarse(), config(root, name=name), split="test")
+    with pytest.raises(UserError, match=f"the split 'test' has no public ones.*{told}"):
+        labelled(samples(config(root, name=name).data, "test"), config(root, name=name).data, "test")
 
 
 def test_unknown_ids_in_a_label_file_name_it(sample_root: Path, tmp_path: Path) -> None:

@@ -218,6 +218,19 @@ def test_validation_labels_that_are_all_ignored_end_the_run(loaded, void_root: P
     assert not (tmp_path / "work" / "metrics.jsonl").exists()  # before anything was trained
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.train_split=train+test", "data.train_split: 'train.test' has images without labels, .* is .*/test/"),
+        ("data.val_split=val+test", "/test/.*: has no label to score against, the split 'val.test' has no public ones"),
+    ],
+)
+def test_splits_without_labels_are_refused_before_anything_is_written(loaded, override: str, told: str, tmp_path: Path):
+    with pytest.raises(UserError, match=told):
+        train.run(loaded(override, "length=2 steps"), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def test_one_class_is_nothing_to_learn(loaded, tmp_path: Path):
     root = tmp_path / "data"
     layouts.folder(root)
