@@ -144,7 +144,10 @@ def from_file(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: see `engine.checkpoint.read`.
     """
-    return checkpoint.weights_in(checkpoint.read(path)) or {}
+    try:
+        return checkpoint.weights_in(checkpoint.read(path)) or {}
+    except UserError as error:  # a config has several files, and their errors may look alike
+        raise UserError(f"model.backbone_weights: {error}") from None
 
 
 def load_exactly(backbone: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -152,6 +152,7 @@ def test_downloads_that_fail_say_what_to_do(monkeypatch: pytest.MonkeyPatch):
         ("resnet18", "timm", "resnet18 has no weights 'timm'; known: imagenet, ssl, swsl, 'torchvision', or the path"),
         ("xception", "torchvision", "torchvision has no weights for xception; set 'imagenet', a path, or null"),
         ("tu-efficientnet_b6", "imagenet", "timm has no weights of efficientnet_b6; set a path, or null"),
+        ("resnet18", "nowhere.pth", "nowhere.pth: cannot read the checkpoint: No such file"),
     ],
 )
 def test_weights_that_do_not_exist(name: str, source: str, message: str):
