@@ -61,7 +61,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.overrides.append(f"runtime.device={args.device}")
     if args.smooth is not None:
         if not 0 < args.smooth <= 1:
-            raise UserError(f"--smooth: found {args.smooth:g}, expected a weight above 0 and up to 1, such as 0.4")
+            raise UserError(
+                f"--smooth: found {args.smooth:g}, expected a weight (predict.smoothing) in (0, 1], such as 0.4"
+            )
         args.overrides.append(f"predict.smoothing={args.smooth}")
     return args
 
