@@ -13,6 +13,7 @@ from classify.evaluate import check_classes, evaluate_model
 from classify.scores import left_out
 from engine import distributed
 from engine.config import Loaded
+from engine.config_help import passed_over
 from engine.loop import Evaluation, Result, fit
 from engine.optim import parameter_groups
 from engine.prepare import prepare, session
@@ -42,7 +43,8 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
             head = set(models.classifier_names(prepared.raw))
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
             summary = [line for line in prepared.report.splitlines() if " | " not in line]
-            log.message("\n".join([*([weights] if weights else []), *summary, f"work directory: {work_dir}"]))
+            notes = [*([weights] if weights else []), *summary, *passed_over(loaded)]
+            log.message("\n".join([*notes, f"work directory: {work_dir}"]))
 
             def evaluate(net: nn.Module, max_batches: int | None) -> Evaluation:
                 scores = evaluate_model(net, cfg, info, validation, max_batches=max_batches)

@@ -110,3 +110,19 @@ def _docstrings(kind: type) -> dict[str, str]:
             ):
                 found[field.target.id] = " ".join(text.value.value.split())
     return found
+
+
+def passed_over(loaded: Loaded[Any]) -> list[str]:
+    """A note for each key that `recipes` gives the chosen norm under `optim` in vain, since the same file has it in its
+    own section `optim`, which wins."""
+    plain, notes = loaded.config.model_dump(mode="json"), []
+    recipe = f"recipes.{loaded.config.norm.name}"
+    for key, value in plain["recipes"].get(loaded.config.norm.name, {}).get("optim", {}).items():
+        places = [loaded.origins.get(one, "").rpartition(":") for one in (f"{recipe}.optim.{key}", f"optim.{key}")]
+        if plain["optim"][key] != value and places[0][0] and places[0][0] == places[1][0]:
+            notes.append(
+                f"note: optim.{key}: {plain['optim'][key]} ({''.join(places[1])}) is used, not the {value} of "
+                f"{recipe}.optim.{key}: what a file says under optim wins over its own recipes; move it to a base "
+                "file, or leave it out"
+            )
+    return notes

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from engine.config import Loaded
+from engine.config_help import passed_over
 from engine.distributed import rank, world_size
 from engine.errors import UserError
 from engine.loop import Evaluation, Result, fit
@@ -51,7 +52,7 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
             summary = [line for line in prepared.report.splitlines() if " | " not in line]
             seen, split = cfg.data.val_split in parts(cfg.data.train_split), cfg.data.val_split
             note = [f"note: {split!r} is trained on too, so its scores are not those of other images"] if seen else []
-            log.message("\n".join([*summary, *note, f"work directory: {work_dir}"]))
+            log.message("\n".join([*summary, *note, *passed_over(loaded), f"work directory: {work_dir}"]))
 
             def evaluate(network: nn.Module, max_batches: int | None) -> Evaluation:
                 scores, panels = evaluate_model(network, cfg, batches=validation, max_batches=max_batches)

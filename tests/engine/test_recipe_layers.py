@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import ExperimentConfig, Loaded, from_dict, load
+from engine.config_help import passed_over
 from engine.errors import UserError
 
 BASE = """
@@ -42,6 +43,16 @@ def test_the_file_itself_and_the_command_line_win_over_its_recipe(tmp_path):
     assert config.optim.lr == 0.7 and config.norm.options["n_iter"] == 6
     assert read(tmp_path, text, "recipes.deconv.optim.lr=0.9").config.optim.lr == 0.9
     assert read(tmp_path, "optim: {weight_decay: 0.1}").config.optim.weight_decay == 0.1
+
+
+def test_what_a_file_writes_in_vain_is_told(tmp_path):
+    text = "optim: {lr: 0.05, momentum: 0.7}\nrecipes: {deconv: {optim: {lr: 0.02, momentum: 0.7, nesterov: true}}}\n"
+    (note,) = passed_over(read(tmp_path, text))
+    path = tmp_path / "x.yaml"
+    assert note.startswith(f"note: optim.lr: 0.05 ({path}:2) is used, not the 0.02 of recipes.deconv.optim.lr: what")
+    for fine in (read(tmp_path, text, "norm.name=bn"), read(tmp_path, text, "optim.lr=0.3")):
+        assert passed_over(fine) == []
+    assert passed_over(read(tmp_path, "recipes: {deconv: {optim: {lr: 0.02}}}\n")) == []  # above a base
 
 
 def test_another_norm_drops_the_options_of_the_first_but_not_its_own_recipe(tmp_path):
