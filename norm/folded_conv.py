@@ -49,10 +49,20 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, found: Statistics, how:
         return y
 
 
+def product_dtype(autocast: torch.dtype) -> torch.dtype | None:
+    """That of the product W D and its gradients where the convolution has this dtype, None: that of the statistics.
+
+    bfloat16, as products have it under autocast: it rounds W D, which the convolution rounds anyway, and its gradients,
+    as the convolution rounds its own. Not float16, whose range is too small for the gradient of D.
+    """
+    return autocast if autocast == torch.bfloat16 else None
+
+
 def like(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> Tensor:
     """`folded` in this dtype and in the memory format of `weight`, which may decide on that of the convolution's output
     (that of a 1x1 map is in all formats)."""
-    if folded.dtype == dtype and folded.stride() == weight.stride():
+    # torch.compile (2.14) fails on strides that a backward under autocast looks at
+    if not torch.compiler.is_compiling() and folded.dtype == dtype and folded.stride() == weight.stride():
         return folded
     return torch.empty_like(weight, dtype=dtype).copy_(folded)
 
@@ -73,7 +83,7 @@ class _FoldedConv(torch.autograd.Function):
         anew: bool,
     ) -> Tensor:
         found = Statistics(mean, deconv, tilted, last, scale)
-        folded, new_bias = whitening.fold_weight(weight, bias, found, how.groups, how.grouping)
+        folded, new_bias = whitening.fold_weight(weight, bias, found, how.groups, how.grouping, product_dtype(x.dtype))
         ctx.save_for_backward(x, weight, None if anew else folded, *found)
         ctx.how, ctx.dtypes = how, (weight.dtype, None if bias is None else bias.dtype)
         return F.conv2d(
@@ -87,7 +97,7 @@ class _FoldedConv(torch.autograd.Function):
         x, weight, folded, *statistics = ctx.saved_tensors
         how, found = ctx.how, Statistics(*statistics)
         if folded is None:
-            folded = whitening.times_deconv(weight, found, how.groups, how.grouping)
+            folded = whitening.times_deconv(weight, found, how.groups, how.grouping, product_dtype(x.dtype))
         wanted = any(ctx.needs_input_grad[1:])
         to_x, to_folded, to_bias = torch.ops.aten.convolution_backward(
             grad,
@@ -104,17 +114,17 @@ class _FoldedConv(torch.autograd.Function):
         )
         if not wanted:
             return (to_x, *[None] * 9)
-        wide, (dtype, bias_dtype) = folded.dtype, ctx.dtypes
-        to = whitening.fold_gradient(
-            to_folded.to(wide), to_bias.to(wide), weight.to(wide), folded, found, how.groups, how.grouping
-        )
+        dtype, bias_dtype = ctx.dtypes
+        to = whitening.fold_gradient(to_folded, to_bias, weight, folded, found, how.groups, how.grouping)
         bias_grad = None if bias_dtype is None else to_bias.to(bias_dtype)
         return to_x, to.weight.to(dtype), bias_grad, to.mean, to.deconv, None, None, to.scale, None, None
 
 
 def folded(weight: Tensor, bias: Tensor | None, found: Statistics) -> tuple[Tensor, Tensor]:
-    """`whitening.fold_weight` of a linear layer, whose products are in full precision in the gradient too."""
-    new: tuple[Tensor, Tensor] = _Fold.apply(weight, bias, *found)  # type: ignore[no-untyped-call]
+    """`whitening.fold_weight` of a linear layer; as in `conv`, autocast decides on the dtype of W D."""
+    device = weight.device.type
+    low = product_dtype(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+    new: tuple[Tensor, Tensor] = _Fold.apply(weight, bias, *found, low)  # type: ignore[no-untyped-call]
     return new
 
 
@@ -129,9 +139,10 @@ class _Fold(torch.autograd.Function):
         tilted: Tensor | None,
         last: Tensor | None,
         scale: Tensor | None,
+        low: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         found = Statistics(mean, deconv, tilted, last, scale)
-        new, new_bias = whitening.fold_weight(weight, bias, found, 1, "channel")
+        new, new_bias = whitening.fold_weight(weight, bias, found, 1, "channel", low)
         ctx.save_for_backward(weight, new, *found)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return new, new_bias
@@ -142,8 +153,6 @@ class _Fold(torch.autograd.Function):
     def backward(ctx: Any, to_folded: Tensor, to_bias: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         weight, folded, *statistics = ctx.saved_tensors
         dtype, bias_dtype = ctx.dtypes
-        to = whitening.fold_gradient(
-            to_folded.clone(), to_bias, weight.to(folded.dtype), folded, Statistics(*statistics), 1, "channel"
-        )
+        to = whitening.fold_gradient(to_folded.clone(), to_bias, weight, folded, Statistics(*statistics), 1, "channel")
         bias_grad = None if bias_dtype is None else to_bias.to(bias_dtype)
-        return to.weight.to(dtype), bias_grad, to.mean, to.deconv, None, None, to.scale
+        return to.weight.to(dtype), bias_grad, to.mean, to.deconv, None, None, to.scale, None

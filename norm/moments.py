@@ -49,13 +49,13 @@ def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     images, blocks, _, height, width = x.shape
     down, across = sampler.marks((height, width), x.device, dtype)
     windows = images * blocks * sampler.count((height, width))
-    total = x.sum((0, 1), dtype=dtype)
+    total = _over_images(x, dtype)
     mean = torch.einsum("chw,ih,jw->cij", total, down, across).div_(windows)
     # Around the channel's mean M, which leaves little to cancel. With p the share of windows with this kernel place on
     # the map, and off = mean - p M, it is mean((x - M)^2) - off^2 + (1 - p) M (p M + 2 off). The last term is what the
     # zeros add, exactly nothing for places that are always on the map or always in the padding.
     middle = (total.mean((-2, -1)) / (images * blocks))[:, None, None]
-    squares = (x - middle).square_().sum((0, 1))
+    squares = _over_images((x - middle).square_(), dtype)
     times = down.sum(0)[:, None] * across.sum(0)
     share = (down.sum(1)[:, None] * across.sum(1)).mul_(images * blocks).div_(windows)
     off = mean - share * middle
@@ -65,6 +65,14 @@ def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
         return mean.flatten(), spread.sum() / sampler.features
     # einsum chooses the layout of its result
     return mean.reshape(sampler.groups, -1), spread.reshape(sampler.groups, -1).sum(-1) / sampler.features
+
+
+def _over_images(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over images and blocks, (N, blocks, C, H, W) -> (C, H, W), written in the order in which channels_last is
+    read: a CPU takes several times as long otherwise."""
+    if x.stride(2) != 1:
+        return x.sum((0, 1), dtype=dtype)
+    return x.permute(0, 3, 4, 1, 2).sum(0, dtype=dtype).sum(2).permute(2, 0, 1)
 
 
 def of_pieces(x: Tensor, sampler: Sampler, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -108,8 +116,11 @@ def add_scaled_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift
     times = down.sum(0)[:, None] * across.sum(0)
     if sampler.groups > 1:
         factor = factor.repeat_interleave(channels // sampler.groups)[:, None, None]
-    constant = torch.einsum("cij,ih,jw->chw", shift.reshape(channels, len(down), len(across)), down, across)
-    grad.addcmul_(x.to(grad.dtype), (times * factor).to(grad.dtype)).add_(constant.to(grad.dtype))
+    constant = torch.einsum("cij,ih,jw->hwc", shift.reshape(channels, len(down), len(across)), down, across)
+    constant = constant.to(grad.dtype).permute(2, 0, 1)
+    # in the order of grad: a CPU adds what lies in another order many times slower
+    constant = constant.contiguous() if grad.stride(2) != 1 else constant.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    grad.addcmul_(x.to(grad.dtype), (times * factor).to(grad.dtype)).add_(constant)
 
 
 def add_to_pieces_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift: Tensor) -> None:

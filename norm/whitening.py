@@ -292,10 +292,11 @@ class Statistics(NamedTuple):
         return leading.matrix(self.deconv, self.tilted, self._factor())
 
     def times(self, rows: Tensor, in_place: bool = False) -> Tensor:
-        """rows D, (m, F) or (G, m, F); `in_place`: rows may be overwritten."""
+        """rows D, (m, F) or (G, m, F), in the dtype of rows; `in_place`: rows may be overwritten."""
         if self.tilted is None:
-            return rows @ self.matrix()
-        return leading.times(rows, self.deconv, self.tilted, self._factor(), in_place)
+            return rows @ self.matrix().to(rows.dtype)
+        basis, tilted = self.deconv.to(rows.dtype), self.tilted.to(rows.dtype)
+        return leading.times(rows, basis, tilted, self._factor().to(rows.dtype), in_place)
 
     def _factor(self) -> Tensor:
         assert self.last is not None and self.scale is not None
@@ -303,21 +304,29 @@ class Statistics(NamedTuple):
 
 
 def fold_weight(
-    weight: Tensor, bias: Tensor | None, found: Statistics, groups: int, grouping: Grouping
+    weight: Tensor,
+    bias: Tensor | None,
+    found: Statistics,
+    groups: int,
+    grouping: Grouping,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weight W D and bias b - W D mu of the ordinary convolution or linear layer, in the dtype of the statistics."""
+    """Weight W D and bias b - W D mu of the ordinary convolution or linear layer, in the dtype of the statistics; the
+    product W D in `dtype`, if that is given."""
     mean, features = found.mean, found.deconv.shape[-2]
     with torch.autocast(device_type=weight.device.type, enabled=False):
-        folded = times_deconv(weight, found, groups, grouping)
-        rows = split_weight(folded, features, groups, grouping)
+        folded = times_deconv(weight, found, groups, grouping, dtype)
+        rows = split_weight(folded, features, groups, grouping).to(mean.dtype)
         mean = mean.view(groups, features) if groups > 1 else mean
         offset = (rows @ mean[..., None]).reshape(weight.shape[0], -1).sum(1)
-        return folded, -offset if bias is None else bias.to(folded.dtype) - offset
+        return folded, -offset if bias is None else bias.to(offset.dtype) - offset
 
 
-def times_deconv(weight: Tensor, found: Statistics, groups: int, grouping: Grouping) -> Tensor:
-    """W D, in the dtype of the statistics."""
-    rows = split_weight(weight.to(found.deconv.dtype), found.deconv.shape[-2], groups, grouping)
+def times_deconv(
+    weight: Tensor, found: Statistics, groups: int, grouping: Grouping, dtype: torch.dtype | None = None
+) -> Tensor:
+    """W D, in this dtype or that of the statistics."""
+    rows = split_weight(weight.to(dtype or found.deconv.dtype), found.deconv.shape[-2], groups, grouping)
     return merge_weight(found.times(rows), weight.shape, groups, grouping)
 
 
@@ -333,26 +342,30 @@ def fold_gradient(
     """Gradients of `fold_weight` in closed form.
 
     Args:
-        to_folded, to_bias: gradients of what `fold_weight` returned; `to_folded` is overwritten.
-        weight: what was folded, in the dtype of the statistics.
-        folded: the weight that `fold_weight` returned.
+        to_folded, to_bias: gradients of what `fold_weight` returned; `to_folded` may be overwritten.
+        weight: what was folded.
+        folded: the weight that `fold_weight` returned, whose dtype the products with D and with W have.
     """
     mean, deconv, scale = found.mean, found.deconv, found.scale
-    features = deconv.shape[-2]
-    rows = split_weight(to_folded, features, groups, grouping)
-    products = split_weight(folded, features, groups, grouping)
-    to_offset = -to_bias.repeat_interleave(rows[..., 0].numel() // len(to_bias)).view(*rows.shape[:-1], 1)
+    features, dtype = deconv.shape[-2], folded.dtype
+    rows = split_weight(to_folded.to(mean.dtype), features, groups, grouping)
+    products = split_weight(folded.to(mean.dtype), features, groups, grouping)
+    to_offset = (
+        -to_bias.to(mean.dtype).repeat_interleave(rows[..., 0].numel() // len(to_bias)).view(*rows.shape[:-1], 1)
+    )
     to_mean = (products.mT @ to_offset).flatten()
     if groups > 1:
         rows.baddbmm_(to_offset, mean.view(groups, 1, features))
     else:
         rows.addr_(to_offset[:, 0], mean)
     if scale is None:
-        to_deconv = split_weight(weight, features, groups, grouping).mT @ rows
-        return Gradients(merge_weight(rows @ deconv.mT, weight.shape, groups, grouping), to_mean, to_deconv, None)
+        rows = rows.to(dtype)
+        to_deconv = (split_weight(weight.to(dtype), features, groups, grouping).mT @ rows).to(deconv.dtype)
+        rows = rows @ deconv.to(dtype).mT
+        return Gradients(merge_weight(rows, weight.shape, groups, grouping), to_mean, to_deconv, None)
     flat = (-1,) if groups == 1 else (groups, -1)
     to_scale = torch.linalg.vecdot(rows.reshape(flat), products.reshape(flat)) / scale * -0.5
-    rows = found.times(rows, in_place=True)
+    rows = found.times(rows.to(dtype), in_place=True)
     return Gradients(merge_weight(rows, weight.shape, groups, grouping), to_mean, None, to_scale)
 
 

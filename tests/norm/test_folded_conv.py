@@ -1,11 +1,13 @@
 """Folding anew in the backward changes what is kept, not what is computed."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from norm import FastDeconv, folded_conv
 
@@ -97,3 +99,51 @@ def test_a_network_trains_through_it():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the products of matrices (not with one vector), by the number of rows of their first factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[int, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[1].shape[-1] > 1:
+            self.dtypes.setdefault(args[0].shape[-2], set()).update(each.dtype for each in args)
+        return func(*args, **(kwargs or {}))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.detach().double() - b.detach()).norm() / b.detach().norm())
+
+
+@pytest.mark.parametrize("anew", [True, False])
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"every": 2}, {"every": 2, "rank": 8}, {"gain": True}], ids=str)
+def test_the_product_with_d_is_bfloat16_under_autocast(options: dict, anew: bool, monkeypatch: pytest.MonkeyPatch):
+    """As precise as bfloat16 is, 2^-9 a rounding, where the convolution and W D have one each."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(folded_conv, "worth_it", lambda *_: anew)
+    layer = FastDeconv(16, 24, 3, padding=1, block=16, **options)
+    x = torch.nn.functional.interpolate(torch.randn(4, 16, 5, 5), (16, 16), mode="bicubic") + 0.3 * torch.randn(
+        4, 16, 16, 16
+    )
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        twin, source = copy.deepcopy(layer).to(dtype), x.to(dtype).relu().requires_grad_()
+        with Products() as products:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
+                y = twin(source)
+            y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).sin().to(y.dtype))
+        results.append([y, source.grad, *(each.grad for each in twin.parameters())])
+    for exact, rounded in zip(*results, strict=True):
+        assert relative(rounded, exact) < 0.015
+    assert products.dtypes[24 // layer.groups] == {torch.bfloat16}
+
+
+def test_it_stays_float32_in_float16s_small_range():
+    layer = FastDeconv(16, 24, 3, padding=1, block=16)
+    with Products() as products, torch.autocast("cpu", torch.float16):
+        y = layer(torch.randn(4, 16, 16, 16))
+        y.float().sum().backward()
+    assert y.dtype is torch.float16 and products.dtypes[24] == {torch.float32}
