@@ -75,6 +75,8 @@ class Row:
 
     case: str
     variant: str
+    shape: tuple[int, ...] = ()
+    """Of the input."""
     step: float = 0.0
     """Seconds of forward, backward and update."""
     ratio: float = 1.0
@@ -101,7 +103,7 @@ def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list
     """
     _check(case, settings.device)
     works = [_Work(case, variant, settings) for variant in variants]
-    rows = [Row(case.name, variant.label) for variant in variants]
+    rows = [Row(case.name, variant.label, case.shape) for variant in variants]
     trained = _in_turn([work.step for work in works], settings)
     for row, work, seconds in zip(rows, works, trained, strict=True):
         row.step, row.ratio = seconds, seconds / trained[0]
@@ -129,6 +131,9 @@ def _check(case: Case, device: torch.device) -> None:
 def _evaluate(rows: Sequence[Row], works: Sequence[_Work], settings: Settings) -> None:
     plain = [work.evaluated() for work in works]
     folded = [_folded(network) for network in plain]
+    for network in folded if settings.compile else []:
+        if network is not None:  # a copy, which is not compiled as that before it is
+            network.compile(mode=settings.compile)
     with torch.no_grad():
         calls = [work.forward(network) for work, network in zip(works, plain, strict=True)]
         shorter = [work.forward(network) for work, network in zip(works, folded, strict=True) if network is not None]
@@ -154,7 +159,8 @@ def trace(case: Case, variant: Variant, settings: Settings, path: Path) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each variant; times in ms, memory in MiB with the ratio to the first variant of the case."""
-    head = ("case", "variant", "step ms", "ratio", "img/s", "saved MiB", "peak MiB", "GFLOP", "eval ms", "folded ms")
+    measured = ("step ms", "ratio", "img/s", "saved MiB", "peak MiB", "GFLOP", "eval ms", "folded ms")
+    head = ("case", "variant", "input", *measured)
     lines = [head]
     first: dict[str, Row] = {}
     for row in rows:
@@ -163,6 +169,7 @@ def table(rows: Sequence[Row]) -> str:
             (
                 row.case,
                 row.variant,
+                "x".join(map(str, row.shape)),
                 f"{1e3 * row.step:.1f}",
                 f"{row.ratio:.2f}",
                 f"{row.images_per_second:.1f}",
@@ -176,7 +183,7 @@ def table(rows: Sequence[Row]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     texts = (
         "  ".join(
-            word.ljust(w) if i < 2 else word.rjust(w) for i, (word, w) in enumerate(zip(line, widths, strict=True))
+            word.ljust(w) if i < 3 else word.rjust(w) for i, (word, w) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     )
@@ -190,7 +197,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _memory(value: int | None, base: int | None) -> str:
     if value is None:
         return "-"
-    return f"{value / 2**20:.0f}" + (f" ({value / base:.2f})" if base else "")
+    return f"{value / 2**20:.1f}" + (f" ({value / base:.2f})" if base else "")
 
 
 class _Work:
