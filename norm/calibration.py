@@ -266,11 +266,19 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 def tensors(output: Any) -> list[Tensor]:
     """The floating-point tensors in what a network returned: a tensor, containers or an object of them."""
-    leaves = [
-        vars(leaf) if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor) else leaf
-        for leaf in tree_leaves(output)
-    ]
-    return [leaf for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    leaves = tree_leaves([_inside(leaf) for leaf in tree_leaves(output)])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _inside(leaf: Any) -> Any:
+    """What an object holds that torch does not look into: containers of a class of their own among them."""
+    if isinstance(leaf, Tensor):
+        return leaf
+    if isinstance(leaf, Mapping):
+        return list(leaf.values())
+    if isinstance(leaf, list | tuple):
+        return list(leaf)
+    return vars(leaf) if hasattr(leaf, "__dict__") else leaf
 
 
 @contextmanager
