@@ -85,7 +85,7 @@ class Row:
     saved: int | None = None
     """Bytes kept for the backward, parameters left out."""
     peak: int | None = None
-    """Largest allocation of a step beyond what was there before, in bytes."""
+    """Largest allocation of a round's steps beyond what was there before, in bytes."""
     flops: int | None = None
     """Multiplications and additions of matrix products and convolutions in a step, the mean of a round's."""
     evaluation: float | None = None
@@ -259,17 +259,18 @@ class _Work:
         self.images.grad = None
         return sum(kept.values())
 
+    def whole_round(self) -> None:
+        """Steps enough for all that a norm does: some compute in every few what they leave out in others."""
+        for _ in range(self.settings.steps):
+            self.step()
+
     def flops(self) -> int:
-        """Of a step, the mean over a round: some norms compute in every few steps what they leave out in others."""
-
-        def steps() -> None:
-            for _ in range(self.settings.steps):
-                self.step()
-
-        return round(flops.count(steps) / self.settings.steps)
+        """Of a step, the mean over a round."""
+        return round(flops.count(self.whole_round) / self.settings.steps)
 
     def peak(self) -> int:
-        return allocated(self.step, self.settings.device).peak
+        """Of the largest step of a round."""
+        return allocated(self.whole_round, self.settings.device).peak
 
     def evaluated(self) -> nn.Module:
         return self.model.eval()

@@ -109,6 +109,17 @@ def test_options_of_a_norm_are_written_as_for_a_training():
         parse_norm("bn:precise_batches=4", {})
 
 
+def test_the_peak_is_that_of_the_largest_step_of_a_round():
+    """The one that renews the shape gathers the patches: all windows of all images here, in float32."""
+
+    def one() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+
+    settings = Settings(rounds=1, evaluation=False)
+    (row,) = benchmark.measure(Case("x", one, (32, 16, 8, 8)), variants("deconv_fast"), settings)
+    assert row.peak is not None and row.peak > 32 * 8 * 8 * 16 * 9 * 4
+
+
 def test_rows_tell_their_input():
     rows = benchmark.measure(Case("x", layer, (2, 4, 8, 8)), variants("bn"), Settings(rounds=1, memory=False))
     assert json.loads(json.dumps(benchmark.to_json(rows)))[0]["shape"] == [2, 4, 8, 8]
