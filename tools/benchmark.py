@@ -1,6 +1,6 @@
 """Step time, memory, images per second and evaluation of networks and layers with several norms, measured in turn.
 
-python tools/benchmark.py                                           # single layers and small networks, on the CPU
+python tools/benchmark.py                                           # the layers and networks of docs/performance.md
 python tools/benchmark.py resnet18:32x3x32x32 --norms bn deconv deconv:every=4,max_rows=4000
 python tools/benchmark.py seg/deeplabv3_resnet50:2x3x256x256 torchvision/resnet50:8x3x224x224 --json costs.json
 python tools/benchmark.py conv:64,64,3,padding=1:4x64x64x64         # a convolution and its norm alone
