@@ -177,7 +177,9 @@ def apply(swaps: list[Swap], seen: Observed) -> None:
             swap.core = _affine(swap.plain)
             if "weight" in swap.old._buffers:  # a frozen norm's
                 swap.core.requires_grad_(False)
-            swap.why = _join(swap.why, "calibrated: scale and shift kept, no convolution of its own to take them")
+            reached = id(swap.old) in seen.calls
+            kept = "scale and shift kept" + (", no convolution of its own to take them" if reached else "")
+            swap.why = _join(swap.why, f"{'calibrated' if reached else 'not reached by calibration'}: {kept}")
 
 
 def _goes(swap: Swap) -> bool:

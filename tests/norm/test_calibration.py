@@ -106,7 +106,9 @@ def test_kept_layers_keep_the_function_too():
 def test_heads_that_do_not_run_keep_their_weights():
     model = torchvision.models.googlenet(num_classes=3, init_weights=False)
     report = norm.convert(model.eval(), "deconv", block=16, calibrate=torch.randn(2, 3, 64, 64))
-    assert {row.name: row.why for row in report.rows}["aux1.conv.conv"] == "not reached by calibration: weights kept"
+    why = {row.name: row.why for row in report.rows}
+    assert why["aux1.conv.conv"] == "not reached by calibration: weights kept"
+    assert why["aux1.conv.bn"] == "not reached by calibration: scale and shift kept"
 
 
 def test_modes_come_back_and_errors_change_nothing():
