@@ -24,6 +24,7 @@ from engine.errors import UserError
 from engine.memory import allocated
 from engine.optim import build_optimizer
 from engine.prepare import convert_norm
+from norm.calibration import tensors
 from norm.state import skip_fresh_steps
 
 _WARM_UP = (1, 4)
@@ -120,12 +121,15 @@ def _check(case: Case, device: torch.device) -> None:
     network = case.build().to(device).eval()
     try:
         with torch.no_grad():
-            network(torch.zeros(case.shape, device=device))
+            found = network(torch.zeros(case.shape, device=device))
     except (RuntimeError, ValueError) as error:
         size = "x".join(map(str, case.shape))
         raise UserError(
             f"{case.name}: cannot compute an input of {size}: {first_line(error)}; give another size or network"
         ) from None
+    if not tensors(found):
+        kind = type(found).__name__
+        raise UserError(f"{case.name}: gives no tensor of floats but {kind}; the steps measured need one")
 
 
 def _evaluate(rows: Sequence[Row], works: Sequence[_Work], settings: Settings) -> None:
@@ -230,8 +234,7 @@ class _Work:
         dtype = self.settings.amp or torch.bfloat16
         with torch.autocast(self.settings.device.type, dtype, enabled=self.settings.amp is not None):
             found = self.model(self.images)
-        outputs = list(found.values()) if isinstance(found, dict) else [found]
-        return torch.stack([output.float().square().mean() for output in outputs]).sum()
+        return torch.stack([output.float().square().mean() for output in tensors(found)]).sum()
 
     def step(self) -> None:
         self.loss().backward()

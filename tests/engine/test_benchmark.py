@@ -134,6 +134,34 @@ def test_both_evaluations_of_compiled_networks_are_compiled(monkeypatch):
     assert len(compiled) == 2
 
 
+def test_networks_with_several_outputs():
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layer()
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]], int]:
+            found = self.inner(x)
+            return found, {"rest": [found[:, :1]]}, 7
+
+    settings = Settings(rounds=1, memory=False, evaluation=False)
+    (row,) = benchmark.measure(Case("x", Several, (2, 4, 8, 8)), variants("deconv"), settings)
+    assert row.step > 0
+
+
+def test_a_network_without_outputs_to_train_is_an_error():
+    class Nothing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layer()
+
+        def forward(self, x: torch.Tensor) -> str:
+            return str(self.inner(x).shape)
+
+    with pytest.raises(UserError, match="x: gives no tensor of floats but str; the steps measured need one"):
+        benchmark.measure(Case("x", Nothing, (2, 4, 8, 8)), variants("deconv"), QUICK)
+
+
 def test_two_outputs_in_one_file_are_refused(tmp_path, monkeypatch, capsys):
     file = str(tmp_path / "x.json")
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "vgg11:2x3x32x32", "--json", file, "--trace", file])
