@@ -24,6 +24,7 @@ from engine.errors import UserError
 from engine.memory import allocated
 from engine.optim import build_optimizer
 from engine.prepare import convert_norm
+from norm.calibration import tensors
 from norm.state import skip_fresh_steps
 
 _WARM_UP = (1, 4)
@@ -75,6 +76,8 @@ class Row:
 
     case: str
     variant: str
+    shape: tuple[int, ...] = ()
+    """Of the input."""
     step: float = 0.0
     """Seconds of forward, backward and update."""
     ratio: float = 1.0
@@ -83,7 +86,7 @@ class Row:
     saved: int | None = None
     """Bytes kept for the backward, parameters left out."""
     peak: int | None = None
-    """Largest allocation of a step beyond what was there before, in bytes."""
+    """Largest allocation of a round's steps beyond what was there before, in bytes."""
     flops: int | None = None
     """Multiplications and additions of matrix products and convolutions in a step, the mean of a round's."""
     evaluation: float | None = None
@@ -101,7 +104,7 @@ def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list
     """
     _check(case, settings.device)
     works = [_Work(case, variant, settings) for variant in variants]
-    rows = [Row(case.name, variant.label) for variant in variants]
+    rows = [Row(case.name, variant.label, case.shape) for variant in variants]
     trained = _in_turn([work.step for work in works], settings)
     for row, work, seconds in zip(rows, works, trained, strict=True):
         row.step, row.ratio = seconds, seconds / trained[0]
@@ -118,17 +121,23 @@ def _check(case: Case, device: torch.device) -> None:
     network = case.build().to(device).eval()
     try:
         with torch.no_grad():
-            network(torch.zeros(case.shape, device=device))
+            found = network(torch.zeros(case.shape, device=device))
     except (RuntimeError, ValueError) as error:
         size = "x".join(map(str, case.shape))
         raise UserError(
             f"{case.name}: cannot compute an input of {size}: {first_line(error)}; give another size or network"
         ) from None
+    if not tensors(found):
+        kind = type(found).__name__
+        raise UserError(f"{case.name}: gives no tensor of floats but {kind}; the steps measured need one")
 
 
 def _evaluate(rows: Sequence[Row], works: Sequence[_Work], settings: Settings) -> None:
     plain = [work.evaluated() for work in works]
     folded = [_folded(network) for network in plain]
+    for network in folded if settings.compile else []:
+        if network is not None:  # a copy, which is not compiled as that before it is
+            network.compile(mode=settings.compile)
     with torch.no_grad():
         calls = [work.forward(network) for work, network in zip(works, plain, strict=True)]
         shorter = [work.forward(network) for work, network in zip(works, folded, strict=True) if network is not None]
@@ -154,7 +163,8 @@ def trace(case: Case, variant: Variant, settings: Settings, path: Path) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each variant; times in ms, memory in MiB with the ratio to the first variant of the case."""
-    head = ("case", "variant", "step ms", "ratio", "img/s", "saved MiB", "peak MiB", "GFLOP", "eval ms", "folded ms")
+    measured = ("step ms", "ratio", "img/s", "saved MiB", "peak MiB", "GFLOP", "eval ms", "folded ms")
+    head = ("case", "variant", "input", *measured)
     lines = [head]
     first: dict[str, Row] = {}
     for row in rows:
@@ -163,6 +173,7 @@ def table(rows: Sequence[Row]) -> str:
             (
                 row.case,
                 row.variant,
+                "x".join(map(str, row.shape)),
                 f"{1e3 * row.step:.1f}",
                 f"{row.ratio:.2f}",
                 f"{row.images_per_second:.1f}",
@@ -176,7 +187,7 @@ def table(rows: Sequence[Row]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     texts = (
         "  ".join(
-            word.ljust(w) if i < 2 else word.rjust(w) for i, (word, w) in enumerate(zip(line, widths, strict=True))
+            word.ljust(w) if i < 3 else word.rjust(w) for i, (word, w) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     )
@@ -190,7 +201,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _memory(value: int | None, base: int | None) -> str:
     if value is None:
         return "-"
-    return f"{value / 2**20:.0f}" + (f" ({value / base:.2f})" if base else "")
+    return f"{value / 2**20:.1f}" + (f" ({value / base:.2f})" if base else "")
 
 
 class _Work:
@@ -223,8 +234,7 @@ class _Work:
         dtype = self.settings.amp or torch.bfloat16
         with torch.autocast(self.settings.device.type, dtype, enabled=self.settings.amp is not None):
             found = self.model(self.images)
-        outputs = list(found.values()) if isinstance(found, dict) else [found]
-        return torch.stack([output.float().square().mean() for output in outputs]).sum()
+        return torch.stack([output.float().square().mean() for output in tensors(found)]).sum()
 
     def step(self) -> None:
         self.loss().backward()
@@ -252,17 +262,18 @@ class _Work:
         self.images.grad = None
         return sum(kept.values())
 
+    def whole_round(self) -> None:
+        """Steps enough for all that a norm does: some compute in every few what they leave out in others."""
+        for _ in range(self.settings.steps):
+            self.step()
+
     def flops(self) -> int:
-        """Of a step, the mean over a round: some norms compute in every few steps what they leave out in others."""
-
-        def steps() -> None:
-            for _ in range(self.settings.steps):
-                self.step()
-
-        return round(flops.count(steps) / self.settings.steps)
+        """Of a step, the mean over a round."""
+        return round(flops.count(self.whole_round) / self.settings.steps)
 
     def peak(self) -> int:
-        return allocated(self.step, self.settings.device).peak
+        """Of the largest step of a round."""
+        return allocated(self.whole_round, self.settings.device).peak
 
     def evaluated(self) -> nn.Module:
         return self.model.eval()

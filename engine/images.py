@@ -165,6 +165,8 @@ def write_bytes(path: Path | str, data: bytes, inside: Path | str | None = None)
         if inside is not None and not path.parent.resolve().is_relative_to(Path(inside).resolve()):
             raise UserError(f"{show(path)}: leads out of the output folder through a symbolic link; remove the link.")
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_dir():  # whose error tells as much below
+            check_file(path)
         try:
             with open(part, "xb") as file:
                 file.write(data)
@@ -330,9 +332,11 @@ def check_results_writable(checkpoint: Path, out: Path | None, json_file: Path |
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError where a file is to be written and a folder is."""
+    """Raises UserError where a file is to be written and a folder, a device or a pipe is."""
     if path.is_dir():
         raise UserError(f"{show(path)}: is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{show(path)}: is a device or a pipe, which would be replaced; name a file")
 
 
 def check_writable(folder: Path) -> None:

@@ -177,7 +177,9 @@ def apply(swaps: list[Swap], seen: Observed) -> None:
             swap.core = _affine(swap.plain)
             if "weight" in swap.old._buffers:  # a frozen norm's
                 swap.core.requires_grad_(False)
-            swap.why = _join(swap.why, "calibrated: scale and shift kept, no convolution of its own to take them")
+            reached = id(swap.old) in seen.calls
+            kept = "scale and shift kept" + (", no convolution of its own to take them" if reached else "")
+            swap.why = _join(swap.why, f"{'calibrated' if reached else 'not reached by calibration'}: {kept}")
 
 
 def _goes(swap: Swap) -> bool:
@@ -266,11 +268,19 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 def tensors(output: Any) -> list[Tensor]:
     """The floating-point tensors in what a network returned: a tensor, containers or an object of them."""
-    leaves = [
-        vars(leaf) if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor) else leaf
-        for leaf in tree_leaves(output)
-    ]
-    return [leaf for leaf in tree_leaves(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    leaves = tree_leaves([_inside(leaf) for leaf in tree_leaves(output)])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _inside(leaf: Any) -> Any:
+    """What an object holds that torch does not look into: containers of a class of their own among them."""
+    if isinstance(leaf, Tensor):
+        return leaf
+    if isinstance(leaf, Mapping):
+        return list(leaf.values())
+    if isinstance(leaf, list | tuple):
+        return list(leaf)
+    return vars(leaf) if hasattr(leaf, "__dict__") else leaf
 
 
 @contextmanager

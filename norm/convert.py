@@ -134,7 +134,7 @@ def _is_left(module: nn.Module) -> bool:
     """A convolution (whatever has filters over images) or batch norm that no recipe acts on."""
     if kind_of(module) is not None:
         return False
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     others = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
     return isinstance(module, others) or (weight is not None and weight.ndim == 4)
 

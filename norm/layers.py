@@ -254,5 +254,6 @@ class Delinear(Deconvolving, nn.Linear):
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, block={self.block}, n_iter={self.n_iter}, eps={self.eps}"
+        text += f", every={self.every}, rank={self.rank}, fresh_steps={self.fresh_steps}" if self.every else ""
         text += ", gain=True" if self.gain is not None else ""
         return text + (", sync=True" if self.sync else "")

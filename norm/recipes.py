@@ -377,6 +377,11 @@ def _check_wide(weight: Tensor, at: Place) -> None:
             f"{at.name} has weights of {weight.dtype}; whitening needs float32: convert the network in float32 and "
             "train it under torch.autocast"
         )
+    if not weight.is_floating_point():
+        raise NormError(
+            f"{at.name} has weights of {weight.dtype}; whitening needs float32 or float64: leave the layer alone with "
+            f"overrides={{{at.name!r}: {{'recipe': 'keep'}}}}"
+        )
 
 
 def _group_norm(old: nn.BatchNorm2d, groups: int, eps: float) -> nn.Module:

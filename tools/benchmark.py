@@ -1,12 +1,13 @@
 """Step time, memory, images per second and evaluation of networks and layers with several norms, measured in turn.
 
-python tools/benchmark.py                                           # single layers and small networks, on the CPU
+python tools/benchmark.py                                           # the layers and networks of docs/performance.md
 python tools/benchmark.py resnet18:32x3x32x32 --norms bn deconv deconv:every=4,max_rows=4000
 python tools/benchmark.py seg/deeplabv3_resnet50:2x3x256x256 torchvision/resnet50:8x3x224x224 --json costs.json
 python tools/benchmark.py conv:64,64,3,padding=1:4x64x64x64         # a convolution and its norm alone
 python tools/benchmark.py resnet18:128x3x32x32 --device cuda --amp bf16 --channels-last --compile --trace trace.json
 
-A case is NETWORK:NxCxHxW, where NETWORK is a classifier's name (torchvision/NAME and timm/NAME too), seg/NAME, or
+A case is NETWORK:NxCxHxW, where NETWORK is a classifier's name (torchvision/NAME and timm/NAME too), seg/NAME
+(seg/smp/ARCHITECTURE/ENCODER too), or
 conv:IN,OUT,KERNEL[,padding=P][,dilation=D][,stride=S][,groups=G]. A norm is NAME[:option=value,...]; ratios are over
 the first one. A round has --steps steps; norm options that skip steps (every=4) need as many or a multiple.
 """
@@ -36,6 +37,10 @@ SUITE = [
     "seg/deeplabv3_resnet50:2x3x256x256",
 ]
 
+_ARGUMENTS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+"""Of a convolution, in the order in which conv: takes them."""
+_OF_A_TRAINING = {"calibrate_batches", "precise_batches"}
+
 
 def parse_case(text: str) -> tuple[Any, dict[str, Any]]:
     """The case, and what its deconvolution recipes need: a layer alone is not a network's stem nor its last layer."""
@@ -48,10 +53,16 @@ def parse_case(text: str) -> tuple[Any, dict[str, Any]]:
     if min(shape) < 1:
         raise UserError(f"case {text!r}: the sizes must be at least 1")
     if name.startswith("conv:"):
-        numbers = dict(part.split("=", 1) for part in name[5:].split(",") if "=" in part)
-        places = [part for part in name[5:].split(",") if "=" not in part]
+        parts = name[5:].split(",")
+        places = zip(_ARGUMENTS, (part for part in parts if "=" not in part), strict=False)
         try:
-            build = partial(_layer, *map(int, places), **{key: int(value) for key, value in numbers.items()})
+            named = (part.split("=", 1) for part in parts if "=" in part)
+            numbers = {key: int(value) for key, value in [*places, *named]}
+            for key, value in numbers.items():
+                least = 0 if key in ("padding", "bias") else 1
+                if value < least:
+                    raise ValueError(f"{key} is {value}; it must be at least {least}")
+            build = partial(_layer, **numbers)
             build()
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"case {text!r}: no convolution: {error}") from None
@@ -61,10 +72,10 @@ def parse_case(text: str) -> tuple[Any, dict[str, Any]]:
     return Case(name, partial(_classifier, name, shape), shape), {}
 
 
-def _layer(*numbers: int, **options: int) -> Any:
+def _layer(**options: int) -> Any:
     from torch import nn
 
-    conv: Any = nn.Conv2d(*numbers, **options)  # type: ignore[arg-type]
+    conv: Any = nn.Conv2d(**options)  # type: ignore[arg-type]
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels))
 
 
@@ -72,8 +83,7 @@ def _segmentation(name: str) -> Any:
     from seg import models
     from seg.config import ModelConfig
 
-    stride = 16 if "mobilenet" in name else 8
-    return models.build(ModelConfig(name=name, output_stride=stride), pretrained=False)  # type: ignore[arg-type]
+    return models.build(ModelConfig(name=name), pretrained=False)
 
 
 def _classifier(name: str, shape: tuple[int, ...]) -> Any:
@@ -83,21 +93,21 @@ def _classifier(name: str, shape: tuple[int, ...]) -> Any:
 
 
 def parse_norm(text: str, layer_options: dict[str, Any]) -> Any:
-    import yaml
     from pydantic import ValidationError
 
     from engine.benchmark import Variant
     from engine.config import NormConfig
+    from engine.yaml_layers import parse_overrides, to_plain
 
     name, _, rest = text.partition(":")
-    options = dict(part.partition("=")[::2] for part in rest.split(",") if part)
+    section = to_plain(parse_overrides([part for part in rest.split(",") if part]))  # as on tools/train.py's line
+    if idle := sorted(_OF_A_TRAINING & section.keys()):
+        raise UserError(f"norm {text!r}: {idle[0]} has no effect on a step; leave it out")
     try:
-        section = {key: yaml.safe_load(value) for key, value in options.items()}
         more = layer_options if name.startswith("deconv") else {}
-        return Variant(text, NormConfig(name=name, **{**more, **section}))
-    except (ValidationError, yaml.YAMLError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise UserError(f"norm {text!r}: {reason.removeprefix('Value error, ')}") from None
+        return Variant(text, NormConfig(**{**more, **section, "name": name}))
+    except ValidationError as error:
+        raise UserError(f"norm {text!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 def settings(args: argparse.Namespace) -> Any:
@@ -150,6 +160,8 @@ def main() -> int:
         parser.error("--rounds and --steps must be at least 1")
     if args.threads is not None and args.threads < 1:
         parser.error("--threads must be at least 1")
+    if args.json is not None and args.json == args.trace:
+        parser.error("--json and --trace must be two files")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # what the profiler says of GPUs that are not there
     import torch
 

@@ -33,17 +33,17 @@ def main(argv: list[str] | None = None) -> int:
     from seg import timing
     from seg.config import SegConfig
 
-    cfg = load(args.config, args.overrides, SegConfig).config if args.config else None
+    found: list[timing.Row] = []
+    stages = None
+    if args.config:  # first: its data may be missing
+        found, stages = timing.loader(load(args.config, args.overrides, SegConfig).config, args.rounds)
     rows = timing.windows(
         [(None, 0.0), ((512, 1024), 0.25), ((769, 769), 0.25), ((769, 769), 1 / 3), ((512, 512), 0.5)]
     )
     with tempfile.TemporaryDirectory() as folder:
         rows += timing.scorer(*timing.render_split(Path(folder), args.images), args.rounds)
-    if cfg is not None:
-        found, stages = timing.loader(cfg, args.rounds)
-        rows += found
-    print(timing.text(rows))
-    if cfg is not None:
+    print(timing.text(rows + found))
+    if stages is not None:
         parts = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in stages._asdict().items())
         print(f"input, an image in one process: {parts}")
     return 0

@@ -11,7 +11,7 @@ from engine import benchmark
 from engine.benchmark import Case, Settings, Variant
 from engine.config import NormConfig
 from engine.errors import UserError
-from tools.benchmark import main, parse_case
+from tools.benchmark import main, parse_case, parse_norm
 
 QUICK = Settings(rounds=1)
 
@@ -88,3 +88,83 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(tmp_path
 def test_a_case_without_images_is_an_error():
     with pytest.raises(UserError, match="resnet18:0x3x32x32': the sizes must be at least 1"):
         parse_case("resnet18:0x3x32x32")
+
+
+@pytest.mark.parametrize("name", ["unet", "deeplabv3plus"])
+def test_networks_of_smp_have_the_output_stride_of_their_own(name):
+    case, _ = parse_case(f"seg/smp/{name}/resnet18:1x3x64x64")
+    assert case.build()(torch.zeros(case.shape).expand(2, -1, -1, -1))["out"].shape[2:] == (64, 64)
+
+
+@pytest.mark.parametrize(("layer", "said"), [("0,8,3", "in_channels is 0"), ("8,8,3,padding=-1", "padding is -1")])
+def test_a_convolution_of_no_size_is_named(layer, said, recwarn):
+    with pytest.raises(UserError, match=f"no convolution: {said}; it must be at least"):
+        parse_case(f"conv:{layer}:2x8x8x8")
+    assert not recwarn.list
+
+
+def test_options_of_a_norm_are_written_as_for_a_training():
+    assert parse_norm("deconv:eps=1e-3,every=4", {}).section.options == {"eps": 1e-3, "every": 4}
+    with pytest.raises(UserError, match="norm 'bn:precise_batches=4': precise_batches has no effect on a step"):
+        parse_norm("bn:precise_batches=4", {})
+
+
+def test_the_peak_is_that_of_the_largest_step_of_a_round():
+    """The one that renews the shape gathers the patches: all windows of all images here, in float32."""
+
+    def one() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+
+    settings = Settings(rounds=1, evaluation=False)
+    (row,) = benchmark.measure(Case("x", one, (32, 16, 8, 8)), variants("deconv_fast"), settings)
+    assert row.peak is not None and row.peak > 32 * 8 * 8 * 16 * 9 * 4
+
+
+def test_rows_tell_their_input():
+    rows = benchmark.measure(Case("x", layer, (2, 4, 8, 8)), variants("bn"), Settings(rounds=1, memory=False))
+    assert json.loads(json.dumps(benchmark.to_json(rows)))[0]["shape"] == [2, 4, 8, 8]
+    assert benchmark.table(rows).splitlines()[1].split()[:3] == ["x", "bn", "2x4x8x8"]
+
+
+def test_both_evaluations_of_compiled_networks_are_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda network, mode: compiled.append(type(network)))
+    settings = Settings(rounds=1, memory=False, compile="default")
+    benchmark.measure(Case("x", layer, (2, 4, 8, 8)), variants("deconv"), settings)
+    assert len(compiled) == 2
+
+
+def test_networks_with_several_outputs():
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layer()
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]], int]:
+            found = self.inner(x)
+            return found, {"rest": [found[:, :1]]}, 7
+
+    settings = Settings(rounds=1, memory=False, evaluation=False)
+    (row,) = benchmark.measure(Case("x", Several, (2, 4, 8, 8)), variants("deconv"), settings)
+    assert row.step > 0
+
+
+def test_a_network_without_outputs_to_train_is_an_error():
+    class Nothing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layer()
+
+        def forward(self, x: torch.Tensor) -> str:
+            return str(self.inner(x).shape)
+
+    with pytest.raises(UserError, match="x: gives no tensor of floats but str; the steps measured need one"):
+        benchmark.measure(Case("x", Nothing, (2, 4, 8, 8)), variants("deconv"), QUICK)
+
+
+def test_two_outputs_in_one_file_are_refused(tmp_path, monkeypatch, capsys):
+    file = str(tmp_path / "x.json")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "vgg11:2x3x32x32", "--json", file, "--trace", file])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--json and --trace must be two files" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from engine.errors import UserError
-from engine.images import Found, find_images, read_image, write_png
+from engine.images import Found, check_file, find_images, read_image, write_bytes, write_png
 
 RAMP = np.stack(np.meshgrid(np.arange(0, 250, 10), np.arange(0, 240, 20)), -1).astype(np.uint8)
 RGB = np.dstack([RAMP, RAMP[..., :1] // 2])  # 12 x 25, no two pixels alike
@@ -395,3 +395,12 @@ def test_a_link_in_the_way_is_replaced_not_followed(tmp_path: Path) -> None:
     (tmp_path / "x.png").symlink_to(precious)
     write_png(tmp_path / "x.png", RGB[::-1])
     assert precious.read_bytes() == before and not (tmp_path / "x.png").is_symlink()
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    """As root, /dev/null itself would become a file."""
+    os.mkfifo(tmp_path / "pipe")
+    for write in (check_file, lambda path: write_bytes(path, b"x")):
+        with pytest.raises(UserError, match="pipe: is a device or a pipe, which would be replaced; name a file"):
+            write(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()

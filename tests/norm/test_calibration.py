@@ -106,7 +106,9 @@ def test_kept_layers_keep_the_function_too():
 def test_heads_that_do_not_run_keep_their_weights():
     model = torchvision.models.googlenet(num_classes=3, init_weights=False)
     report = norm.convert(model.eval(), "deconv", block=16, calibrate=torch.randn(2, 3, 64, 64))
-    assert {row.name: row.why for row in report.rows}["aux1.conv.conv"] == "not reached by calibration: weights kept"
+    why = {row.name: row.why for row in report.rows}
+    assert why["aux1.conv.conv"] == "not reached by calibration: weights kept"
+    assert why["aux1.conv.bn"] == "not reached by calibration: scale and shift kept"
 
 
 def test_modes_come_back_and_errors_change_nothing():
@@ -153,6 +155,29 @@ def test_an_output_that_is_handed_out_stays_what_it_was():
     got = model(x)
     for key in want:
         torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-4)
+
+
+class OwnDict(dict):
+    """Known to nobody, as the outputs of some libraries are."""
+
+
+class OwnList(list):
+    pass
+
+
+@pytest.mark.parametrize("pack", [lambda found: OwnDict(found), lambda found: OwnList(found.values())])
+def test_outputs_in_containers_of_a_class_of_their_own_are_seen(pack):
+    class Packed(Returned):
+        def forward(self, x):
+            return pack(super().forward(x))
+
+    model = trained(Packed())
+    x = torch.randn(4, 3, 9, 9)
+    want = list(Returned.forward(model, x).values())
+    report = norm.convert(model, "deconv", calibrate=x)
+    assert report.deviation is not None and report.deviation < 1e-4
+    for found, before in zip(Returned.forward(model, x).values(), want, strict=True):
+        torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-4)
 
 
 def test_an_output_that_a_hook_keeps_stays_what_it_was():

@@ -391,3 +391,10 @@ def test_a_second_derivative_is_refused_where_it_would_be_wrong():
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+def test_a_printed_layer_tells_its_method():
+    fast = {"every": 4, "rank": 8, "fresh_steps": 7}
+    for layer in (FastDeconv(8, 4, 3, **fast), Delinear(32, 4, **fast)):
+        assert "every=4, rank=8, fresh_steps=7" in repr(layer)
+    assert "every" not in repr(Delinear(32, 4)) + repr(FastDeconv(8, 4, 3))

@@ -156,6 +156,26 @@ def test_convolutions_of_other_kinds_are_said_to_be_left() -> None:
     assert report.left == {"DeformConv2d": 1} and str(report).endswith("left alone: 1 DeformConv2d")
 
 
+def test_scripted_parts_stay() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), scripted).eval()
+    x = torch.randn(2, 3, 9, 9)
+    want = model(x)
+    norm.convert(model, "deconv", calibrate=x)
+    assert isinstance(model[0], FastDeconv) and model[2] is scripted
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm.fold(model)(x), want, rtol=1e-4, atol=1e-4)
+    assert norm.precise_statistics(model, x) == 1
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3, dtype=torch.complex64), nn.Linear(8, 4, dtype=torch.complex64)])
+def test_complex_weights_are_refused(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layer)
+    with pytest.raises(norm.NormError, match="1 has weights of torch.complex64; whitening needs"):
+        norm.convert(model, "deconv", fc_block=8)
+    assert type(model[0]) is nn.Conv2d
+
+
 def test_block_and_block_features() -> None:
     def build() -> nn.Sequential:
         return nn.Sequential(*(nn.Conv2d(16, 16, 3) for _ in range(3)))

@@ -108,3 +108,9 @@ def test_lines_are_aligned():
     assert lines[2].split() == ["longer", "123.46", "other", "2.00", "61.73", "x/s"]
     assert len({line.index("x/s") for line in lines[1:]}) == 1
     assert np.allclose([float(line.split()[-2]) for line in lines[1:]], [0.5, 61.73])
+
+
+def test_data_that_are_missing_are_told_before_anything_is_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "scorer", lambda *_: pytest.fail("timed"))
+    assert program.main(["configs/seg/sample.yaml", f"data.root={tmp_path}", "--images", "1"]) == 2
+    assert "has no folder leftImg8bit/" in capsys.readouterr().err
