@@ -372,16 +372,12 @@ class DeconvFast(Deconv):
 
 
 def _check_wide(weight: Tensor, at: Place) -> None:
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        raise NormError(
-            f"{at.name} has weights of {weight.dtype}; whitening needs float32: convert the network in float32 and "
-            "train it under torch.autocast"
-        )
-    if not weight.is_floating_point():
-        raise NormError(
-            f"{at.name} has weights of {weight.dtype}; whitening needs float32 or float64: leave the layer alone with "
-            f"overrides={{{at.name!r}: {{'recipe': 'keep'}}}}"
-        )
+    if weight.dtype in (torch.float32, torch.float64):
+        return
+    real = "convert the network in float32 and train it under torch.autocast"
+    other = f"leave the layer alone with overrides={{{at.name!r}: {{'recipe': 'keep'}}}}"
+    remedy = real if weight.is_floating_point() else other
+    raise NormError(f"{at.name} has weights of {weight.dtype}; whitening needs float32: {remedy}")
 
 
 def _group_norm(old: nn.BatchNorm2d, groups: int, eps: float) -> nn.Module:
