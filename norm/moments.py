@@ -116,10 +116,9 @@ def add_scaled_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift
     times = down.sum(0)[:, None] * across.sum(0)
     if sampler.groups > 1:
         factor = factor.repeat_interleave(channels // sampler.groups)[:, None, None]
-    constant = torch.einsum("cij,ih,jw->hwc", shift.reshape(channels, len(down), len(across)), down, across)
-    constant = constant.to(grad.dtype).permute(2, 0, 1)
+    constant = torch.einsum("cij,ih,jw->chw", shift.reshape(channels, len(down), len(across)), down, across)
     # in the order of grad: a CPU adds what lies in another order many times slower
-    constant = constant.contiguous() if grad.stride(2) != 1 else constant.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    constant = torch.empty_like(grad[0, 0]).copy_(constant)
     grad.addcmul_(x.to(grad.dtype), (times * factor).to(grad.dtype)).add_(constant)
 
 
