@@ -61,8 +61,8 @@ def product_dtype(autocast: torch.dtype) -> torch.dtype | None:
 def like(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> Tensor:
     """`folded` in this dtype and in the memory format of `weight`, which may decide on that of the convolution's output
     (that of a 1x1 map is in all formats)."""
-    # torch.compile (2.14) fails on strides that a backward under autocast looks at
-    if not torch.compiler.is_compiling() and folded.dtype == dtype and folded.stride() == weight.stride():
+    low = torch.compiler.is_compiling() and dtype != weight.dtype  # 2.14 fails on strides that such a backward looks at
+    if not low and folded.dtype == dtype and folded.stride() == weight.stride():
         return folded
     return torch.empty_like(weight, dtype=dtype).copy_(folded)
 
