@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from norm import FastDeconv, folded_conv
+from norm import Delinear, FastDeconv, folded_conv
 
 
 def both(layer: FastDeconv, x: Tensor, monkeypatch: pytest.MonkeyPatch, amp: bool = False) -> list[list[Tensor | None]]:
@@ -125,9 +125,18 @@ def test_the_product_with_d_is_bfloat16_under_autocast(options: dict, anew: bool
     torch.manual_seed(0)
     monkeypatch.setattr(folded_conv, "worth_it", lambda *_: anew)
     layer = FastDeconv(16, 24, 3, padding=1, block=16, **options)
-    x = torch.nn.functional.interpolate(torch.randn(4, 16, 5, 5), (16, 16), mode="bicubic") + 0.3 * torch.randn(
-        4, 16, 16, 16
-    )
+    smooth = nn.functional.interpolate(torch.randn(4, 16, 5, 5), (16, 16), mode="bicubic")
+    compare(layer, smooth + 0.3 * torch.randn(4, 16, 16, 16), rows=24 // layer.groups)
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 2}], ids=str)
+def test_so_is_that_of_a_linear_layer(options: dict):
+    torch.manual_seed(0)
+    compare(Delinear(32, 24, block=16, **options), torch.randn(64, 32), rows=48)
+
+
+def compare(layer: FastDeconv | Delinear, x: Tensor, rows: int) -> None:
+    """With float64; `rows` is how many the weight has as the product with D takes it."""
     results = []
     for dtype in (torch.float64, torch.float32):
         twin, source = copy.deepcopy(layer).to(dtype), x.to(dtype).relu().requires_grad_()
@@ -138,7 +147,7 @@ def test_the_product_with_d_is_bfloat16_under_autocast(options: dict, anew: bool
         results.append([y, source.grad, *(each.grad for each in twin.parameters())])
     for exact, rounded in zip(*results, strict=True):
         assert relative(rounded, exact) < 0.015
-    assert products.dtypes[24 // layer.groups] == {torch.bfloat16}
+    assert products.dtypes[rows] == {torch.bfloat16}
 
 
 def test_it_stays_float32_in_float16s_small_range():
