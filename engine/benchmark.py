@@ -23,6 +23,7 @@ from engine.checkpoint import first_line
 from engine.errors import UserError
 from engine.memory import allocated
 from engine.optim import build_optimizer
+from engine.precision import autocast
 from engine.prepare import convert_norm
 from norm.calibration import tensors
 from norm.state import skip_fresh_steps
@@ -231,8 +232,7 @@ class _Work:
             self.model.compile(mode=settings.compile)
 
     def loss(self) -> Tensor:
-        dtype = self.settings.amp or torch.bfloat16
-        with torch.autocast(self.settings.device.type, dtype, enabled=self.settings.amp is not None):
+        with autocast(self.settings.device, self.settings.amp):
             found = self.model(self.images)
         return torch.stack([output.float().square().mean() for output in tensors(found)]).sum()
 
@@ -282,8 +282,7 @@ class _Work:
         images = self.images.detach()
 
         def call() -> Any:
-            dtype = self.settings.amp or torch.bfloat16
-            with torch.autocast(self.settings.device.type, dtype, enabled=self.settings.amp is not None):
+            with autocast(self.settings.device, self.settings.amp):
                 return network(images)
 
         return call

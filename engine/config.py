@@ -176,14 +176,18 @@ class NormConfig(Section):
         return self
 
 
+Amp = Literal["none", "bf16", "fp16"]
+
+
 class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initial weights, order and augmentation."""
-    amp: Literal["none", "bf16", "fp16"] = "none"
+    amp: Amp = "none"
     """Mixed precision by autocast, in the evaluations of the training too; fp16 scales the loss. Scores and predictions
-    of a checkpoint are computed by the programs in full precision, but those of segmentation as this says."""
+    of a checkpoint are computed by the programs in full precision, but those of segmentation as this says. On a CPU
+    without instructions for it, which is told at the start, it is many times slower than none."""
     compile: Literal[False, True, "reduce-overhead", "max-autotune"] = False
     """torch.compile the network; reduce-overhead starts its kernels as CUDA graphs, which pays where a GPU waits for
     the host (small networks or images)."""

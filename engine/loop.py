@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import distributed
+from engine import distributed, precision
 from engine.config import ExperimentConfig, Length
 from engine.errors import NotFiniteError, UserError
 from engine.optim import build_ema, build_optimizer, build_schedule, late_milestones, learning_rates, other_length
@@ -268,8 +268,7 @@ class _Work:
                 self.check_and_save(*missing)
 
     def autocast(self) -> torch.autocast:
-        dtype = torch.float16 if self.cfg.runtime.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.prepared.device.type, dtype, enabled=self.cfg.runtime.amp != "none")
+        return precision.autocast(self.prepared.device, precision.dtype_of(self.cfg.runtime.amp))
 
     def step(self, stream: Iterator[Batch]) -> bool:
         """One update of the weights; returns whether all processes should stop now."""

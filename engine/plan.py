@@ -24,6 +24,7 @@ from engine.errors import UserError
 from engine.loop import Batch, LossFunction
 from engine.memory import allocated, process_peak, show_bytes
 from engine.optim import build_ema, build_optimizer
+from engine.precision import autocast, dtype_of
 from engine.prepare import prepare, session
 
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -374,8 +375,7 @@ class _Trial:
         batch = {key: one.to(device) if isinstance(one, Tensor) else one for key, one in batch.items()}
         if cfg.runtime.channels_last and batch["image"].ndim == 4:
             batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
-        dtype = torch.float16 if cfg.runtime.amp == "fp16" else torch.bfloat16
-        with torch.autocast(device.type, dtype, enabled=cfg.runtime.amp != "none"):
+        with autocast(device, dtype_of(cfg.runtime.amp)):
             found = self.work.loss(self.prepared.raw, batch)
         return found.total / batch["target"].numel()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import norm
-from engine import distributed, traffic
+from engine import distributed, precision, traffic
 from engine.config import ExperimentConfig, NormConfig, RuntimeConfig
 from engine.errors import LostProcess, UserError, is_lost_worker
 from engine.recompute import recompute_blocks
@@ -173,6 +173,8 @@ def prepare(
         # rank 0's running statistics in every step, unless all have the same anyway; those it starts from are rank 0's
         wrapped.broadcast_buffers = not traffic.same_buffers(model)
     report += traffic.report(model, cfg)
+    if note := precision.slow(device, precision.dtype_of(cfg.runtime.amp)):
+        report.append(note)
     return Prepared(model, wrapped, device, "\n".join(report))
 
 

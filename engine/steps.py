@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engine.config import ExperimentConfig
 from engine.loop import Batch, LossFunction
 from engine.optim import build_optimizer
+from engine.precision import autocast, dtype_of
 from engine.prepare import Prepared
 
 
@@ -35,11 +35,11 @@ def training_step(
     """
     optimizer = build_optimizer(groups, cfg.optim)
     prepared.raw.train()
-    dtype = torch.float16 if cfg.runtime.amp == "fp16" else torch.bfloat16
+    dtype = dtype_of(cfg.runtime.amp)
 
     def step(batch: Batch) -> None:
         moved = {key: one.to(prepared.device) if isinstance(one, Tensor) else one for key, one in batch.items()}
-        with torch.autocast(prepared.device.type, dtype, enabled=cfg.runtime.amp != "none"):
+        with autocast(prepared.device, dtype):
             found = loss(prepared.wrapped, moved)
         (found.total / found.weight).backward()
         optimizer.step()

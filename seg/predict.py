@@ -8,6 +8,7 @@ memory beside the ids, however large the image.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine import precision
 from engine.errors import NotFiniteError, UserError
 from engine.images import MAX_PIXELS
 from seg import models
@@ -85,6 +87,9 @@ class Predictor:
     @classmethod
     def from_config(cls, model: nn.Module, cfg: SegConfig, device: torch.device | str = "cpu") -> Predictor:
         """The predictor of an experiment; the model is moved to `device`."""
+        amp = precision.dtype_of(cfg.runtime.amp)
+        if note := precision.slow(torch.device(device), amp):
+            warnings.warn(note, stacklevel=2)
         return cls(
             model.to(device),
             cfg.data.mean,
@@ -95,7 +100,7 @@ class Predictor:
             window=cfg.predict.window,
             overlap=cfg.predict.overlap,
             batch_size=cfg.data.eval_batch_size,
-            amp={"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.runtime.amp],
+            amp=amp,
         )
 
     def predict(self, image: Array) -> Array:
@@ -164,7 +169,7 @@ class Predictor:
         try:
             mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.mean, self.std))
             inputs = (torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255 - mean) / std
-            with torch.autocast(device.type, dtype=self.amp, enabled=self.amp is not None):
+            with precision.autocast(device, self.amp):
                 logits = logits_of(self.model, inputs, self.multiple)
         except RuntimeError as error:
             # a GPU has its own exception for it, a CPU has only the words

@@ -114,16 +114,16 @@ def settings(args: argparse.Namespace) -> Any:
     import torch
 
     from engine.benchmark import Settings
+    from engine.precision import dtype_of
 
     chosen = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if chosen == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
-    amp = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     return Settings(
         rounds=args.rounds,
         steps=args.steps,
         device=torch.device(chosen),
-        amp=amp,
+        amp=dtype_of(args.amp or "none"),
         channels_last=args.channels_last,
         compile=args.compile,
         memory=not args.no_memory,
