@@ -93,7 +93,7 @@ class Row:
     evaluation: float | None = None
     """Seconds of a forward in evaluation."""
     folded: float | None = None
-    """The same after folding (batch norm into the convolution, `norm.fold`); None where the network can't be traced."""
+    """The same after folding (batch norm into the convolution, `norm.fold`); None where that cannot be done."""
 
 
 def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list[Row]:
@@ -135,7 +135,7 @@ def _check(case: Case, device: torch.device) -> None:
 
 def _evaluate(rows: Sequence[Row], works: Sequence[_Work], settings: Settings) -> None:
     plain = [work.evaluated() for work in works]
-    folded = [_folded(network) for network in plain]
+    folded = [_folded(network, work.images.detach()) for work, network in zip(works, plain, strict=True)]
     for network in folded if settings.compile else []:
         if network is not None:  # a copy, which is not compiled as that before it is
             network.compile(mode=settings.compile)
@@ -151,11 +151,16 @@ def _evaluate(rows: Sequence[Row], works: Sequence[_Work], settings: Settings) -
 
 
 def trace(case: Case, variant: Variant, settings: Settings, path: Path) -> None:
-    """Write torch's profile of a training step as a Chrome trace (chrome://tracing, ui.perfetto.dev)."""
+    """Write torch's profile of a round of training steps as a Chrome trace (chrome://tracing, ui.perfetto.dev).
+
+    A whole round, since some norms compute in every few steps what they leave out in others; each is marked `step`.
+    """
     work = _Work(case, variant, settings)
     work.step()
     with torch.profiler.profile(record_shapes=True) as profile:
-        work.step()
+        for number in range(settings.steps):
+            with torch.profiler.record_function(f"step {number + 1}"):
+                work.step()
     try:
         profile.export_chrome_trace(str(path))
     except OSError as error:
@@ -288,8 +293,12 @@ class _Work:
         return call
 
 
-def _folded(network: nn.Module) -> nn.Module | None:
-    """Without any norm: deconvolution by `norm.fold`, batch norm by torch's tracer, where it can follow."""
+def _folded(network: nn.Module, images: Tensor) -> nn.Module | None:
+    """Without any norm: deconvolution by `norm.fold`, batch norm by torch's tracer.
+
+    Where that cannot follow (control flow that depends on the input), what conversion sees in a run on `images` tells
+    which batch norm goes into which convolution; folded again, the converted network is the same plain one.
+    """
     plain = norm.fold(network)
     if not any(isinstance(module, nn.BatchNorm2d) for module in plain.modules()):
         return plain
@@ -298,8 +307,12 @@ def _folded(network: nn.Module) -> nn.Module | None:
 
     try:
         fused: nn.Module = fuse(plain)
-    except (TraceError, TypeError):  # control flow that depends on the input
-        return None
+    except (TraceError, TypeError):
+        try:
+            norm.convert(plain, "deconv", calibrate=images)
+        except norm.NormError:
+            return None
+        return norm.fold(plain)
     return fused
 
 

@@ -153,7 +153,7 @@ def main() -> int:
     parser.add_argument("--no-evaluation", action="store_true", help="training steps only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="torch's profile of a step of the last case and norm"
+        "--trace", type=Path, metavar="FILE", help="torch's profile of a round of steps of the last case and norm"
     )
     args = parser.parse_args()
     if min(args.rounds, args.steps) < 1:

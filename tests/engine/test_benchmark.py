@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+import norm
 from engine import benchmark
 from engine.benchmark import Case, Settings, Variant
 from engine.config import NormConfig
 from engine.errors import UserError
+from norm.other_layers import ChannelAffine
 from tools.benchmark import main, parse_case, parse_norm
 
 QUICK = Settings(rounds=1)
@@ -53,16 +55,39 @@ def test_a_round_holds_whole_cycles():
         benchmark.measure(Case("x", layer, (2, 4, 16, 16)), variants("bn", "deconv_fast"), Settings(rounds=1, steps=3))
 
 
-def test_a_network_that_cannot_be_traced_is_not_folded():
-    class Odd(nn.Module):
+class Odd(nn.Module):
+    """What torch.fx cannot trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = layer()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) if x.sum() > -1e9 else x
+
+
+def test_a_network_that_cannot_be_traced_is_folded_by_running_it():
+    network, images = Odd(), torch.randn(4, 4, 8, 8)
+    for _ in range(3):
+        network(images)  # running statistics that are not 0 and 1
+    network.eval()
+    folded = benchmark._folded(network, images)
+    assert folded is not None
+    assert not any(isinstance(module, nn.BatchNorm2d | norm.FastDeconv | ChannelAffine) for module in folded.modules())
+    torch.testing.assert_close(folded(images), network(images), rtol=1e-4, atol=1e-4)
+    (row,) = benchmark.measure(Case("x", Odd, (2, 4, 8, 8)), variants("bn"), Settings(rounds=1, memory=False))
+    assert row.folded and row.evaluation and row.saved is None
+
+
+def test_a_network_that_cannot_be_folded_has_no_such_time():
+    class Untracked(Odd):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = layer()
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.track_running_stats, module.running_mean, module.running_var = False, None, None
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x) if x.sum() > -1e9 else x
-
-    (row,) = benchmark.measure(Case("x", Odd, (2, 4, 8, 8)), variants("bn"), Settings(rounds=1, memory=False))
+    (row,) = benchmark.measure(Case("x", Untracked, (2, 4, 8, 8)), variants("bn"), Settings(rounds=1, memory=False))
     assert row.folded is None and row.evaluation and row.saved is None
     assert benchmark.table([row]).splitlines()[1].split()[-1] == "-"
 
@@ -74,7 +99,9 @@ def test_an_input_that_the_network_does_not_take_is_an_error():
 
 def test_a_profile_is_written(tmp_path):
     benchmark.trace(Case("x", layer, (2, 4, 8, 8)), variants("deconv")[0], QUICK, tmp_path / "trace.json")
-    assert "traceEvents" in json.loads((tmp_path / "trace.json").read_text())
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if str(event["name"]).startswith("step ")}
+    assert steps == {f"step {number + 1}" for number in range(QUICK.steps)}
 
 
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(tmp_path, monkeypatch, capsys):
