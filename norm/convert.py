@@ -66,6 +66,7 @@ class Report:
         return "\n".join([*(line.rstrip() for line in lines), end])
 
 
+@torch.inference_mode(False)  # else the new parameters could never be trained
 def convert(
     model: nn.Module, name: str, *, overrides: Overrides | None = None, calibrate: Batches | None = None, **options: Any
 ) -> Report:

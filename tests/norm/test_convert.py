@@ -392,3 +392,16 @@ def test_features_in_the_last_dimension_are_whitened_where_a_linear_layer_reads_
     torch.testing.assert_close(covariance, torch.eye(4), atol=0.1, rtol=0)
     model.eval()
     torch.testing.assert_close(norm.fold(model)[3](x), model[3](x))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_converted_in_inference_mode_a_network_trains_all_the_same(calibrated):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with torch.inference_mode():
+        images = torch.randn(4, 3, 8, 8)
+        before = model.eval()(images)
+        norm.convert(model, "deconv", **({"calibrate": images} if calibrated else {}))
+        if calibrated:
+            torch.testing.assert_close(model(images), before, rtol=1e-3, atol=1e-3)
+    model.train()(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
