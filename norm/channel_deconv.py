@@ -85,8 +85,8 @@ class ChannelDeconv(Whitening):
         if torch.compiler.is_compiling() and self._joint():  # it waits for other processes: its own piece, not traced
             return torch.compiler.disable(ChannelDeconv.forward)(self, x)  # type: ignore[no-any-return]
         self._check_dtype(x)
-        if self.features_last and x.ndim > 2:
-            return self.forward(x.flatten(0, -2)).view_as(x)
+        if self.features_last and x.ndim not in (0, 2):
+            return self.forward(x.reshape(-1, x.shape[-1])).view_as(x)
         if x.ndim not in (2, 4):
             raise NormError(f"ChannelDeconv got an input of shape {tuple(x.shape)}; it takes (N, C) or (N, C, H, W)")
         if x.shape[1] < self.block:

@@ -245,7 +245,7 @@ class Delinear(Deconvolving, nn.Linear):
         self._check_dtype(x, self.weight.dtype)
         if self.training:
             x, found = self._training_statistics(x, Rows(self.block))
-            weight, bias = folded_conv.folded(self.effective_weight(), self.bias, found)
+            weight, bias = folded_conv.folded(x, self.effective_weight(), self.bias, found)
         else:
             weight, bias = self.folded()
         if not torch.is_autocast_enabled(x.device.type):

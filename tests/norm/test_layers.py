@@ -197,6 +197,18 @@ def test_autocast(dtype):
     assert (got.float() - want).abs().max() < 0.05 * want.abs().max()
 
 
+@pytest.mark.parametrize("every", [0, 2])
+def test_autocast_leaves_float64_as_it_is(every: int):
+    """As it leaves torch's own convolution and linear layer."""
+    torch.manual_seed(0)
+    conv = (FastDeconv(3, 4, 3, every=every, dtype=D64), torch.randn(4, 3, 9, 9, dtype=D64))
+    linear = (Delinear(6, 4, every=every, dtype=D64), torch.randn(20, 6, dtype=D64))
+    for layer, x in (conv, linear):
+        want = copy.deepcopy(layer)(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(x), want)
+
+
 @pytest.mark.parametrize("every", [0, 1])
 def test_gradients_of_one_grouped_image_in_channels_last(every: int):
     """In float64, where torch's own convolution takes strides as they are."""
@@ -335,6 +347,17 @@ def test_channel_deconv_whitens_whole_blocks_and_standardises_the_rest(shape, gr
     want_eval = (flat @ matrix.t() + offset).transpose(1, -1).view(shape)
     torch.testing.assert_close(layer.eval()(x), want_eval)
     assert rank == len(shape)
+
+
+def test_channel_deconv_takes_one_vector_as_a_linear_layer_does():
+    torch.manual_seed(0)
+    layer = ChannelDeconv(2, features_last=True)
+    layer(torch.randn(9, 6))
+    x = torch.randn(6)
+    torch.testing.assert_close(layer.eval()(x), layer(x[None])[0])
+    assert norm.fold(nn.Sequential(layer))(x).shape == (6,)
+    with pytest.raises(norm.NormError, match=r"shape \(6,\); it takes \(N, C\)"):
+        ChannelDeconv(2)(x)
 
 
 def test_channel_deconv_errors():
