@@ -240,7 +240,8 @@ class Deconv(Recipe):
     of a channel by itself, its own few taps, is worth little to whiten."""
     fc_block: int = 0
     """Features whitened together in linear layers, which become Delinear; 0 keeps them. Those stay whose weights their
-    owner reads (torch's MultiheadAttention and TransformerEncoderLayer, attention in torchvision's Swin)."""
+    owner reads (torch's MultiheadAttention and TransformerEncoderLayer, attention in torchvision's Swin and in timm's
+    BEiT, EVA and SwinV2)."""
     delinear: bool = True
     """False: linear layers stay, and a ChannelDeconv with blocks of fc_block stands before each (the authors' other
     way, `--delinear False`)."""
