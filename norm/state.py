@@ -28,6 +28,14 @@ def _norms(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.flatten(1), dim=1)
 
 
+def _with_direction(weight: Tensor, norms: Tensor) -> Tensor:
+    """The weight, with filters of a fresh layer in place of those of zeros, always the same ones: without a direction
+    neither the filter nor its gain, which is zero, would have a gradient."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    fresh = torch.randn(weight.shape, generator=generator, device="cpu").to(weight) / math.sqrt(3 * weight[0].numel())
+    return torch.where((norms < _TINY).view(-1, *[1] * (weight.ndim - 1)), fresh, weight)
+
+
 class Whitening(nn.Module):
     """What the layers share: running statistics in at least float32, which a second computation for the backward
     (`torch.utils.checkpoint`) does not move."""
@@ -212,8 +220,10 @@ class Deconvolving(Whitening):
             if self.gain is not None:
                 norms = _norms(weight)
                 self.gain.copy_(norms)
+                weight = _with_direction(weight, norms)
                 if rescale:
-                    weight = weight / norms.clamp_min(_TINY).mul(math.sqrt(3)).view(-1, *[1] * (weight.ndim - 1))
+                    norms = _norms(weight)
+                    weight = weight / norms.mul(math.sqrt(3)).view(-1, *[1] * (weight.ndim - 1))
             self.layer_weight.copy_(weight)
 
     def effective_weight(self) -> Tensor:
