@@ -79,8 +79,12 @@ def _anew(layer: nn.Module) -> Iterator[Callable[[], int]]:
     """Inside, the layer is in training mode, its averages start anew and every call that moves them counts, of which
     the function given tells the number; its settings and counts come back, and its averages where there was no such
     call, or an error."""
-    names = ["momentum", *(name for name in ("freeze", "every", "fresh_steps", "_steps") if hasattr(layer, name))]
-    settings = {name: getattr(layer, name) for name in names}
+    anew: dict[str, Any] = {"momentum": layer.momentum}
+    if isinstance(layer, Deconvolving):
+        anew |= {"every": min(layer.every, 1), "fresh_steps": 0, "_steps": 0}
+        # of a layer that never freezes it is the class's: one of its own would compile the network again
+        anew |= {"freeze": False} if layer.freeze else {}
+    settings = {name: getattr(layer, name) for name in anew}
     before = {name: one.clone() for name, one in layer.named_buffers()}
     calls = 0
 
@@ -100,8 +104,8 @@ def _anew(layer: nn.Module) -> Iterator[Callable[[], int]]:
     for held in layer.buffers():  # those of a batch that overflowed would stay, whatever they weigh
         if held.is_floating_point():
             held.nan_to_num_(0.0, 0.0, 0.0)
-    if isinstance(layer, Deconvolving):
-        layer.freeze, layer.every, layer.fresh_steps, layer._steps = False, min(layer.every, 1), 0, 0
+    for name, value in anew.items():
+        setattr(layer, name, value)
     kept = False
     try:
         yield lambda: calls

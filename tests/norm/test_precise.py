@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from norm import ChannelDeconv, Delinear, FastDeconv, NormError, precise_statistics
 from tests.norm.reference import inverse_root
@@ -194,6 +195,17 @@ def test_a_compiled_model_is_not_compiled_for_each_batch() -> None:
         torch.testing.assert_close(found, want)
     with torch.no_grad():  # compiled now
         torch.testing.assert_close(model(batches()[0]), twin(batches()[0]))
+
+
+def test_a_compiled_model_is_not_compiled_again_afterwards() -> None:
+    model = nn.Sequential(FastDeconv(4, 4, 3, freeze=True), nn.Flatten(), Delinear(196, 3, block=4, every=2)).to(D64)
+    graphs = CompileCounter()  # type: ignore[no-untyped-call]
+    model.compile(backend=graphs)
+    for _ in range(2):
+        model(batches()[0])
+    precise_statistics(model, batches())
+    model(batches()[0])
+    assert graphs.frame_count == 1 and model[0].freeze and not model[2].freeze
 
 
 def test_buffers_of_a_parametrization_come_back_with_the_rest() -> None:
