@@ -34,7 +34,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             the mean is still subtracted.
         block: channels whitened together; more than in_channels become in_channels, and one that does not divide it
             becomes the greatest common divisor. A grouped convolution has one D a group, of all its channels.
-        n_iter: Newton-Schulz steps.
+        n_iter: Newton-Schulz steps; more than 20 are for float64, in float32 their rounding outgrows the result where
+            patches are fewer than features.
         eps: added to the diagonal of the covariance.
         momentum: rate of the running averages.
         sampling_stride: the statistics use every `sampling_stride`-th window of the convolution in each direction.
