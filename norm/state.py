@@ -255,6 +255,15 @@ class Deconvolving(Whitening):
             self._steps = int(self.steps)  # somebody may have copied buffers, such as `torch.optim.swa_utils`
         return super().train(mode)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """For torch.nn.DataParallel: every replica counts the step by itself, as one and the same. The buffers of the
+        first one are this layer's, and with them its averages and count, as with batch norm."""
+        if "steps" in self._buffers:
+            self._steps = int(self.steps)
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._clock = self._clock.clone()
+        return replica
+
     def _held(self, steps: Any) -> Any:
         """Whether the statistics of the training step after `steps` others are held; an int or a tensor."""
         cycle, moving = self._cycle()

@@ -172,6 +172,31 @@ def test_a_held_layer_uses_the_running_averages_and_resumes_its_count():
     assert torch.equal(other.running_deconv, layer.running_deconv) and int(other.steps) == int(layer.steps) == 14
 
 
+def replicas(layer: FastDeconv, count: int) -> list[FastDeconv]:
+    """As torch.nn.DataParallel makes them, which needs GPUs: the first one has the layer's own buffers."""
+    found = [layer._replicate_for_data_parallel() for _ in range(count)]
+    for number, replica in enumerate(found):
+        for name, parameter in layer._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.view_as(parameter))
+        replica._buffers = {name: one if number == 0 else one.clone() for name, one in layer._buffers.items()}
+    return found
+
+
+@pytest.mark.parametrize("options", [{"freeze": True, "freeze_iter": 1}, {"every": 3, "fresh_steps": 1, "rank": 4}])
+def test_replicas_count_a_step_once(options):
+    torch.manual_seed(0)
+    layer = FastDeconv(3, 4, 3, **options)
+    twin = copy.deepcopy(layer)
+    for step in range(1, 12):
+        x, other = torch.randn(2, 4, 3, 9, 9)
+        first, second = replicas(layer, 2)
+        second(other)
+        torch.testing.assert_close(first(x), twin(x))
+        assert int(layer.steps) == step
+    for name, held in twin.named_buffers():
+        torch.testing.assert_close(layer.get_buffer(name), held)
+
+
 def test_weights_without_a_count_load():
     layer = FastDeconv(3, 4, 3, freeze=True)
     state = layer.state_dict()
