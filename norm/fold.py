@@ -64,7 +64,7 @@ def _folded(layer: nn.Module, name: str) -> nn.Module | None:
     if isinstance(layer, WSConv2d):
         return _conv(layer, layer.standardised(), layer.bias)
     if isinstance(layer, Delinear):
-        return _linear(*layer.folded()).requires_grad_(layer.weight.requires_grad)
+        return _linear(*layer.folded()).requires_grad_(_learns(layer))
     if isinstance(layer, ChannelAffine):
         scale = _pointwise(layer.weight.view(-1, 1), layer.bias, groups=layer.weight.numel())
         return scale.requires_grad_(layer.weight.requires_grad)
@@ -83,7 +83,13 @@ def _conv(old: nn.Conv2d, weight: Tensor, bias: Tensor | None, kind: type[nn.Con
     new = kind(**arguments, bias=bias is not None)
     new = _filled(new, weight, bias)
     new.weight = nn.Parameter(like(old.weight, weight, weight.dtype))
-    return new.requires_grad_(old.weight.requires_grad)
+    return new.requires_grad_(_learns(old))
+
+
+def _learns(layer: nn.Module) -> bool:
+    """Whether its weight does, or what that is computed from (`torch.nn.utils.parametrize`)."""
+    weight = layer._parameters.get("weight")
+    return any(each.requires_grad for each in layer.parameters()) if weight is None else weight.requires_grad
 
 
 def _pointwise(matrix: Tensor, offset: Tensor, groups: int = 1) -> nn.Conv2d:

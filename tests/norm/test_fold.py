@@ -97,3 +97,15 @@ def test_pruned_layers_fold():
     calls.clear()
     torch.testing.assert_close(plain(x), model.eval()(x))
     assert calls == [plain[0], model[0]]
+
+
+def test_a_folded_layer_learns_where_what_its_weight_is_computed_from_does():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(100, 3))
+    norm.convert(model, "deconv", fc_block=10)
+    for layer in (model[0], model[2], model[4]):
+        nn.utils.parametrizations.weight_norm(layer)
+    model[0].requires_grad_(False)
+    plain = norm.fold(model)
+    assert [each.requires_grad for each in plain.parameters()] == [False, False, True, True, True, True]
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(plain(x), model.eval()(x))
