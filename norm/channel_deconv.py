@@ -135,6 +135,8 @@ class ChannelDeconv(Whitening):
             sampled = rows[:, :: self._every(x)].t()
             _, mean, deconv = whitening.statistics(sampled, Rows(self.block), self.eps, self.n_iter, self._joint())
             self._move((self.running_mean, mean), (self.running_deconv, deconv))
+        elif torch.is_grad_enabled():
+            deconv = deconv.clone()  # which a training step may move before the gradient is taken
         white = product(deconv, rows - mean[:, None]).view(blocks.shape)
         if self.grouping == "channel":
             white = white.transpose(0, 1)

@@ -188,7 +188,8 @@ class Deconvolving(Whitening):
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer that this one is in evaluation."""
         layer: Any = self
-        found = self._held_statistics()
+        # a training step may come before the gradient of this evaluation is taken
+        found = self._held_copies() if torch.is_grad_enabled() else self._held_statistics()
         return whitening.fold_weight(self.effective_weight(), layer.bias, found, self.groups, self.grouping)
 
     def set_statistics(self, mean: Tensor, covariance: Tensor) -> None:

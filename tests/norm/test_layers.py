@@ -374,6 +374,20 @@ def test_channel_deconv_whitens_whole_blocks_and_standardises_the_rest(shape, gr
     assert rank == len(shape)
 
 
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_training_step_leaves_the_gradient_of_an_evaluation_before_it(every: int):
+    torch.manual_seed(0)
+    model = nn.Sequential(FastDeconv(3, 4, 3, every=every), nn.Flatten(), Delinear(196, 2, block=8, every=every))
+    model.append(ChannelDeconv(2))
+    x = torch.randn(4, 3, 9, 9, requires_grad=True)
+    model(x)
+    loss = model.eval()(x).square().sum()
+    wanted = [x, *model.parameters()]
+    want = torch.autograd.grad(loss, wanted, retain_graph=True)
+    model.train()(x)
+    assert all(map(torch.equal, torch.autograd.grad(loss, wanted), want))
+
+
 def test_channel_deconv_takes_one_vector_as_a_linear_layer_does():
     torch.manual_seed(0)
     layer = ChannelDeconv(2, features_last=True)
