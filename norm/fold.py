@@ -28,11 +28,19 @@ def fold(model: nn.Module) -> nn.Module:
     depthwise 1x1 Conv2d. The outputs equal those of `model.eval()` within float error; norms stay as they are.
 
     Raises:
-        NormError: `model` is no network; a ChannelDeconv that has seen no input, so that its number of channels is
-            unknown; running statistics that are not finite.
+        NormError: `model` is no network, or holds tensors of a forward with gradients; a ChannelDeconv that has seen no
+            input, so that its number of channels is unknown; running statistics that are not finite.
     """
     check_network("norm.fold", model)
-    plain = copy.deepcopy(model).eval()
+    try:
+        plain = copy.deepcopy(model).eval()
+    except RuntimeError as error:
+        if "deepcopy" not in str(error):
+            raise
+        raise NormError(
+            "norm.fold: the network cannot be copied, since it holds tensors of its last forward: activations that it "
+            "keeps, or weights that pruning or the old weight_norm compute. Run it once under torch.no_grad() before"
+        ) from error
     if (alone := _folded(plain, "the model")) is not None:
         return alone
     replacements: dict[int, nn.Module] = {}
