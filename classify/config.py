@@ -53,7 +53,7 @@ class DataConfig(Section):
     """Compare the files with the checksums of the published ones; false for a copy that was encoded anew."""
     train_limit: Count | None = None
     """Train on so many images only, the first of each class in turn; null: all."""
-    size: Count | None = None
+    size: Annotated[int, Field(ge=2)] | None = None
     """Height and width at which images enter the network. null: those of the data set, 224 for folder."""
     eval_resize: Count | None = None
     """folder: the shorter side before the central crop of `size` in evaluation; null: size / 0.875."""

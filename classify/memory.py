@@ -6,6 +6,7 @@ An image's crop, flip, RandAugment and erasing are pure functions of (seed, epoc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,9 @@ from torchvision.transforms import v2
 from classify import augment, sets
 from classify.config import ClassifyConfig
 from classify.readers import Arrays
+from engine.errors import UserError
 from engine.loading import Order
+from engine.memory import show_bytes
 
 Table = npt.NDArray[np.int64]
 CHUNK = 1 << 22
@@ -28,10 +31,21 @@ than their work."""
 
 
 def resized(data: Arrays, size: int | None) -> Arrays:
-    """The images at `size` x `size` pixels (bilinear, antialiased), as uint8; None leaves them."""
+    """The images at `size` x `size` pixels (bilinear, antialiased), as uint8; None leaves them.
+
+    Raises:
+        UserError: there is not so much memory.
+    """
     if size is None or data.images.shape[2:] == (size, size):
         return data
-    images = np.empty((*data.images.shape[:2], size, size), np.uint8)
+    shape = (*data.images.shape[:2], size, size)
+    try:
+        images = np.empty(shape, np.uint8)
+    except (MemoryError, ValueError):  # numpy's word for more bytes than it can count
+        raise UserError(
+            f"data.size: {size}: {shape[0]} images of {size}x{size} take {show_bytes(math.prod(shape))}, more memory "
+            "than there is; choose a smaller size"
+        ) from None
     for start in range(0, len(images), 1024):
         part = torch.from_numpy(data.images[start : start + 1024])
         images[start : start + 1024] = v2.functional.resize(part, [size, size], antialias=True).numpy()

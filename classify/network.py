@@ -163,6 +163,12 @@ def from_checkpoint(
     data = as_trained(cfg.data, info, content["config"]["data"]["name"])
     cfg = cfg.model_copy(update={"data": data})
     info = replace(info, size=data.size or info.size, mean=data.mean or info.mean, std=data.std or info.std)
+    for key, values in (("mean", info.mean), ("std", info.std)):
+        if len(values) != info.channels:
+            raise UserError(
+                f"data.{key}: {len(values)} numbers, and the network takes images of {info.channels} channels; give "
+                "one for each channel"
+            )
     model, _ = build(cfg.model, info, pretrained=False)
     convert_norm(model, cfg.norm, blank_images(info) if cfg.norm.calibrate_batches else None)
     weights = content["model"] if content["ema"] is None else content["ema"]

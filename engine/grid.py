@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from engine import runs
+from engine import runs, yaml_layers
 from engine.config import Length, Loaded
 from engine.errors import UserError
 from engine.report import METRICS, read_metrics
@@ -106,6 +106,15 @@ def _split(text: str) -> list[str]:
         else:
             parts[-1] += letter
     return parts
+
+
+def owned(overrides: Sequence[str], own: Mapping[str, str]) -> str | None:
+    """The first of the keys `own` that a change to the config sets, by itself or with its whole section."""
+    for path, _ in yaml_layers.leaves(yaml_layers.parse_overrides(overrides)):
+        key = ".".join(path)
+        if found := next((one for one in own if f"{one}.".startswith(f"{key}.")), None):
+            return found
+    return None
 
 
 def check_distinct(option: str, given: Sequence[Any]) -> None:

@@ -105,10 +105,8 @@ def request(
 
 
 def _check_keys(where: str, overrides: Sequence[str]) -> None:
-    for text in overrides:
-        key = text.partition("=")[0].strip()
-        if key in _OWN:
-            raise UserError(f"{where}: {key} differs from cell to cell; set it with {_OWN[key]}")
+    if key := grid.owned(overrides, _OWN):
+        raise UserError(f"{where}: {key} differs from cell to cell; set it with {_OWN[key]}")
 
 
 def cells(wanted: Request, schema: Schema[Any]) -> list[Cell]:

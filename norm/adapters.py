@@ -42,6 +42,12 @@ _READERS = {
     "torchvision.models.swin_transformer.ShiftedWindowAttention",
 }
 """Modules that read the weights of linear layers of theirs, in one call of a function for several layers."""
+_QKV_READERS = {
+    "timm.models.beit.Attention",
+    "timm.models.eva.EvaAttention",
+    "timm.models.swin_transformer_v2.WindowAttention",
+}
+"""Modules that read the weight of their `qkv`, to give it a bias of parts, unless they add that separately."""
 
 
 def class_name(layer: nn.Module) -> str:
@@ -62,13 +68,15 @@ def kind_of(layer: nn.Module) -> Kind | None:
 
 def read_by_owner(model: nn.Module) -> set[int]:
     """The ids of linear layers that stay, since the module that owns them reads their weights."""
-    return {
-        id(child)
-        for owner in model.modules()
-        if any(f"{base.__module__}.{base.__qualname__}" in _READERS for base in type(owner).__mro__)
-        for child in owner.children()
-        if isinstance(child, nn.Linear)
-    }
+    found: set[int] = set()
+    for owner in model.modules():
+        names = {f"{base.__module__}.{base.__qualname__}" for base in type(owner).__mro__}
+        if names & _READERS:
+            found |= {id(child) for child in owner.children() if isinstance(child, nn.Linear)}
+        apart = getattr(owner, "q_bias", None) is None or getattr(owner, "qkv_bias_separate", False)
+        if names & _QKV_READERS and not apart:
+            found.add(id(owner.qkv))
+    return found
 
 
 def take_apart(layer: nn.Module, kind: Kind) -> tuple[nn.Module, Rebuild]:

@@ -158,7 +158,7 @@ def apply(swaps: list[Swap], seen: Observed) -> None:
                 f"calibrate: {swap.names[0]} got values that are not finite; look for NaN or inf in the images, and at "
                 "the network's outputs"
             )
-        if key not in seen.moments:
+        if key not in seen.moments or seen.moments[key].rows == 0:  # or with empty inputs alone
             swap.why = _join(swap.why, "not reached by calibration: weights kept")
             continue
         norm = _only_norm(key, seen, by_id)
@@ -255,7 +255,8 @@ def deviation(model: nn.Module, seen: Observed) -> float | None:
     if [each.shape for each in after] != [each.shape for each in before]:  # such as other boxes of a detector
         found = math.inf
     else:
-        found = max(_difference(a, b) for a, b in zip(after, before, strict=True))
+        each = [_difference(a, b) for a, b in zip(after, before, strict=True)]
+        found = float(torch.tensor(each, dtype=torch.float64).max())  # Python's max passes over a NaN
     if not found < 1e-3:
         warnings.warn(f"the converted network's outputs differ by {found:.1e} of the largest from before", stacklevel=3)
     return found

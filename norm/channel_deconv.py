@@ -85,8 +85,8 @@ class ChannelDeconv(Whitening):
         if torch.compiler.is_compiling() and self._joint():  # it waits for other processes: its own piece, not traced
             return torch.compiler.disable(ChannelDeconv.forward)(self, x)  # type: ignore[no-any-return]
         self._check_dtype(x)
-        if self.features_last and x.ndim > 2:
-            return self.forward(x.flatten(0, -2)).view_as(x)
+        if self.features_last and x.ndim not in (0, 2):
+            return self.forward(x.reshape(-1, x.shape[-1])).view_as(x)
         if x.ndim not in (2, 4):
             raise NormError(f"ChannelDeconv got an input of shape {tuple(x.shape)}; it takes (N, C) or (N, C, H, W)")
         if x.shape[1] < self.block:
@@ -135,6 +135,8 @@ class ChannelDeconv(Whitening):
             sampled = rows[:, :: self._every(x)].t()
             _, mean, deconv = whitening.statistics(sampled, Rows(self.block), self.eps, self.n_iter, self._joint())
             self._move((self.running_mean, mean), (self.running_deconv, deconv))
+        elif torch.is_grad_enabled():
+            deconv = deconv.clone()  # which a training step may move before the gradient is taken
         white = product(deconv, rows - mean[:, None]).view(blocks.shape)
         if self.grouping == "channel":
             white = white.transpose(0, 1)

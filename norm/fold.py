@@ -28,11 +28,19 @@ def fold(model: nn.Module) -> nn.Module:
     depthwise 1x1 Conv2d. The outputs equal those of `model.eval()` within float error; norms stay as they are.
 
     Raises:
-        NormError: `model` is no network; a ChannelDeconv that has seen no input, so that its number of channels is
-            unknown; running statistics that are not finite.
+        NormError: `model` is no network, or holds tensors of a forward with gradients; a ChannelDeconv that has seen no
+            input, so that its number of channels is unknown; running statistics that are not finite.
     """
     check_network("norm.fold", model)
-    plain = copy.deepcopy(model).eval()
+    try:
+        plain = copy.deepcopy(model).eval()
+    except RuntimeError as error:
+        if "deepcopy" not in str(error):
+            raise
+        raise NormError(
+            "norm.fold: the network cannot be copied, since it holds tensors of its last forward: activations that it "
+            "keeps, or weights that pruning or the old weight_norm compute. Run it once under torch.no_grad() before"
+        ) from error
     if (alone := _folded(plain, "the model")) is not None:
         return alone
     replacements: dict[int, nn.Module] = {}
@@ -64,7 +72,7 @@ def _folded(layer: nn.Module, name: str) -> nn.Module | None:
     if isinstance(layer, WSConv2d):
         return _conv(layer, layer.standardised(), layer.bias)
     if isinstance(layer, Delinear):
-        return _linear(*layer.folded()).requires_grad_(layer.weight.requires_grad)
+        return _linear(*layer.folded()).requires_grad_(_learns(layer))
     if isinstance(layer, ChannelAffine):
         scale = _pointwise(layer.weight.view(-1, 1), layer.bias, groups=layer.weight.numel())
         return scale.requires_grad_(layer.weight.requires_grad)
@@ -83,7 +91,13 @@ def _conv(old: nn.Conv2d, weight: Tensor, bias: Tensor | None, kind: type[nn.Con
     new = kind(**arguments, bias=bias is not None)
     new = _filled(new, weight, bias)
     new.weight = nn.Parameter(like(old.weight, weight, weight.dtype))
-    return new.requires_grad_(old.weight.requires_grad)
+    return new.requires_grad_(_learns(old))
+
+
+def _learns(layer: nn.Module) -> bool:
+    """Whether its weight does, or what that is computed from (`torch.nn.utils.parametrize`)."""
+    weight = layer._parameters.get("weight")
+    return any(each.requires_grad for each in layer.parameters()) if weight is None else weight.requires_grad
 
 
 def _pointwise(matrix: Tensor, offset: Tensor, groups: int = 1) -> nn.Conv2d:

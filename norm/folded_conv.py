@@ -42,11 +42,16 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, found: Statistics, how:
     """The convolution of x (N, C, H, W) with the weight and bias of `whitening.fold_weight`, in the dtype that
     F.conv2d has under autocast; folded `anew` in the backward, or kept for it."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if _autocast(x):
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         y: Tensor = _FoldedConv.apply(x, weight, bias, *found, how, anew)  # type: ignore[no-untyped-call]
         return y
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast has a say in what a layer computes with x: it leaves float64 as it is."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def product_dtype(autocast: torch.dtype) -> torch.dtype | None:
@@ -120,10 +125,9 @@ class _FoldedConv(torch.autograd.Function):
         return to_x, to.weight.to(dtype), bias_grad, to.mean, to.deconv, None, None, to.scale, None, None
 
 
-def folded(weight: Tensor, bias: Tensor | None, found: Statistics) -> tuple[Tensor, Tensor]:
-    """`whitening.fold_weight` of a linear layer; as in `conv`, autocast decides on the dtype of W D."""
-    device = weight.device.type
-    low = product_dtype(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+def folded(x: Tensor, weight: Tensor, bias: Tensor | None, found: Statistics) -> tuple[Tensor, Tensor]:
+    """`whitening.fold_weight` of a linear layer with input x; as in `conv`, autocast decides on the dtype of W D."""
+    low = product_dtype(torch.get_autocast_dtype(x.device.type)) if _autocast(x) else None
     new: tuple[Tensor, Tensor] = _Fold.apply(weight, bias, *found, low)  # type: ignore[no-untyped-call]
     return new
 

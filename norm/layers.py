@@ -34,7 +34,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             the mean is still subtracted.
         block: channels whitened together; more than in_channels become in_channels, and one that does not divide it
             becomes the greatest common divisor. A grouped convolution has one D a group, of all its channels.
-        n_iter: Newton-Schulz steps.
+        n_iter: Newton-Schulz steps; more than 20 are for float64, in float32 their rounding outgrows the result where
+            patches are fewer than features.
         eps: added to the diagonal of the covariance.
         momentum: rate of the running averages.
         sampling_stride: the statistics use every `sampling_stride`-th window of the convolution in each direction.
@@ -245,7 +246,7 @@ class Delinear(Deconvolving, nn.Linear):
         self._check_dtype(x, self.weight.dtype)
         if self.training:
             x, found = self._training_statistics(x, Rows(self.block))
-            weight, bias = folded_conv.folded(self.effective_weight(), self.bias, found)
+            weight, bias = folded_conv.folded(x, self.effective_weight(), self.bias, found)
         else:
             weight, bias = self.folded()
         if not torch.is_autocast_enabled(x.device.type):

@@ -7,7 +7,7 @@ weights (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, se
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from norm import processes
 from norm.channel_deconv import ChannelDeconv
 from norm.checks import NormError, check_network, float_batches
 from norm.state import Deconvolving
@@ -27,7 +28,8 @@ def precise_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> 
     Those layers normalise each batch by its own statistics, as in training; all others (dropout, say) work as in
     evaluation. A later training goes on from the new averages, at its own rate. Stay as they are: a batch norm without
     running statistics, a frozen one, a layer that is in evaluation mode in a model that is not, and a layer that no
-    batch reaches. A compiled model runs as it was written: each batch has its own rate, which is another graph.
+    batch reaches, or none with values to average. A compiled model runs as it was written: each batch has its own rate,
+    which is another graph.
 
     Args:
         model: a network; its mode comes back afterwards.
@@ -74,30 +76,36 @@ def averaging(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _anew(layer: nn.Module) -> Iterator[Callable[[], int]]:
-    """Inside, the layer is in training mode, its averages start anew and every call counts, of which the function given
-    tells the number; its settings and counts come back, and its averages where there was no call, or an error."""
-    names = ["momentum", *(name for name in ("freeze", "every", "fresh_steps", "_steps") if hasattr(layer, name))]
-    settings = {name: getattr(layer, name) for name in names}
+    """Inside, the layer is in training mode, its averages start anew and every call that moves them counts, of which
+    the function given tells the number; its settings and counts come back, and its averages where there was no such
+    call, or an error."""
+    anew: dict[str, Any] = {"momentum": layer.momentum}
+    if isinstance(layer, Deconvolving):
+        anew |= {"every": min(layer.every, 1), "fresh_steps": 0, "_steps": 0}
+        # of a layer that never freezes it is the class's: one of its own would compile the network again
+        anew |= {"freeze": False} if layer.freeze else {}
+    settings = {name: getattr(layer, name) for name in anew}
     before = {name: one.clone() for name, one in layer.named_buffers()}
     calls = 0
 
-    def count(module: nn.Module, args: Any) -> None:
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         nonlocal calls
+        x = next(iter((*args, *kwargs.values())), None)
+        joint = processes.active() and (isinstance(module, nn.SyncBatchNorm) or getattr(module, "sync", False))
+        empty = isinstance(x, Tensor) and x.numel() == 0 and not joint
+        # a batch norm's own hook may have it leave a single value out (`engine.single_values`)
+        if empty or not module.training:
+            return
         calls += 1
-        if not isinstance(module, _BatchNorm):
-            module.momentum = 1 / calls  # type: ignore[assignment]
+        module.momentum = 1 / calls  # type: ignore[assignment]
 
-    handle = layer.register_forward_pre_hook(count)
+    handle = layer.register_forward_pre_hook(count, with_kwargs=True)
     layer.training = True
-    if isinstance(layer, _BatchNorm):
-        layer.reset_running_stats()
-        layer.momentum = None  # torch's word for the plain average
-    else:
-        for held in layer.buffers():  # those of a batch that overflowed would stay, whatever they weigh
-            if held.is_floating_point():
-                held.nan_to_num_(0.0, 0.0, 0.0)
-    if isinstance(layer, Deconvolving):
-        layer.freeze, layer.every, layer.fresh_steps, layer._steps = False, min(layer.every, 1), 0, 0
+    for held in layer.buffers():  # those of a batch that overflowed would stay, whatever they weigh
+        if held.is_floating_point():
+            held.nan_to_num_(0.0, 0.0, 0.0)
+    for name, value in anew.items():
+        setattr(layer, name, value)
     kept = False
     try:
         yield lambda: calls

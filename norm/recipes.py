@@ -17,6 +17,10 @@ from norm.registry import Place, Recipe, register
 from norm.sampling import Grouping
 from norm.state import FRESH_STEPS
 
+_MOST_STEPS = 20
+"""Each step amplifies the rounding of eigenvalues near zero by 2.25, up to 6e-8 * 2.25^20 = 0.7 of what they become
+(tests/norm/test_whitening.py)."""
+
 
 def copy_conv(old: nn.Conv2d, new: nn.Conv2d) -> nn.Conv2d:
     """`new` with the weight and bias of `old`, on its device; a bias that `old` lacks starts at zero."""
@@ -240,7 +244,8 @@ class Deconv(Recipe):
     of a channel by itself, its own few taps, is worth little to whiten."""
     fc_block: int = 0
     """Features whitened together in linear layers, which become Delinear; 0 keeps them. Those stay whose weights their
-    owner reads (torch's MultiheadAttention and TransformerEncoderLayer, attention in torchvision's Swin)."""
+    owner reads (torch's MultiheadAttention and TransformerEncoderLayer, attention in torchvision's Swin and in timm's
+    BEiT, EVA and SwinV2)."""
     delinear: bool = True
     """False: linear layers stay, and a ChannelDeconv with blocks of fc_block stands before each (the authors' other
     way, `--delinear False`)."""
@@ -248,6 +253,11 @@ class Deconv(Recipe):
     def __post_init__(self) -> None:
         check_options(self.block, self.n_iter, self.eps, self.momentum, self.sampling_stride)
         check_options(self.last_block or 1, self.stem_n_iter, self.eps, self.momentum)
+        if max(self.n_iter, self.stem_n_iter) > _MOST_STEPS:
+            raise NormError(
+                f"deconv: n_iter={self.n_iter} and stem_n_iter={self.stem_n_iter} must be at most {_MOST_STEPS}: "
+                "rounding in float32 outgrows the result of more steps where patches are fewer than features"
+            )
         if min(self.max_rows, self.block_features, self.every, self.fresh_steps) < 0:
             raise NormError(
                 f"deconv: max_rows={self.max_rows}, block_features={self.block_features}, every={self.every} and "

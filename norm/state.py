@@ -28,6 +28,14 @@ def _norms(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.flatten(1), dim=1)
 
 
+def _with_direction(weight: Tensor, norms: Tensor) -> Tensor:
+    """The weight, with filters of a fresh layer in place of those of zeros, always the same ones: without a direction
+    neither the filter nor its gain, which is zero, would have a gradient."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    fresh = torch.randn(weight.shape, generator=generator, device="cpu").to(weight) / math.sqrt(3 * weight[0].numel())
+    return torch.where((norms < _TINY).view(-1, *[1] * (weight.ndim - 1)), fresh, weight)
+
+
 class Whitening(nn.Module):
     """What the layers share: running statistics in at least float32, which a second computation for the backward
     (`torch.utils.checkpoint`) does not move."""
@@ -180,7 +188,8 @@ class Deconvolving(Whitening):
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer that this one is in evaluation."""
         layer: Any = self
-        found = self._held_statistics()
+        # a training step may come before the gradient of this evaluation is taken
+        found = self._held_copies() if torch.is_grad_enabled() else self._held_statistics()
         return whitening.fold_weight(self.effective_weight(), layer.bias, found, self.groups, self.grouping)
 
     def set_statistics(self, mean: Tensor, covariance: Tensor) -> None:
@@ -212,8 +221,10 @@ class Deconvolving(Whitening):
             if self.gain is not None:
                 norms = _norms(weight)
                 self.gain.copy_(norms)
+                weight = _with_direction(weight, norms)
                 if rescale:
-                    weight = weight / norms.clamp_min(_TINY).mul(math.sqrt(3)).view(-1, *[1] * (weight.ndim - 1))
+                    norms = _norms(weight)
+                    weight = weight / norms.mul(math.sqrt(3)).view(-1, *[1] * (weight.ndim - 1))
             self.layer_weight.copy_(weight)
 
     def effective_weight(self) -> Tensor:
@@ -244,6 +255,15 @@ class Deconvolving(Whitening):
         if mode and not self.training and "steps" in self._buffers and not self.steps.is_meta:
             self._steps = int(self.steps)  # somebody may have copied buffers, such as `torch.optim.swa_utils`
         return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """For torch.nn.DataParallel: every replica counts the step by itself, as one and the same. The buffers of the
+        first one are this layer's, and with them its averages and count, as with batch norm."""
+        if "steps" in self._buffers:
+            self._steps = int(self.steps)
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._clock = self._clock.clone()
+        return replica
 
     def _held(self, steps: Any) -> Any:
         """Whether the statistics of the training step after `steps` others are held; an int or a tensor."""

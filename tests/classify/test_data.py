@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from classify import data
 from classify.config import ClassifyConfig, DataConfig
@@ -110,6 +111,18 @@ def test_batches_of_cifar(cifar_root: Path) -> None:
     assert first["name"][0] == "cifar10/train/0"
     with pytest.raises(UserError, match="cifar10 has no split 'dev'; there are: train, test, val"):
         data.eval_batches(cfg, CPU, "dev")
+
+
+@pytest.mark.parametrize("size", [10**7, 10**10])
+def test_a_size_beyond_the_memory_is_told(cifar_root: Path, size: int) -> None:
+    with pytest.raises(UserError, match=rf"data.size: {size}: 40 images of {size}x{size} take \d+.* GiB, more memory"):
+        data.eval_batches(config(cifar_root, size=size), CPU)
+
+
+def test_a_size_of_one_pixel_is_refused(cifar_root: Path) -> None:
+    """torch's resizing of uint8 fails on it."""
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        config(cifar_root, size=1)
 
 
 def test_size(cifar_root: Path) -> None:

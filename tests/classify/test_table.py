@@ -215,6 +215,7 @@ def test_what_earlier_starts_made_stays_in_the_table(ask: Any, trained: list[str
         ({"variants": ["bn:optim.lr"]}, "--variants: found 'bn:optim.lr', expected NAME or NAME:key=value"),
         ({"variants": [":optim.lr=1"]}, "--variants: found ':optim.lr=1'"),
         ({"variants": ["bn:norm.name=gn"]}, "--variants: bn:norm.name=gn: norm.name differs from cell to cell"),
+        ({"variants": ["bn:norm={name: gn}"]}, "norm.name differs from cell to cell .* set it with --variants"),
         ({"networks": ["vgg16", "vgg16"]}, "--networks: vgg16 is there twice"),
         ({"seeds": [1, 1]}, "--seeds: 1 is there twice"),
         ({"overrides": ["length=3 epochs"]}, "--set: length differs .* set it with --epochs"),

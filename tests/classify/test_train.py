@@ -81,6 +81,14 @@ def test_options_of_a_config(cifar_root: Path, tmp_path: Path, options: list[str
     assert info.classes[6] == "frog" and model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
+def test_a_normalisation_that_does_not_fit_a_trained_network(cifar_root: Path, tmp_path: Path):
+    train.run(loaded(cifar_root, "length=1 step"), tmp_path)
+    for key in ("mean", "std"):
+        said = f"data.{key}: 1 numbers, and the network takes images of 3 channels; give one for each channel"
+        with pytest.raises(UserError, match=said):
+            from_checkpoint(tmp_path / "best.pt", [f"data.{key}=[0.5]"])
+
+
 def test_a_folder_of_images_with_a_broken_one(image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     root = tmp_path / "images"
     shutil.copytree(image_root, root)

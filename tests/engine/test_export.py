@@ -87,3 +87,16 @@ def test_a_program_that_computes_something_else_is_not_kept(tmp_path: Path, monk
     with pytest.raises(UserError, match="x.pt2: not written: the exported program's outputs differ .* by [1-9]"):
         export(trained("deconv"), tmp_path / "x.pt2", (8, 8), plain, MEAN, STD, {})
     assert not list(tmp_path.iterdir())
+
+
+class Overflows(nn.Module):
+    """Infinity times zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(x.mean((2, 3)) + 1000) * 0
+
+
+def test_outputs_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="x.pt2: not written: the exported program's outputs differ .* by nan"):
+        export(Overflows().eval(), tmp_path / "x.pt2", (8, 8), plain, MEAN, STD, {})
+    assert not list(tmp_path.iterdir())

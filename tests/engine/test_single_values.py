@@ -48,6 +48,20 @@ def test_more_values_are_treated_as_ever():
     assert plain.state_dict().keys() == model.state_dict().keys()
 
 
+def test_single_values_leave_precise_statistics_out():
+    layer = nn.BatchNorm2d(4)
+    layer.running_mean.fill_(5)
+    layer.running_var.fill_(9)
+    model = pooled(layer)
+    allow_single_values(model)
+    assert norm.precise_statistics(model, torch.randn(1, 4, 3, 3)) == 0
+    assert (layer.running_mean == 5).all() and (layer.running_var == 9).all() and layer.training
+    batches = [torch.randn(images, 4, 3, 3) for images in (1, 3, 1, 2)]
+    assert norm.precise_statistics(model, batches) == 1
+    means = [x.mean((0, 2, 3)) for x in batches[1::2]]
+    torch.testing.assert_close(layer.running_mean, torch.stack(means).mean(0))
+
+
 def test_group_norm_gives_what_it_gives_for_two_images():
     model = nn.GroupNorm(4, 4)
     with torch.no_grad():

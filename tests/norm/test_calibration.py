@@ -1,6 +1,7 @@
 """Trained batch-norm networks become deconvolution networks that compute the same function."""
 
 import copy
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -302,6 +303,43 @@ def test_outputs_of_another_shape_differ():
     model.register_forward_pre_hook(lambda module, args: setattr(module, "threshold", next(calls)))
     with pytest.warns(UserWarning, match="differ by inf"):
         assert norm.convert(model, "deconv", calibrate=torch.randn(4, 3, 9, 9)).deviation == float("inf")
+
+
+class Twice(nn.Module):
+    """Two outputs, of which the second one is spoilt in a second run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.factors = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), iter((1.0, float("nan")))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        found = self.bn(self.conv(x))
+        return [found, found * next(self.factors)]
+
+
+def test_one_output_that_is_not_finite_is_told():
+    with pytest.warns(UserWarning, match="differ by nan"):
+        found = norm.convert(Twice(), "deconv", calibrate=torch.randn(4, 3, 9, 9)).deviation
+    assert found is not None and math.isnan(found)
+
+
+class Empty(nn.Module):
+    """A detector whose head gets no proposal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(x)[:0])
+
+
+def test_a_layer_with_empty_inputs_alone_keeps_its_weights():
+    model = Empty()
+    before = model.head.weight.clone()
+    report = norm.convert(model, "deconv", calibrate=torch.randn(4, 3, 9, 9))
+    assert torch.equal(model.head.weight, before) and model.head.running_mean.isfinite().all()
+    assert "not reached by calibration: weights kept" in report.rows[1].why
 
 
 @pytest.mark.parametrize(

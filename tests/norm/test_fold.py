@@ -97,3 +97,39 @@ def test_pruned_layers_fold():
     calls.clear()
     torch.testing.assert_close(plain(x), model.eval()(x))
     assert calls == [plain[0], model[0]]
+
+
+def test_a_folded_layer_learns_where_what_its_weight_is_computed_from_does():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(100, 3))
+    norm.convert(model, "deconv", fc_block=10)
+    for layer in (model[0], model[2], model[4]):
+        nn.utils.parametrizations.weight_norm(layer)
+    model[0].requires_grad_(False)
+    plain = norm.fold(model)
+    assert [each.requires_grad for each in plain.parameters()] == [False, False, True, True, True, True]
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(plain(x), model.eval()(x))
+
+
+class Keeps(nn.Module):
+    """It keeps what its last layer but one gave, for a loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        self.kept = self.bn(self.conv(x))
+        return self.head(self.kept)
+
+
+def test_a_network_that_holds_tensors_of_its_last_forward():
+    model, x = Keeps(), torch.randn(2, 3, 9, 9)
+    norm.convert(model, "deconv")
+    prune.l1_unstructured(model.head, "weight", 0.5)
+    model(x).sum().backward()
+    with pytest.raises(norm.NormError, match="holds tensors of its last forward.* Run it once under torch.no_grad"):
+        norm.fold(model)
+    with torch.no_grad():
+        model.eval()(x)
+    torch.testing.assert_close(norm.fold(model)(x), model(x))

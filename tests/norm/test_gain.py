@@ -96,3 +96,15 @@ def test_a_filter_of_zeros_gives_its_bias_and_finite_gradients() -> None:
     torch.testing.assert_close(y[:, 2], layer.bias[2].expand_as(y[:, 2]))
     y.sum().backward()
     assert all(bool(one.grad.isfinite().all()) for one in layer.parameters())
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_filters_that_begin_as_zeros_learn(calibrated: bool) -> None:
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    x = torch.randn(4, 3, 9, 9)
+    nn.init.zeros_(model[1].weight[:2] if calibrated else model[0].weight[:2])
+    norm.convert(model, "deconv", gain=True, calibrate=x if calibrated else None)
+    layer = model[0]
+    assert not layer.effective_weight()[:2].any() and layer.effective_weight()[2:].all()
+    (model.train()(x) * torch.randn(4, 4, 7, 7)).sum().backward()
+    assert layer.gain.grad.all()

@@ -172,6 +172,31 @@ def test_a_held_layer_uses_the_running_averages_and_resumes_its_count():
     assert torch.equal(other.running_deconv, layer.running_deconv) and int(other.steps) == int(layer.steps) == 14
 
 
+def replicas(layer: FastDeconv, count: int) -> list[FastDeconv]:
+    """As torch.nn.DataParallel makes them, which needs GPUs: the first one has the layer's own buffers."""
+    found = [layer._replicate_for_data_parallel() for _ in range(count)]
+    for number, replica in enumerate(found):
+        for name, parameter in layer._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.view_as(parameter))
+        replica._buffers = {name: one if number == 0 else one.clone() for name, one in layer._buffers.items()}
+    return found
+
+
+@pytest.mark.parametrize("options", [{"freeze": True, "freeze_iter": 1}, {"every": 3, "fresh_steps": 1, "rank": 4}])
+def test_replicas_count_a_step_once(options):
+    torch.manual_seed(0)
+    layer = FastDeconv(3, 4, 3, **options)
+    twin = copy.deepcopy(layer)
+    for step in range(1, 12):
+        x, other = torch.randn(2, 4, 3, 9, 9)
+        first, second = replicas(layer, 2)
+        second(other)
+        torch.testing.assert_close(first(x), twin(x))
+        assert int(layer.steps) == step
+    for name, held in twin.named_buffers():
+        torch.testing.assert_close(layer.get_buffer(name), held)
+
+
 def test_weights_without_a_count_load():
     layer = FastDeconv(3, 4, 3, freeze=True)
     state = layer.state_dict()
@@ -195,6 +220,18 @@ def test_autocast(dtype):
     assert got.dtype == dtype and layer.running_deconv.dtype == torch.float32
     assert layer.weight.grad is not None and torch.isfinite(layer.weight.grad).all()
     assert (got.float() - want).abs().max() < 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_autocast_leaves_float64_as_it_is(every: int):
+    """As it leaves torch's own convolution and linear layer."""
+    torch.manual_seed(0)
+    conv = (FastDeconv(3, 4, 3, every=every, dtype=D64), torch.randn(4, 3, 9, 9, dtype=D64))
+    linear = (Delinear(6, 4, every=every, dtype=D64), torch.randn(20, 6, dtype=D64))
+    for layer, x in (conv, linear):
+        want = copy.deepcopy(layer)(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(x), want)
 
 
 @pytest.mark.parametrize("every", [0, 1])
@@ -335,6 +372,31 @@ def test_channel_deconv_whitens_whole_blocks_and_standardises_the_rest(shape, gr
     want_eval = (flat @ matrix.t() + offset).transpose(1, -1).view(shape)
     torch.testing.assert_close(layer.eval()(x), want_eval)
     assert rank == len(shape)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_training_step_leaves_the_gradient_of_an_evaluation_before_it(every: int):
+    torch.manual_seed(0)
+    model = nn.Sequential(FastDeconv(3, 4, 3, every=every), nn.Flatten(), Delinear(196, 2, block=8, every=every))
+    model.append(ChannelDeconv(2))
+    x = torch.randn(4, 3, 9, 9, requires_grad=True)
+    model(x)
+    loss = model.eval()(x).square().sum()
+    wanted = [x, *model.parameters()]
+    want = torch.autograd.grad(loss, wanted, retain_graph=True)
+    model.train()(x)
+    assert all(map(torch.equal, torch.autograd.grad(loss, wanted), want))
+
+
+def test_channel_deconv_takes_one_vector_as_a_linear_layer_does():
+    torch.manual_seed(0)
+    layer = ChannelDeconv(2, features_last=True)
+    layer(torch.randn(9, 6))
+    x = torch.randn(6)
+    torch.testing.assert_close(layer.eval()(x), layer(x[None])[0])
+    assert norm.fold(nn.Sequential(layer))(x).shape == (6,)
+    with pytest.raises(norm.NormError, match=r"shape \(6,\); it takes \(N, C\)"):
+        ChannelDeconv(2)(x)
 
 
 def test_channel_deconv_errors():

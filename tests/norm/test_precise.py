@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from norm import ChannelDeconv, Delinear, FastDeconv, NormError, precise_statistics
 from tests.norm.reference import inverse_root
@@ -155,6 +156,27 @@ def test_every_call_of_a_layer_counts_alike() -> None:
     assert (model.never.running_mean == 7).all()
 
 
+class Proposals(nn.Module):
+    """A head that gets no proposal of the first image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = FastDeconv(4, 4, 1).to(D64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=x[:0] if len(x) == 2 else x)  # type: ignore[no-any-return]
+
+
+def test_calls_without_values_do_not_count() -> None:
+    model = Proposals()
+    model.head.running_mean.fill_(7)
+    first, *others = [torch.randn(count, 4, 6, 6, dtype=D64) + count for count in (2, 5, 3)]
+    assert precise_statistics(model, first) == 0 and (model.head.running_mean == 7).all()
+    assert precise_statistics(model, [first, *others]) == 1
+    means = [model.head.patches(each, (0, 0)).mean(1) for each in others]
+    torch.testing.assert_close(model.head.running_mean, torch.stack(means).mean(0))
+
+
 def test_layers_that_are_frozen_by_their_mode_stay_as_they_are() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)).to(D64).train()
     model[1].eval().requires_grad_(False)
@@ -173,6 +195,17 @@ def test_a_compiled_model_is_not_compiled_for_each_batch() -> None:
         torch.testing.assert_close(found, want)
     with torch.no_grad():  # compiled now
         torch.testing.assert_close(model(batches()[0]), twin(batches()[0]))
+
+
+def test_a_compiled_model_is_not_compiled_again_afterwards() -> None:
+    model = nn.Sequential(FastDeconv(4, 4, 3, freeze=True), nn.Flatten(), Delinear(196, 3, block=4, every=2)).to(D64)
+    graphs = CompileCounter()  # type: ignore[no-untyped-call]
+    model.compile(backend=graphs)
+    for _ in range(2):
+        model(batches()[0])
+    precise_statistics(model, batches())
+    model(batches()[0])
+    assert graphs.frame_count == 1 and model[0].freeze and not model[2].freeze
 
 
 def test_buffers_of_a_parametrization_come_back_with_the_rest() -> None:

@@ -10,13 +10,16 @@ import torch
 import torchvision
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 from torch import distributed as dist
 from torchvision.ops import DeformConv2d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import norm
-from norm import Delinear, FastDeconv
+from norm import ChannelDeconv, Delinear, FastDeconv
 from norm.other_layers import ChannelAffine
 
 D64 = torch.float64
@@ -56,6 +59,23 @@ def test_linear_layers_that_their_owner_reads_stay(name: str) -> None:
     found = {type(layer): key for key, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     assert set(found) == {nn.Linear, Delinear} and found[nn.Linear].endswith("attn.proj")
     model(torch.randn(1, 3, 64, 64)).sum().backward()
+
+
+@pytest.mark.parametrize("delinear", [True, False])
+@pytest.mark.parametrize("name", ["beit", "eva", "swin_v2"])
+def test_timms_attention_reads_its_first_layer_alone(name: str, delinear: bool) -> None:
+    size: dict[str, Any] = {"img_size": 32, "num_classes": 4}
+    model: nn.Module
+    if name == "swin_v2":
+        model = SwinTransformerV2(patch_size=4, embed_dim=16, depths=(1,), num_heads=(2,), window_size=4, **size)
+    else:
+        model = {"beit": Beit, "eva": Eva}[name](patch_size=8, embed_dim=16, depth=1, num_heads=2, **size)
+    norm.convert(model, "deconv", fc_block=8, delinear=delinear)
+    model(torch.randn(4, 3, 32, 32)).sum().backward()
+    attention = next(layer for layer in model.modules() if hasattr(layer, "qkv"))
+    assert type(attention.qkv) is nn.Linear and type(attention.proj) is not nn.Linear
+    whitening = [layer for layer in model.modules() if isinstance(layer, Delinear | FastDeconv | ChannelDeconv)]
+    assert len(whitening) > 4 and all(layer.running_mean.any() for layer in whitening)
 
 
 def test_a_transformer_layer_computes_the_same_with_and_without_gradients() -> None:

@@ -89,6 +89,16 @@ def test_many_steps_converge_to_the_inverse_root():
     torch.testing.assert_close(d @ matrix @ d, torch.eye(8, dtype=torch.float64), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("n_iter, low, high", [(20, 1e-3, 0.1), (25, 10, 1e6)])
+def test_float32_is_enough_for_twenty_steps(n_iter, low, high):
+    """Why recipes take no more of them: here patches are fewer than features."""
+    torch.manual_seed(0)
+    patches = torch.randn(27, 8, dtype=torch.float64).cumsum(0) * 10
+    _, covariance = whitening.mean_and_covariance(patches, 1e-5)
+    want, found = (whitening.inverse_sqrt(each, n_iter).double() for each in (covariance, covariance.float()))
+    assert low < (found - want).norm() / want.norm() < high
+
+
 def test_gain_is_bounded_for_fewer_rows_than_features():
     patches = torch.randn(50, 3, dtype=torch.float64)
     _, covariance = whitening.mean_and_covariance(patches, 1e-5)
