@@ -136,17 +136,23 @@ def test_so_is_that_of_a_linear_layer(options: dict):
 
 
 def compare(layer: FastDeconv | Delinear, x: Tensor, rows: int) -> None:
-    """With float64; `rows` is how many the weight has as the product with D takes it."""
+    """With float64; `rows` is how many the weight has as the product with D takes it.
+
+    torch's own convolution is less precise in bfloat16 on processors without instructions for it. There the product may
+    be so too, by a tenth of what the convolution alone deviates.
+    """
     results = []
-    for dtype in (torch.float64, torch.float32):
+    chosen = folded_conv.product_dtype
+    for dtype, product in ((torch.float64, chosen), (torch.float32, lambda _: None), (torch.float32, chosen)):
         twin, source = copy.deepcopy(layer).to(dtype), x.to(dtype).relu().requires_grad_()
-        with Products() as products:
+        with pytest.MonkeyPatch.context() as patch, Products() as products:
+            patch.setattr(folded_conv, "product_dtype", product)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
                 y = twin(source)
             y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).sin().to(y.dtype))
         results.append([y, source.grad, *(each.grad for each in twin.parameters())])
-    for exact, rounded in zip(*results, strict=True):
-        assert relative(rounded, exact) < 0.015
+    for exact, convolved, rounded in zip(*results, strict=True):
+        assert relative(rounded, exact) < max(0.015, 1.1 * relative(convolved, exact))
     assert products.dtypes[rows] == {torch.bfloat16}
 
 
