@@ -41,6 +41,7 @@ def figure(path: Path | str, size: tuple[float, float]) -> Iterator[Figure]:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
     kind = Path(path).suffix.lstrip(".") or "png"
     if kind not in FigureCanvasAgg.get_supported_filetypes():
@@ -48,10 +49,9 @@ def figure(path: Path | str, size: tuple[float, float]) -> Iterator[Figure]:
     drawn = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(drawn)
     yield drawn
-    for axes in drawn.axes:  # a name with dollar signs is no formula
-        legend = axes.get_legend()
-        for text in (axes.title, *(legend.get_texts() if legend else ())):
-            text.set_parse_math(False)
+    legends: list[Any] = drawn.findobj(Legend)  # those below all axes, too
+    for text in (*(axes.title for axes in drawn.axes), *(text for legend in legends for text in legend.get_texts())):
+        text.set_parse_math(False)  # a name with dollar signs is no formula
     data = io.BytesIO()
     drawn.savefig(data, format=kind)
     write_bytes(path, data.getvalue())
