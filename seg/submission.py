@@ -112,7 +112,7 @@ def predict_missing(
     sizes: dict[str, tuple[int, int]] = {}
     missing = []
     for sample in samples:
-        size = _size(parts / png_name(sample))
+        size = _size(parts / png_name(sample), whole=True)
         if size is None or size != _size(sample.image):
             missing.append(sample)
         else:
@@ -207,10 +207,13 @@ def _fingerprint(path: Path, cfg: SegConfig, views: Views | None) -> str:
     return json.dumps(facts, indent=1, sort_keys=True) + "\n"
 
 
-def _size(path: Path) -> tuple[int, int] | None:
-    """Height and width in the header of an image file; None if there is no sound one."""
+def _size(path: Path, whole: bool = False) -> tuple[int, int] | None:
+    """Height and width in the header of an image file; None if there is no sound one, with `whole` if it doesn't
+    decode."""
     try:
         with Image.open(path) as image:
+            if whole:
+                image.load()
             return image.height, image.width
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
         return None
