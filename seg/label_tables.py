@@ -92,8 +92,9 @@ class LabelTable:
 
     @cached_property
     def class_categories(self) -> dict[str, list[int]]:
-        """Category -> the places in `labels` of all labels of its classes; none for one without a class. By class, since
-        a network predicts one label for all those of a class."""
+        """Category -> the places in `labels` of all labels of its classes; none for one without a class.
+
+        By class, since a network predicts one label for all those of a class."""
         members = {name: list[int]() for name in self.categories}
         for group in self.groups:
             if category := next((self.labels[i].category for i in group if self.labels[i].category), ""):

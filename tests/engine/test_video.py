@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+from engine import video
 from engine.errors import UserError
 from engine.video import CODECS, LOSSLESS, Reader, writing
 
@@ -76,6 +77,51 @@ def test_a_file_whose_sound_is_longer_than_its_pictures_is_not_called_damaged(tm
         assert len(list(reader)) == 20
     said = r"20 frames .* the 40 that its length .* sound is longer .* or the file is cut off"
     assert re.match(said, reader.problems[0])
+
+
+def edited(path: Path, seconds: float, start: int) -> None:
+    """Makes an .mp4 of ours show so many seconds from frame `start` on, as cutting without encoding does."""
+    data = bytearray(path.read_bytes())
+    place = data.find(b"elst") + 12  # behind the name, the version and the number of entries
+    assert struct.unpack(">I", data[place - 4 : place]) == (1,)
+    units = struct.unpack(">I", data[data.find(b"mdhd") + 16 :][:4])[0]
+    data[place : place + 8] = struct.pack(">II", round(1000 * seconds), round(units * start / 12.5))
+    path.write_bytes(data)
+
+
+def test_frames_that_an_edit_list_leaves_out_are_not_missing(tmp_path: Path):
+    path = write(tmp_path / "a.mp4", [np.full((48, 64, 3), 4 * i, np.uint8) for i in range(50)])
+    assert video.shown_share(path) == 1
+    edited(path, 20 / 12.5, 25)
+    with Reader(path) as reader:
+        found = [frame.mean() for frame in reader]
+    assert len(found) == 20 and abs(found[0] - 100) < 4 and not reader.problems
+    assert reader.remarks == [
+        "20 frames could be read of the 50 in the file, whose edit list leaves out the others: it was trimmed"
+    ]
+    data = bytearray(path.read_bytes())
+    places = [m.start() for m in re.finditer(b"\x00\x00\x01\xb6", data)]  # a picture of MPEG-4
+    assert len(places) == 50
+    data[places[36] : places[48]] = bytes(places[48] - places[36])
+    path.write_bytes(data)
+    with Reader(path) as reader:
+        count = len(list(reader))
+    assert count < 18 and not reader.remarks and "the file is cut off or damaged" in reader.problems[0]
+
+
+@pytest.mark.parametrize("damage", ["moov", "mvhd", "mdhd", "elst", "hdlr", "trak"])
+def test_a_damaged_edit_list_is_none(tmp_path: Path, damage: str):
+    path = write(tmp_path / "a.mp4", frames())
+    edited(path, 0.2, 1)
+    assert abs(video.shown_share(path) - 0.2 / (6 / 12.5)) < 1e-3
+    data = bytearray(path.read_bytes())
+    place = data.find(damage.encode()) + 4
+    data[place : place + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    assert 0 <= video.shown_share(path) <= 1
+    path.write_bytes(data[: place + 20])
+    assert video.shown_share(path) == 1
+    assert video.shown_share(write(tmp_path / "a.avi", frames())) == 1
 
 
 def broken(tmp_path: Path, kind: str) -> Path:
