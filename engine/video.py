@@ -30,6 +30,8 @@ LOSSLESS = {".mkv": "FFV1", ".avi": "FFV1"}
 _COUNTED = frozenset({".mp4", ".m4v", ".mov", ".avi"})
 """Endings of the files that hold their number of frames. For the others OpenCV computes it from the length of all there
 is in the file, sound included, and the rate."""
+_LATE_SOUND = 0.1
+"""Seconds by which the sound of any file may last longer than its pictures: it comes in blocks of its own length."""
 _USUAL_RATE = 25.0
 _HIGHEST_RATE = 1000.0
 _LARGEST_INDEX = 2**28
@@ -103,7 +105,8 @@ class Reader:
             self.read += 1
             yield frame
             frame = self._next()
-        if self.announced is None or self.read >= self.announced:
+        counted = self.path.suffix.lower() in _COUNTED
+        if self.announced is None or self.read >= self.announced - (0 if counted else _LATE_SOUND * self.rate):
             return
         found = f"{self.read} frames could be read of the {self.announced}"
         shown = self.announced * shown_share(self.path)
@@ -112,7 +115,7 @@ class Reader:
         else:
             self.problems.append(
                 f"{found} announced; the file is cut off or damaged"
-                if self.path.suffix.lower() in _COUNTED
+                if counted
                 else f"{found} that its length and rate make: its sound is longer than its pictures, their rate "
                 "varies, or the file is cut off or damaged"
             )

@@ -67,16 +67,29 @@ def test_a_truncated_file_gives_what_it_has_and_says_so(tmp_path: Path):
     assert reader.problems == [f"{count} frames could be read of the 20 announced; the file is cut off or damaged"]
 
 
-def test_a_file_whose_sound_is_longer_than_its_pictures_is_not_called_damaged(tmp_path: Path):
-    path = write(tmp_path / "a.mkv", [np.full((48, 64, 3), 9 * i, np.uint8) for i in range(20)])
+def lasting(path: Path, seconds: float) -> None:
+    """Makes an .mkv say that its longest stream lasts so long."""
     data = bytearray(path.read_bytes())
     place = data.find(b"\x44\x89\x88") + 3  # Matroska's Duration, a double: the length of all streams, in milliseconds
-    data[place : place + 8] = struct.pack(">d", 2 * struct.unpack(">d", data[place : place + 8])[0])
+    data[place : place + 8] = struct.pack(">d", 1000 * seconds)
     path.write_bytes(data)
+
+
+def test_a_file_whose_sound_is_longer_than_its_pictures_is_not_called_damaged(tmp_path: Path):
+    path = write(tmp_path / "a.mkv", [np.full((48, 64, 3), 9 * i, np.uint8) for i in range(20)])
+    lasting(path, 2 * 20 / 12.5)
     with Reader(path) as reader:
         assert len(list(reader)) == 20
     said = r"20 frames .* the 40 that its length .* sound is longer .* or the file is cut off"
     assert re.match(said, reader.problems[0])
+
+
+def test_sound_that_ends_a_little_after_the_pictures_is_usual(tmp_path: Path):
+    path = write(tmp_path / "a.mkv", [np.full((48, 64, 3), 2 * i, np.uint8) for i in range(100)], 60)
+    lasting(path, 100 / 60 + 0.06)
+    with Reader(path) as reader:
+        assert len(list(reader)) == 100
+    assert reader.announced > 102 and not reader.problems
 
 
 def edited(path: Path, seconds: float, start: int) -> None:
