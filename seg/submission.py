@@ -25,7 +25,7 @@ from engine.images import check_writable, write_bytes, write_png
 from seg.averaging import Averaged, Views, predictor_of
 from seg.config import SegConfig
 from seg.data import EvalBatches, Sample, eval_batches
-from seg.labels import CITYSCAPES, TRAIN_LABEL_IDS, table_of, to_label_ids
+from seg.labels import CITYSCAPES, TRAIN_LABEL_IDS, read_label_ids, table_of, to_label_ids
 from seg.per_image import told
 from seg.predict import Predictor
 
@@ -112,7 +112,7 @@ def predict_missing(
     sizes: dict[str, tuple[int, int]] = {}
     missing = []
     for sample in samples:
-        size = _size(parts / png_name(sample), whole=True)
+        size = _done(parts / png_name(sample))
         if size is None or size != _size(sample.image):
             missing.append(sample)
         else:
@@ -207,13 +207,19 @@ def _fingerprint(path: Path, cfg: SegConfig, views: Views | None) -> str:
     return json.dumps(facts, indent=1, sort_keys=True) + "\n"
 
 
-def _size(path: Path, whole: bool = False) -> tuple[int, int] | None:
-    """Height and width in the header of an image file; None if there is no sound one, with `whole` if it doesn't
-    decode."""
+def _done(path: Path) -> tuple[int, int] | None:
+    """Height and width of a prediction that is there already; None if it isn't, or is damaged."""
+    try:
+        ids = read_label_ids(path)
+    except UserError:
+        return None
+    return ids.shape[0], ids.shape[1]
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Height and width in the header of an image file; None if there is no sound one."""
     try:
         with Image.open(path) as image:
-            if whole:
-                image.load()
             return image.height, image.width
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
         return None
