@@ -37,7 +37,13 @@ SUFFIXES = frozenset(
 )
 """Endings of the files that are taken from folders, in lower case; a file named by itself may have any. Some that
 cannot be read (.heic) are among them: a photo that is reported is better than one that is passed over."""
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"})
+VIDEO_SUFFIXES = frozenset(
+    f".{ending}"
+    for ending in (
+        *("mp4", "m4v", "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv", "ts", "mts", "m2ts", "3gp", "ogv"),
+        *("vob", "asf", "mxf"),
+    )
+)
 """Endings, in lower case, of the files that are taken for videos."""
 MAX_PIXELS = 128_000_000
 """Images with more pixels are refused before they are decoded, unless told otherwise."""

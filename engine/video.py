@@ -64,7 +64,7 @@ class Reader:
         if self.path.stat().st_size == 0:
             raise UserError(f"{show(self.path)}: the file is empty (0 bytes).")
         # several decoding threads make other pictures of a damaged file in each run
-        self._capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+        self._capture = cv2.VideoCapture(_known(self.path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
         if not self._capture.isOpened():
             raise UserError(
                 f"{show(self.path)}: cannot be opened as a video: not a video file, cut off (an .mp4 keeps its index "
@@ -126,6 +126,20 @@ class Reader:
         rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False) if there else None
         self.seconds += time.perf_counter() - start
         return rgb
+
+
+def _known(path: Path, named: Path | None = None) -> str:
+    """A path as FFmpeg takes it: what stands before a first colon would be a protocol to it. Raises UserError, about
+    `named` if it is another, for a name that is no text: with that OpenCV ends the process."""
+    known = os.path.join(".", path)
+    try:
+        known.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{show(named or path)}: OpenCV opens no video whose name, or that of a folder above it, is not UTF-8; "
+            "rename it"
+        ) from None
+    return known
 
 
 def shown_share(path: Path) -> float:
@@ -198,7 +212,7 @@ def writing(
     check_writable(path.parent)
     part = path.with_name(f".{uuid4().hex[:12]}.part{path.suffix.lower()}")
     color = [cv2.VIDEOWRITER_PROP_IS_COLOR, int(not lossless)]
-    writer = cv2.VideoWriter(str(part), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), rate, size, color)
+    writer = cv2.VideoWriter(_known(part, path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), rate, size, color)
     count = 0
 
     def write(frame: Array) -> None:
@@ -236,7 +250,7 @@ def check_name(path: Path, lossless: bool = False) -> str:
 
 def _check_complete(part: Path, path: Path, count: int) -> None:
     """The writer tells of no error, such as a full disk: its last frame must be there."""
-    capture = cv2.VideoCapture(str(part), cv2.CAP_FFMPEG)
+    capture = cv2.VideoCapture(_known(part, path), cv2.CAP_FFMPEG)
     there = capture.isOpened() and int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) >= count
     there = there and capture.set(cv2.CAP_PROP_POS_FRAMES, count - 1) and capture.read()[0]
     capture.release()

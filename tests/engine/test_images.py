@@ -350,6 +350,14 @@ def test_what_is_not_there_is_a_problem(photos: Path, tmp_path: Path) -> None:
     assert problems[4] == "an empty name: no such file or no image in it."
 
 
+def test_a_folder_of_a_cameras_videos(tmp_path: Path) -> None:
+    for ending in ("MTS", "m2ts", "3gp"):
+        path = tmp_path / ending / f"00001.{ending}"
+        path.parent.mkdir()
+        path.touch()
+        assert str(path) in find_images([path.parent], videos=True)[1][0]
+
+
 def test_a_folder_of_videos(tmp_path: Path) -> None:
     (tmp_path / "clips/day").mkdir(parents=True)
     for name in ("b.MP4", "day/a.mkv"):

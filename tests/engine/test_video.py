@@ -1,5 +1,6 @@
 """Video files there and back: size, rate, content; files that are none, or not whole."""
 
+import os
 import re
 import resource
 import struct
@@ -169,6 +170,24 @@ def test_a_file_without_frames_is_one_error(tmp_path: Path, kind: str, text: str
     with pytest.raises(UserError) as error:
         Reader(broken(tmp_path, kind))
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["2024-05-01T12:30:00.mp4", "12:30/a.mp4", "file:a.mp4", "a%03d.mp4"])
+def test_names_that_look_like_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.chdir(tmp_path)
+    with Reader(write(Path(name), frames())) as reader:
+        assert len(list(reader)) == 6
+
+
+def test_names_that_are_no_text(tmp_path: Path):
+    good, place = write(tmp_path / "a.mp4", frames()), Path(os.fsdecode(bytes(tmp_path) + b"/b\xfc"))
+    place.mkdir()
+    with pytest.raises(UserError, match=r"b\\udcfc.mp4: OpenCV opens no video whose name, .* is not UTF-8; rename it"):
+        Reader(good.rename(f"{place}.mp4"))
+    with pytest.raises(UserError, match=r"b\\udcfc/a.mp4: OpenCV opens no video"):
+        write(place / "a.mp4", frames())
+    assert not list(place.iterdir())
+    write(place.with_name(f"{place.name}2.mp4"), frames())  # only its temporary name is told to OpenCV
 
 
 def test_frames_that_change_their_size_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
