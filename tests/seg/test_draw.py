@@ -200,6 +200,7 @@ def test_runs_make_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         draw.plot_runs(runs, tmp_path / "x.png", examples)
     (legend,) = drawn[0].subfigs[1].legends
     assert [text.get_text() for text in legend.get_texts()] == ["sidewalk", "vegetation"]
+    draw.plot_runs([Run("b\udcfc", file, scores)], tmp_path / "x.png")  # a name that is no text
     odd = LabelTable("odd", (Label(0, "b", (0, 0, 0), 0), Label(1, "a $x^{2$", (1, 2, 3), 1)))
     draw.plot_runs(runs, tmp_path / "x.png", examples[1:], table=odd)  # a name with dollar signs is no formula
     void = Example(image, np.full((40, 60), labels.IGNORE, np.uint8), {})
