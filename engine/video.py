@@ -32,6 +32,8 @@ _COUNTED = frozenset({".mp4", ".m4v", ".mov", ".avi"})
 is in the file, sound included, and the rate."""
 _LATE_SOUND = 0.1
 """Seconds by which the sound of any file may last longer than its pictures: it comes in blocks of its own length."""
+_UNEVEN = 0.1
+"""Seconds by which a frame may come beside its time at a constant rate before that is said."""
 _USUAL_RATE = 25.0
 _HIGHEST_RATE = 1000.0
 _LARGEST_INDEX = 2**28
@@ -57,7 +59,7 @@ class Reader:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.read, self.seconds = 0, 0.0
+        self.read, self.seconds, self._time = 0, 0.0, 0.0
         self.remarks, self.problems = list[str](), list[str]()
         if not self.path.is_file():
             raise UserError(f"{show(self.path)}: no such file.")
@@ -96,7 +98,9 @@ class Reader:
 
     def __iter__(self) -> Iterator[Array]:
         frame, self._first = self._first, None
+        start, beside = self._time, 0.0
         while frame is not None:
+            beside = max(beside, abs(self._time - start - self.read / self.rate))
             if frame.shape[:2] != (self.size[1], self.size[0]):
                 raise UserError(
                     f"{show(self.path)}: frame {self.read + 1} has {frame.shape[1]} x {frame.shape[0]} pixels, those "
@@ -105,6 +109,11 @@ class Reader:
             self.read += 1
             yield frame
             frame = self._next()
+        if beside > max(_UNEVEN, 1.5 / self.rate):
+            self.remarks.append(
+                f"frames come up to {beside:.2g} s earlier or later than at the constant {self.rate:.4g} a second that "
+                "are taken: its rate varies"
+            )
         counted = self.path.suffix.lower() in _COUNTED
         if self.announced is None or self.read >= self.announced - (0 if counted else _LATE_SOUND * self.rate):
             return
@@ -124,6 +133,7 @@ class Reader:
         start = time.perf_counter()
         there, frame = self._capture.read()
         rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False) if there else None
+        self._time = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if there else self._time
         self.seconds += time.perf_counter() - start
         return rgb
 

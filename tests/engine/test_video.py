@@ -138,6 +138,34 @@ def test_a_damaged_edit_list_is_none(tmp_path: Path, damage: str):
     assert video.shown_share(write(tmp_path / "a.avi", frames())) == 1
 
 
+def timed(path: Path, lengths: list[int]) -> None:
+    """Makes the frames of an .mp4 of ours last as many times their usual length."""
+    data = bytearray(path.read_bytes())
+    place = data.find(b"stts") - 4
+    size, entries, _, usual = struct.unpack(">I8xIII", data[place : place + 24])
+    assert entries == 1
+    table = b"".join(struct.pack(">II", 1, usual * length) for length in lengths)
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+        box = data.find(name) - 4
+        data[box : box + 4] = struct.pack(">I", struct.unpack(">I", data[box : box + 4])[0] + len(table) + 16 - size)
+    length = data.find(b"mdhd") + 20
+    data[length : length + 4] = struct.pack(">I", usual * sum(lengths))
+    data[data.find(b"edts") : data.find(b"edts") + 4] = b"free"
+    data[place : place + size] = struct.pack(">I4sII", len(table) + 16, b"stts", 0, len(lengths)) + table
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("lengths, uneven", [([1] * 40, False), ([1] * 20 + [4] * 20, True), ([2, 4] * 20, False)])
+def test_a_rate_that_varies_is_said(tmp_path: Path, lengths: list[int], uneven: bool):
+    path = write(tmp_path / "a.mp4", [np.full((48, 64, 3), 6 * i, np.uint8) for i in range(40)], 60)
+    timed(path, lengths)
+    with Reader(path) as reader:
+        assert len(list(reader)) == 40
+    assert reader.rate == pytest.approx(60 * 40 / sum(lengths)) and not reader.problems
+    said = "frames come up to 0.5 s earlier or later than at the constant 24 a second that are taken: its rate varies"
+    assert reader.remarks == [said] * uneven
+
+
 def broken(tmp_path: Path, kind: str) -> Path:
     path = tmp_path / "b.mp4"
     if kind == "empty":
