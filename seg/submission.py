@@ -32,7 +32,7 @@ from seg.predict import Predictor
 SPLIT = "test"
 SERVER_SIZE = (1024, 2048)
 """Height and width of the images that the server scores."""
-_NAME = re.compile(r"[^_]+_\d+_\d+")
+_NAME = re.compile(r"[^_\ud800-\udfff]+_\d+_\d+")  # bytes that are no text have no place in a zip
 _MARK = "made_by.json"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import os
 import shutil
 import sys
 import zipfile
@@ -218,6 +219,11 @@ def test_mistakes_come_before_the_work(
     with pytest.raises(
         UserError, match=r"photo_leftImg8bit.png: the test server looks for .*; 1 of 3 images are called"
     ):
+        submission.submit(small_checkpoint, tmp_path / "s.zip", [f"data.root={copy}"])
+    first.with_name("photo_leftImg8bit.png").rename(
+        first.with_name(os.fsdecode(b"b\xfc_000000_000019_leftImg8bit.png"))
+    )
+    with pytest.raises(UserError, match="the test server looks for .*; 1 of 3 images are called otherwise"):
         submission.submit(small_checkpoint, tmp_path / "s.zip", [f"data.root={copy}"])
     shutil.rmtree(copy / "leftImg8bit" / "test")
     with pytest.raises(UserError, match="has no split 'test'"):
