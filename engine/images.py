@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,11 +37,18 @@ SUFFIXES = frozenset(
 )
 """Endings of the files that are taken from folders, in lower case; a file named by itself may have any. Some that
 cannot be read (.heic) are among them: a photo that is reported is better than one that is passed over."""
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"})
+VIDEO_SUFFIXES = frozenset(
+    f".{ending}"
+    for ending in (
+        *("mp4", "m4v", "mov", "avi", "mkv", "webm", "mpg", "mpeg", "wmv", "flv", "ts", "mts", "m2ts", "3gp", "ogv"),
+        *("vob", "asf", "mxf"),
+    )
+)
 """Endings, in lower case, of the files that are taken for videos."""
 MAX_PIXELS = 128_000_000
 """Images with more pixels are refused before they are decoded, unless told otherwise."""
 
+_BLOCK = 2**20
 
 _ORIENTATION = 0x0112
 _WAYS = {
@@ -76,6 +84,8 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS, *, opaque: bool =
     try:
         with _open(path) as file, _pil_limit(max_pixels), Image.open(file, formats=_formats()) as image:
             image.load()
+            if image.format == "PNG" and not checksums_hold(file):
+                raise OSError("the checksum of its pixels is wrong")
             return _rgb(_upright(image), path, opaque)
     except Image.DecompressionBombError as error:
         size = re.search(r"\((\d+) pixels\)", str(error))
@@ -182,6 +192,24 @@ def write_bytes(path: Path | str, data: bytes, inside: Path | str | None = None)
 def show(path: Path | str) -> str:
     """A path for a message: control characters and bytes that are no text are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in os.fspath(path))
+
+
+def checksums_hold(png: IO[bytes]) -> bool:
+    """Whether the parts of a PNG that its pixels are made of are as their checksums say. Pillow does not look at those,
+    so that a turned bit may give other pixels. The file is read from its start, as far as it goes; where it is cut off
+    is for Pillow to say."""
+    png.seek(8)
+    while len(head := png.read(8)) == 8:
+        left, kind = int.from_bytes(head[:4], "big"), head[4:]
+        found = zlib.crc32(kind)
+        while left and (block := png.read(min(left, _BLOCK))):
+            found, left = zlib.crc32(block, found), left - len(block)
+        told = png.read(4)
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT") and len(told) == 4 and told != found.to_bytes(4, "big"):
+            return False
+        if kind == b"IEND":
+            break
+    return True
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -21,6 +21,7 @@ import torch
 from engine import distributed
 from engine.config import ReportConfig
 from engine.errors import UserError
+from engine.images import show
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -80,7 +81,13 @@ class Log:
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self._dir), purge_step=resume_step + 1)
+            try:
+                self._board = SummaryWriter(str(self._dir), purge_step=resume_step + 1)
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"{self._dir}: TensorBoard writes into no folder whose name is not UTF-8; choose another "
+                    "--work-dir, or set report.tensorboard=false"
+                ) from None
 
     def __enter__(self) -> Log:
         return self
@@ -180,7 +187,7 @@ class Log:
             rows = read_metrics(self._dir / METRICS)
             if rows:
                 with _told(self._dir / CURVES):
-                    plot_curves(rows, self._dir / CURVES, self._dir.resolve().name)
+                    plot_curves(rows, self._dir / CURVES, show(self._dir.resolve().name))
 
     def close(self) -> None:
         """Close the files; may be called twice."""

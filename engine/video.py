@@ -6,6 +6,7 @@ A written file has no sound, and a constant rate of frames; it has its name only
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,8 +30,14 @@ LOSSLESS = {".mkv": "FFV1", ".avi": "FFV1"}
 _COUNTED = frozenset({".mp4", ".m4v", ".mov", ".avi"})
 """Endings of the files that hold their number of frames. For the others OpenCV computes it from the length of all there
 is in the file, sound included, and the rate."""
+_LATE_SOUND = 0.1
+"""Seconds by which the sound of any file may last longer than its pictures: it comes in blocks of its own length."""
+_UNEVEN = 0.1
+"""Seconds by which a frame may come beside its time at a constant rate before that is said."""
 _USUAL_RATE = 25.0
 _HIGHEST_RATE = 1000.0
+_LARGEST_INDEX = 2**28
+"""Bytes of an .mp4's index that are looked at; one of hours has some millions."""
 
 
 class Reader:
@@ -42,7 +49,7 @@ class Reader:
         announced: frames that the file says it has, or that its length and rate make; None where it tells neither.
         read: frames so far.
         seconds: spent on them.
-        remarks: what was assumed.
+        remarks: what was assumed, and what the file leaves out; complete after the last frame.
         problems: what is wrong with the file; complete after the last frame.
 
     Raises:
@@ -52,14 +59,14 @@ class Reader:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.read, self.seconds = 0, 0.0
+        self.read, self.seconds, self._time = 0, 0.0, 0.0
         self.remarks, self.problems = list[str](), list[str]()
         if not self.path.is_file():
             raise UserError(f"{show(self.path)}: no such file.")
         if self.path.stat().st_size == 0:
             raise UserError(f"{show(self.path)}: the file is empty (0 bytes).")
         # several decoding threads make other pictures of a damaged file in each run
-        self._capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+        self._capture = cv2.VideoCapture(_known(self.path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
         if not self._capture.isOpened():
             raise UserError(
                 f"{show(self.path)}: cannot be opened as a video: not a video file, cut off (an .mp4 keeps its index "
@@ -91,7 +98,9 @@ class Reader:
 
     def __iter__(self) -> Iterator[Array]:
         frame, self._first = self._first, None
+        start, beside = self._time, 0.0
         while frame is not None:
+            beside = max(beside, abs(self._time - start - self.read / self.rate))
             if frame.shape[:2] != (self.size[1], self.size[0]):
                 raise UserError(
                     f"{show(self.path)}: frame {self.read + 1} has {frame.shape[1]} x {frame.shape[0]} pixels, those "
@@ -100,11 +109,22 @@ class Reader:
             self.read += 1
             yield frame
             frame = self._next()
-        if self.announced is not None and self.read < self.announced:
-            found = f"{self.read} frames could be read of the {self.announced}"
+        if beside > max(_UNEVEN, 1.5 / self.rate):
+            self.remarks.append(
+                f"frames come up to {beside:.2g} s earlier or later than at the constant {self.rate:.4g} a second that "
+                "are taken: its rate varies"
+            )
+        counted = self.path.suffix.lower() in _COUNTED
+        if self.announced is None or self.read >= self.announced - (0 if counted else _LATE_SOUND * self.rate):
+            return
+        found = f"{self.read} frames could be read of the {self.announced}"
+        shown = self.announced * shown_share(self.path)
+        if shown <= self.announced - 0.9 and self.read >= shown - 1.5:  # the edges may lie within a frame
+            self.remarks.append(f"{found} in the file, whose edit list leaves out the others: it was trimmed")
+        else:
             self.problems.append(
                 f"{found} announced; the file is cut off or damaged"
-                if self.path.suffix.lower() in _COUNTED
+                if counted
                 else f"{found} that its length and rate make: its sound is longer than its pictures, their rate "
                 "varies, or the file is cut off or damaged"
             )
@@ -113,8 +133,76 @@ class Reader:
         start = time.perf_counter()
         there, frame = self._capture.read()
         rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False) if there else None
+        self._time = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 if there else self._time
         self.seconds += time.perf_counter() - start
         return rgb
+
+
+def _known(path: Path, named: Path | None = None) -> str:
+    """A path as FFmpeg takes it: what stands before a first colon would be a protocol to it. Raises UserError, about
+    `named` if it is another, for a name that is no text: with that OpenCV ends the process."""
+    known = os.path.join(".", path)
+    try:
+        known.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{show(named or path)}: OpenCV opens no video whose name, or that of a folder above it, is not UTF-8; "
+            "rename it"
+        ) from None
+    return known
+
+
+def shown_share(path: Path) -> float:
+    """Share of the pictures' time that the edit list of an .mp4 or .mov shows: programs that cut without encoding anew
+    leave the frames before and after in the file. 1 for other files, and where there is no sound list."""
+    try:
+        with open(path, "rb") as file:
+            end, found = path.stat().st_size, b""
+            while file.tell() + 8 <= end and found != b"moov":
+                start = file.tell()
+                size, found = struct.unpack(">I4s", file.read(8))
+                size = struct.unpack(">Q", file.read(8))[0] if size == 1 else size or end - start
+                if found == b"moov":
+                    file.seek(start)
+                    return _shown_share(file.read(min(size, _LARGEST_INDEX)))
+                file.seek(start + max(8, size))
+    except (OSError, struct.error, ValueError, IndexError, ArithmeticError):  # damaged
+        pass
+    return 1.0
+
+
+def _shown_share(index: bytes) -> float:
+    (movie,) = _boxes(index, b"moov")
+    for track in _boxes(movie, b"trak"):
+        media = b"".join(_boxes(track, b"mdia"))
+        lists = [one for edits in _boxes(track, b"edts") for one in _boxes(edits, b"elst")]
+        if lists and any(one[8:12] == b"vide" for one in _boxes(media, b"hdlr")):
+            length, movie_units = _boxes(media, b"mdhd")[0], _boxes(movie, b"mvhd")[0]
+            form = ">Qq4x" if lists[0][0] else ">Ii4x"  # by the version
+            count = struct.unpack(">I", lists[0][4:8])[0]
+            edits = struct.iter_unpack(form, lists[0][8 : 8 + count * struct.calcsize(form)])
+            seconds = sum(duration for duration, start in edits if start >= 0) / _times(movie_units)[0]
+            units, duration = _times(length)
+            return min(1.0, seconds * units / duration) if seconds else 1.0
+    return 1.0
+
+
+def _boxes(data: bytes, kind: bytes) -> list[bytes]:
+    """The contents of the boxes of a kind, of ISO base media (ISO/IEC 14496-12)."""
+    found, place = [], 0
+    while place + 8 <= len(data):
+        size, name = struct.unpack(">I4s", data[place : place + 8])
+        if name == kind:
+            found.append(data[place + 8 : place + size])
+        place += max(8, size)
+    return found
+
+
+def _times(header: bytes) -> tuple[int, int]:
+    """Units in a second, and the length in them, of a box `mvhd` or `mdhd`."""
+    form, start = (">IQ", 20) if header[0] else (">II", 12)
+    units, length = struct.unpack(form, header[start : start + struct.calcsize(form)])
+    return units, length
 
 
 @contextmanager
@@ -134,7 +222,7 @@ def writing(
     check_writable(path.parent)
     part = path.with_name(f".{uuid4().hex[:12]}.part{path.suffix.lower()}")
     color = [cv2.VIDEOWRITER_PROP_IS_COLOR, int(not lossless)]
-    writer = cv2.VideoWriter(str(part), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), rate, size, color)
+    writer = cv2.VideoWriter(_known(part, path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), rate, size, color)
     count = 0
 
     def write(frame: Array) -> None:
@@ -172,7 +260,7 @@ def check_name(path: Path, lossless: bool = False) -> str:
 
 def _check_complete(part: Path, path: Path, count: int) -> None:
     """The writer tells of no error, such as a full disk: its last frame must be there."""
-    capture = cv2.VideoCapture(str(part), cv2.CAP_FFMPEG)
+    capture = cv2.VideoCapture(_known(part, path), cv2.CAP_FFMPEG)
     there = capture.isOpened() and int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) >= count
     there = there and capture.set(cv2.CAP_PROP_POS_FRAMES, count - 1) and capture.read()[0]
     capture.release()

@@ -232,6 +232,7 @@ class TrainBatches:
         cache: Path | None = None,
     ) -> None:
         where = f"the split {cfg.data.train_split!r} in {cfg.data.root}"
+        self.samples = samples
         self._order = loading.Order(len(samples), cfg, world, rank, where)
         self.accumulation = self._order.accumulation
         self._plan = loading.Plan()

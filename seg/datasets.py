@@ -63,9 +63,16 @@ def samples(cfg: DataConfig, split: str) -> list[Sample]:
     """The files of a split, or of several joined by +, in a fixed order, every image with its label.
 
     Raises:
-        UserError: folders or files are missing; the message says what was found, what is expected, how to get it.
+        UserError: folders or files are missing; the message says what was found, what is expected, how to get it. Or
+            splits that are joined have an image in common.
     """
-    return [sample for part in parts(split) for sample in _samples(cfg, part)]
+    found = [sample for part in parts(split) for sample in _samples(cfg, part)]
+    if twice := len(found) - len({sample.image for sample in found}):
+        raise UserError(
+            f"{cfg.root} (data.root): the splits {split} of {cfg.name} have {twice} of their images in common, which "
+            "would count twice; name splits without common ones."
+        )
+    return found
 
 
 def _samples(cfg: DataConfig, split: str) -> list[Sample]:

@@ -192,7 +192,10 @@ def _legend(ids: NDArray[Any], width: int, size: int, table: labels.LabelTable) 
     box, gap, line = size, size // 2, round(size * 1.6)
     entries = []
     for i in _present(ids, by_size=True):
-        name, color = ("void", (0, 0, 0)) if i == labels.IGNORE else (table.classes[i], tuple(table.colors[i].tolist()))
+        if i == labels.IGNORE:
+            name, color = "void", _VOID[void(table.colors)]
+        else:
+            name, color = table.classes[i], tuple(table.colors[i].tolist())
         entries.append((name, color, box + gap // 2 + math.ceil(font.getlength(name)) + gap * 2))
     width = max([width, *(gap + length for *_, length in entries)])
     places, x, y = [], gap, gap // 2

@@ -289,6 +289,10 @@ def _train_ids(found: Inspection) -> Iterator[Problem]:
 
 def _unlabelled_splits(found: Inspection) -> Iterator[Problem]:
     """Splits from which nothing is learned, or on which nothing is scored, though each of their files is sound."""
+    for split in dict.fromkeys((*parts(found.data.train_split), found.data.val_split)):
+        if any(entry.unlabelled for entry in found.of(split)):
+            text = f"{split}: has no public labels, so nothing is trained or scored on it; name another split"
+            yield Problem("split without labels", text)
     for split in dict.fromkeys((found.data.train_split, found.data.val_split)):
         pixels = int(found.pixels(split).sum())
         if pixels and not any(found.class_pixels(split)):

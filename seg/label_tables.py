@@ -39,7 +39,7 @@ class Label:
     train_id: int
     """The class it is trained and scored as; 255: ignored. Several labels may share one."""
     category: str = ""
-    """The group that category scores count it in; empty: none."""
+    """The group that category scores count its class in; empty: none."""
     has_instances: bool = False
     """Whether instance-weighted scores count its single objects."""
 
@@ -48,8 +48,9 @@ class Label:
 class LabelTable:
     """The labels of a data set, in the order of their ids.
 
-    A class is named and coloured after the first label that has its train id. `name` is what messages call the data
-    set. Tables come checked from `seg.label_yaml` or are those below.
+    A class is named and coloured after the first label that has its train id, and is in the category of the first one
+    that has any. `name` is what messages call the data set. Tables come checked from `seg.label_yaml` or are those
+    below.
     """
 
     name: str
@@ -88,6 +89,17 @@ class LabelTable:
             if label.category:
                 found[label.category] = (*found.get(label.category, ()), i)
         return found
+
+    @cached_property
+    def class_categories(self) -> dict[str, list[int]]:
+        """Category -> the places in `labels` of all labels of its classes; none for one without a class.
+
+        By class, since a network predicts one label for all those of a class."""
+        members = {name: list[int]() for name in self.categories}
+        for group in self.groups:
+            if category := next((self.labels[i].category for i in group if self.labels[i].category), ""):
+                members[category] += group
+        return members
 
     @property
     def has_instances(self) -> bool:

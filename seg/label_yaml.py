@@ -6,7 +6,8 @@
     - {id: 7, name: car, color: [0, 0, 142], train_id: 1}
     - {id: 255, name: void, color: [0, 0, 0], ignore: true}        # neither trained nor scored
 
-`train_id`s are 0, 1, 2, ... without gaps. `category` is optional: the group that category scores count a label in.
+`train_id`s are 0, 1, 2, ... without gaps. `category` is optional: the group that category scores count a class in; of
+several labels with one train_id the first category counts, in the order of the ids.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from engine.errors import UserError
+from engine.images import checksums_hold
 from seg.label_tables import CITYSCAPES, TABLES, Ids, LabelTable
 from seg.label_tables import IGNORE as IGNORE
 from seg.label_tables import Label as Label
@@ -245,6 +246,8 @@ def _read_png(path: Path) -> npt.NDArray[Any]:
             ids = np.array(image)
             if color == 0 and depth < 8:  # PIL spreads grey of 2 and 4 bits over 0 to 255
                 ids = ids.astype(np.uint8) // {1: 1, 2: 85, 4: 17}[depth]
-            return ids
     except (OSError, SyntaxError, ValueError) as error:
         raise damaged(path) from error
+    if not checksums_hold(io.BytesIO(data)):
+        raise damaged(path)
+    return ids

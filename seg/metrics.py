@@ -266,9 +266,7 @@ class ConfusionMatrix:
                 for i in (_INSTANCE_CLASSES if self.labels.has_instances else ())
             },
             category_iou={
-                name: _iou(matrix, [i for i in ids if i in evaluated], evaluated)
-                for name, ids in self.labels.categories.items()
-                if any(i in evaluated for i in ids)
+                name: _iou(matrix, ids, evaluated) for name, ids in self.labels.class_categories.items() if ids
             },
             category_iiou={
                 name: _instance_iou(matrix, list(CATEGORIES[name]), weighted[list(CATEGORIES[name]), 2:].sum(0))

@@ -25,14 +25,14 @@ from engine.images import check_writable, write_bytes, write_png
 from seg.averaging import Averaged, Views, predictor_of
 from seg.config import SegConfig
 from seg.data import EvalBatches, Sample, eval_batches
-from seg.labels import CITYSCAPES, TRAIN_LABEL_IDS, table_of, to_label_ids
+from seg.labels import CITYSCAPES, TRAIN_LABEL_IDS, read_label_ids, table_of, to_label_ids
 from seg.per_image import told
 from seg.predict import Predictor
 
 SPLIT = "test"
 SERVER_SIZE = (1024, 2048)
 """Height and width of the images that the server scores."""
-_NAME = re.compile(r"[^_]+_\d+_\d+")
+_NAME = re.compile(r"[^_\ud800-\udfff]+_\d+_\d+")  # bytes that are no text have no place in a zip
 _MARK = "made_by.json"
 
 
@@ -112,7 +112,7 @@ def predict_missing(
     sizes: dict[str, tuple[int, int]] = {}
     missing = []
     for sample in samples:
-        size = _size(parts / png_name(sample))
+        size = _done(parts / png_name(sample))
         if size is None or size != _size(sample.image):
             missing.append(sample)
         else:
@@ -205,6 +205,15 @@ def _fingerprint(path: Path, cfg: SegConfig, views: Views | None) -> str:
         "config": config,
     }
     return json.dumps(facts, indent=1, sort_keys=True) + "\n"
+
+
+def _done(path: Path) -> tuple[int, int] | None:
+    """Height and width of a prediction that is there already; None if it isn't, or is damaged."""
+    try:
+        ids = read_label_ids(path)
+    except UserError:
+        return None
+    return ids.shape[0], ids.shape[1]
 
 
 def _size(path: Path) -> tuple[int, int] | None:

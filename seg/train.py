@@ -17,8 +17,7 @@ from engine.report import Log
 from engine.resume import open_work_dir
 from seg import losses, models, weights
 from seg.config import SegConfig
-from seg.data import eval_batches, train_batches
-from seg.datasets import parts
+from seg.data import EvalBatches, TrainBatches, eval_batches, train_batches
 from seg.evaluate import check_scorable, evaluate_model
 from seg.labels import scored_table, table
 
@@ -50,7 +49,7 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
             prepared = prepare(model, cfg, images=images, blank=models.blank_images()[0])
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
             summary = [line for line in prepared.report.splitlines() if " | " not in line]
-            seen, split = cfg.data.val_split in parts(cfg.data.train_split), cfg.data.val_split
+            seen, split = _seen(training, validation), cfg.data.val_split
             note = [f"note: {split!r} is trained on too, so its scores are not those of other images"] if seen else []
             log.message("\n".join([*summary, *note, *passed_over(loaded), f"work directory: {work_dir}"]))
 
@@ -72,3 +71,8 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
                 resume=state,
                 meta={"classes": list(labels.classes), "labels": labels.to_plain()},
             )
+
+
+def _seen(training: TrainBatches, validation: EvalBatches) -> bool:
+    """Whether images are both trained on and scored; a split such as VOC's trainval holds another one."""
+    return not {sample.image for sample in training.samples}.isdisjoint(sample.image for sample in validation.samples)

@@ -163,6 +163,24 @@ def test_unreadable_files_say_why(tmp_path: Path) -> None:
         assert str(tmp_path / name) in str(error.value)
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_a_turned_bit_in_a_png_is_noticed(tmp_path: Path, mode: str) -> None:
+    """Pillow reads one in ten as other pixels."""
+    big = Image.fromarray(RGB).resize((100, 60)).convert(mode)
+    path = save(tmp_path / "x.png", big)
+    data = path.read_bytes()
+    right = read_image(path)
+    start, end = data.find(b"IDAT") + 4, data.find(b"IEND") - 8
+    for place in range(start, end, max(1, (end - start) // 60)):
+        turned = bytearray(data)
+        turned[place] ^= 4
+        path.write_bytes(turned)
+        with pytest.raises(UserError, match="x.png: cannot be (read|decoded)"):
+            read_image(path)
+    path.write_bytes(data.replace(b"IEND\xae", b"IEND\x00"))
+    assert np.array_equal(read_image(path), right), "no pixel depends on the end's"
+
+
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.png"
     bomb.write_bytes(png_of(60_000, 50_000))
@@ -330,6 +348,14 @@ def test_what_is_not_there_is_a_problem(photos: Path, tmp_path: Path) -> None:
     assert names(found) == ["b"] and len(problems) == 5
     assert problems[0] == f"{tmp_path / 'bare'}: no such file or no image in it."
     assert problems[4] == "an empty name: no such file or no image in it."
+
+
+def test_a_folder_of_a_cameras_videos(tmp_path: Path) -> None:
+    for ending in ("MTS", "m2ts", "3gp"):
+        path = tmp_path / ending / f"00001.{ending}"
+        path.parent.mkdir()
+        path.touch()
+        assert str(path) in find_images([path.parent], videos=True)[1][0]
 
 
 def test_a_folder_of_videos(tmp_path: Path) -> None:

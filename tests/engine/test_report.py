@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,14 @@ def test_curves(tmp_path: Path) -> None:
 def test_a_folder_whose_name_looks_like_a_formula(tmp_path: Path) -> None:
     run(tmp_path / r"q$\x$")
     assert (tmp_path / r"q$\x$" / "curves.png").stat().st_size > 10_000
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    place = tmp_path / os.fsdecode(b"b\xfc")
+    run(place)
+    assert imread(place / "curves.png").any()
+    with pytest.raises(UserError, match=r"TensorBoard writes into no folder whose name is not UTF-8; .*=false"):
+        Log(place, ReportConfig(), stream=io.StringIO())
 
 
 def test_no_rows_no_curves(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Video files there and back: size, rate, content; files that are none, or not whole."""
 
+import os
 import re
 import resource
 import struct
@@ -9,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from engine import video
 from engine.errors import UserError
 from engine.video import CODECS, LOSSLESS, Reader, writing
 
@@ -66,16 +68,102 @@ def test_a_truncated_file_gives_what_it_has_and_says_so(tmp_path: Path):
     assert reader.problems == [f"{count} frames could be read of the 20 announced; the file is cut off or damaged"]
 
 
-def test_a_file_whose_sound_is_longer_than_its_pictures_is_not_called_damaged(tmp_path: Path):
-    path = write(tmp_path / "a.mkv", [np.full((48, 64, 3), 9 * i, np.uint8) for i in range(20)])
+def lasting(path: Path, seconds: float) -> None:
+    """Makes an .mkv say that its longest stream lasts so long."""
     data = bytearray(path.read_bytes())
     place = data.find(b"\x44\x89\x88") + 3  # Matroska's Duration, a double: the length of all streams, in milliseconds
-    data[place : place + 8] = struct.pack(">d", 2 * struct.unpack(">d", data[place : place + 8])[0])
+    data[place : place + 8] = struct.pack(">d", 1000 * seconds)
     path.write_bytes(data)
+
+
+def test_a_file_whose_sound_is_longer_than_its_pictures_is_not_called_damaged(tmp_path: Path):
+    path = write(tmp_path / "a.mkv", [np.full((48, 64, 3), 9 * i, np.uint8) for i in range(20)])
+    lasting(path, 2 * 20 / 12.5)
     with Reader(path) as reader:
         assert len(list(reader)) == 20
     said = r"20 frames .* the 40 that its length .* sound is longer .* or the file is cut off"
     assert re.match(said, reader.problems[0])
+
+
+def test_sound_that_ends_a_little_after_the_pictures_is_usual(tmp_path: Path):
+    path = write(tmp_path / "a.mkv", [np.full((48, 64, 3), 2 * i, np.uint8) for i in range(100)], 60)
+    lasting(path, 100 / 60 + 0.06)
+    with Reader(path) as reader:
+        assert len(list(reader)) == 100
+    assert reader.announced > 102 and not reader.problems
+
+
+def edited(path: Path, seconds: float, start: int) -> None:
+    """Makes an .mp4 of ours show so many seconds from frame `start` on, as cutting without encoding does."""
+    data = bytearray(path.read_bytes())
+    place = data.find(b"elst") + 12  # behind the name, the version and the number of entries
+    assert struct.unpack(">I", data[place - 4 : place]) == (1,)
+    units = struct.unpack(">I", data[data.find(b"mdhd") + 16 :][:4])[0]
+    data[place : place + 8] = struct.pack(">II", round(1000 * seconds), round(units * start / 12.5))
+    path.write_bytes(data)
+
+
+def test_frames_that_an_edit_list_leaves_out_are_not_missing(tmp_path: Path):
+    path = write(tmp_path / "a.mp4", [np.full((48, 64, 3), 4 * i, np.uint8) for i in range(50)])
+    assert video.shown_share(path) == 1
+    edited(path, 20 / 12.5, 25)
+    with Reader(path) as reader:
+        found = [frame.mean() for frame in reader]
+    assert len(found) == 20 and abs(found[0] - 100) < 4 and not reader.problems
+    assert reader.remarks == [
+        "20 frames could be read of the 50 in the file, whose edit list leaves out the others: it was trimmed"
+    ]
+    data = bytearray(path.read_bytes())
+    places = [m.start() for m in re.finditer(b"\x00\x00\x01\xb6", data)]  # a picture of MPEG-4
+    assert len(places) == 50
+    data[places[36] : places[48]] = bytes(places[48] - places[36])
+    path.write_bytes(data)
+    with Reader(path) as reader:
+        count = len(list(reader))
+    assert count < 18 and not reader.remarks and "the file is cut off or damaged" in reader.problems[0]
+
+
+@pytest.mark.parametrize("damage", ["moov", "mvhd", "mdhd", "elst", "hdlr", "trak"])
+def test_a_damaged_edit_list_is_none(tmp_path: Path, damage: str):
+    path = write(tmp_path / "a.mp4", frames())
+    edited(path, 0.2, 1)
+    assert abs(video.shown_share(path) - 0.2 / (6 / 12.5)) < 1e-3
+    data = bytearray(path.read_bytes())
+    place = data.find(damage.encode()) + 4
+    data[place : place + 40] = b"\xff" * 40
+    path.write_bytes(data)
+    assert 0 <= video.shown_share(path) <= 1
+    path.write_bytes(data[: place + 20])
+    assert video.shown_share(path) == 1
+    assert video.shown_share(write(tmp_path / "a.avi", frames())) == 1
+
+
+def timed(path: Path, lengths: list[int]) -> None:
+    """Makes the frames of an .mp4 of ours last as many times their usual length."""
+    data = bytearray(path.read_bytes())
+    place = data.find(b"stts") - 4
+    size, entries, _, usual = struct.unpack(">I8xIII", data[place : place + 24])
+    assert entries == 1
+    table = b"".join(struct.pack(">II", 1, usual * length) for length in lengths)
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl"):
+        box = data.find(name) - 4
+        data[box : box + 4] = struct.pack(">I", struct.unpack(">I", data[box : box + 4])[0] + len(table) + 16 - size)
+    length = data.find(b"mdhd") + 20
+    data[length : length + 4] = struct.pack(">I", usual * sum(lengths))
+    data[data.find(b"edts") : data.find(b"edts") + 4] = b"free"
+    data[place : place + size] = struct.pack(">I4sII", len(table) + 16, b"stts", 0, len(lengths)) + table
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("lengths, uneven", [([1] * 40, False), ([1] * 20 + [4] * 20, True), ([2, 4] * 20, False)])
+def test_a_rate_that_varies_is_said(tmp_path: Path, lengths: list[int], uneven: bool):
+    path = write(tmp_path / "a.mp4", [np.full((48, 64, 3), 6 * i, np.uint8) for i in range(40)], 60)
+    timed(path, lengths)
+    with Reader(path) as reader:
+        assert len(list(reader)) == 40
+    assert reader.rate == pytest.approx(60 * 40 / sum(lengths)) and not reader.problems
+    said = "frames come up to 0.5 s earlier or later than at the constant 24 a second that are taken: its rate varies"
+    assert reader.remarks == [said] * uneven
 
 
 def broken(tmp_path: Path, kind: str) -> Path:
@@ -110,6 +198,24 @@ def test_a_file_without_frames_is_one_error(tmp_path: Path, kind: str, text: str
     with pytest.raises(UserError) as error:
         Reader(broken(tmp_path, kind))
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["2024-05-01T12:30:00.mp4", "12:30/a.mp4", "file:a.mp4", "a%03d.mp4"])
+def test_names_that_look_like_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.chdir(tmp_path)
+    with Reader(write(Path(name), frames())) as reader:
+        assert len(list(reader)) == 6
+
+
+def test_names_that_are_no_text(tmp_path: Path):
+    good, place = write(tmp_path / "a.mp4", frames()), Path(os.fsdecode(bytes(tmp_path) + b"/b\xfc"))
+    place.mkdir()
+    with pytest.raises(UserError, match=r"b\\udcfc.mp4: OpenCV opens no video whose name, .* is not UTF-8; rename it"):
+        Reader(good.rename(f"{place}.mp4"))
+    with pytest.raises(UserError, match=r"b\\udcfc/a.mp4: OpenCV opens no video"):
+        write(place / "a.mp4", frames())
+    assert not list(place.iterdir())
+    write(place.with_name(f"{place.name}2.mp4"), frames())  # only its temporary name is told to OpenCV
 
 
 def test_frames_that_change_their_size_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -166,6 +166,25 @@ def test_a_training_on_several_splits(name: str, tmp_path: Path, sample_root: Pa
             config(name, root, train_split=wrong)
 
 
+def test_splits_that_have_images_in_common(tmp_path: Path) -> None:
+    kitti(tmp_path)
+    with pytest.raises(UserError, match=r"the splits train\+trainval of kitti have \d+ of their images in common"):
+        datasets.samples(config("kitti", tmp_path, train_split="train+trainval").data, "train+trainval")
+
+
+@pytest.mark.parametrize("split, seen", [("train", False), ("trainval", True), ("val+train", True)])
+def test_a_split_may_hold_the_images_of_another(tmp_path: Path, split: str, seen: bool, monkeypatch: Any) -> None:
+    """A training says that its scores are not those of other images; it went by the names of the splits."""
+    kitti(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    changes = ["data.name=kitti", f"data.root={tmp_path}", f"data.train_split={split}", "loss.class_weights=null"]
+    said: list[str] = []
+    monkeypatch.setattr(train.Log, "message", lambda self, text: said.append(text))
+    monkeypatch.setattr(train, "fit", lambda *args, **options: None)
+    train.run(load(tmp_path / "tiny.yaml", changes, SegConfig), tmp_path / "run")
+    assert ("note: 'val' is trained on too" in "".join(said)) == seen
+
+
 def test_bdd100ks_archives_are_taken_as_they_unpack(tmp_path: Path) -> None:
     bdd100k(tmp_path / "bdd100k")
     found = [datasets.samples(config("bdd100k", root).data, "val") for root in (tmp_path, tmp_path / "bdd100k")]

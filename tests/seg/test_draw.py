@@ -15,7 +15,7 @@ from PIL import Image
 from engine.errors import UserError
 from seg import draw, labels
 from seg.draw import Example, Run
-from seg.label_tables import VOC
+from seg.label_tables import VOC, Label, LabelTable
 
 ALL = np.arange(19, dtype=np.uint8)
 
@@ -45,6 +45,16 @@ def test_void_has_the_colour_of_no_class() -> None:
     colors = draw.colorize(ids, VOC.colors)[0]
     assert colors[0].tolist() == [0, 0, 0] and colors[2].tolist() == [255, 255, 255]
     assert draw.void(np.array([[0, 0, 0], [255, 255, 255]], np.uint8)) == "grey"
+
+
+def test_the_legend_shows_void_in_the_colour_that_it_has() -> None:
+    ids = np.full((40, 400), labels.IGNORE, np.uint8)
+    table = LabelTable("x", (Label(0, "a", (0, 0, 0), 0), Label(1, "b", (255, 255, 255), 1)))
+    image = np.zeros((40, 400, 3), np.uint8)
+    whole = draw.panel(image, ids, np.zeros_like(ids), table=table)
+    above = draw.panel(image, ids, np.zeros_like(ids), legend=False, table=table)
+    assert (above == 128).all(-1).sum() >= ids.size  # grey
+    assert (whole[len(above) :] == 128).all(-1).sum() > 50
 
 
 def test_overlay_mixes_and_leaves_void_alone() -> None:
@@ -190,6 +200,9 @@ def test_runs_make_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         draw.plot_runs(runs, tmp_path / "x.png", examples)
     (legend,) = drawn[0].subfigs[1].legends
     assert [text.get_text() for text in legend.get_texts()] == ["sidewalk", "vegetation"]
+    draw.plot_runs([Run("b\udcfc", file, scores)], tmp_path / "x.png")  # a name that is no text
+    odd = LabelTable("odd", (Label(0, "b", (0, 0, 0), 0), Label(1, "a $x^{2$", (1, 2, 3), 1)))
+    draw.plot_runs(runs, tmp_path / "x.png", examples[1:], table=odd)  # a name with dollar signs is no formula
     void = Example(image, np.full((40, 60), labels.IGNORE, np.uint8), {})
     draw.plot_runs(runs, tmp_path / "x.png", [void])  # without a class to name
     (tmp_path / "x.png").unlink()

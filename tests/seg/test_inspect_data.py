@@ -320,6 +320,15 @@ def test_a_split_without_labelled_pixels(tmp_path: Path, hidden: list[str]) -> N
     assert "split without labelled pixels (" in inspect_page.document(found)
 
 
+def test_a_split_that_has_no_public_labels_is_not_for_training(sample_root: Path) -> None:
+    for splits in ({"val_split": "test"}, {"train_split": "train+test"}):
+        found = inspect(sample_root, **splits)
+        assert [p.text for p in found.problems if p.kind == "split without labels"] == [
+            "test: has no public labels, so nothing is trained or scored on it; name another split"
+        ]
+        assert inspect_page.mistakes(found) == 1
+
+
 def test_overlays_show_images_of_the_rarest_classes(found: Inspection, sample_root: Path) -> None:
     document = inspect_page.document(found)
     shares = found.shares("train")

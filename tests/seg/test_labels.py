@@ -131,6 +131,22 @@ def test_truncated_files(tmp_path: Path, kept: float, palette: bool) -> None:
         labels.read_label_ids(path)
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "1"])
+def test_a_turned_bit_is_noticed(tmp_path: Path, mode: str) -> None:
+    """Pillow, which reads palettes, takes one in ten for other labels."""
+    rows, columns = np.mgrid[:60, :100]
+    ids = ((rows - 30) ** 2 + (columns - 40) ** 2 < 500).astype(np.uint8) + (columns > 60)
+    path = tmp_path / "t.png"
+    Image.fromarray(ids.astype(np.uint8) * (255 if mode == "1" else 1)).convert(mode).save(path)
+    data = path.read_bytes()
+    for place in range(data.find(b"IDAT") + 4, data.find(b"IEND") - 8):
+        turned = bytearray(data)
+        turned[place] ^= 4
+        path.write_bytes(turned)
+        with pytest.raises(UserError, match=r"t\.png: is truncated or damaged"):
+            labels.read_label_ids(path)
+
+
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     (tmp_path / "z.png").touch()
     with pytest.raises(UserError, match=r"z\.png: is empty \(zero bytes\)"):

@@ -15,6 +15,7 @@ from cityscapesscripts.helpers.labels import id2label
 from engine import distributed
 from engine.errors import UserError
 from seg import labels, metrics
+from seg.label_tables import Label, LabelTable
 from seg.metrics import ConfusionMatrix, Scores
 
 
@@ -194,6 +195,18 @@ def test_reduce_gives_a_new_sum_and_leaves_the_own_counts(monkeypatch: pytest.Mo
 def test_an_empty_matrix_has_no_scores() -> None:
     scores = ConfusionMatrix().scores()
     assert math.isnan(scores.mean_iou) and scores.images == 0 and set(scores.means()) >= {"mIoU", "pixel accuracy"}
+
+
+def test_labels_of_one_class_count_in_one_category() -> None:
+    truth = np.arange(5, dtype=np.uint8).repeat(10).reshape(5, 10)
+    names, train_ids = ("road", "curb", "car", "van", "void"), (0, 0, 1, 1, labels.IGNORE)
+    for categories in (("flat", "", "", "moving", "void"), ("flat", "built", "moving", "other", "")):
+        rows = enumerate(zip(names, train_ids, categories, strict=True))
+        table = LabelTable("x", tuple(Label(i, name, (i, 0, 0), t, c) for i, (name, t, c) in rows))
+        confusion = ConfusionMatrix(labels=table)
+        confusion.update(table.to_label_ids(table.to_train_ids(truth, "x")), truth)
+        scores = confusion.scores()
+        assert scores.category_iou == {"flat": 1.0, "moving": 1.0} and scores.mean_iou == 1
 
 
 def test_evaluated_classes_are_the_official_ones() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import io
+import os
 import shutil
 import sys
 import zipfile
@@ -132,6 +133,24 @@ def test_what_was_interrupted_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.zip", "whole.zip"]
 
 
+def test_a_damaged_part_is_predicted_again(
+    small_checkpoint: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "s.zip"
+    with monkeypatch.context() as patched:
+        patched.setattr(submission, "write_zip", stops)
+        with pytest.raises(KeyboardInterrupt):
+            submission.submit(small_checkpoint, out, [f"data.root={root}"])
+    first = sorted((tmp_path / "s.zip.parts").glob("*.png"))[0]
+    first.write_bytes(first.read_bytes()[:-30])
+    submission.submit(small_checkpoint, out, [f"data.root={root}"])
+    submission.submit(small_checkpoint, tmp_path / "whole.zip", [f"data.root={root}"])
+    assert out.read_bytes() == (tmp_path / "whole.zip").read_bytes()
+
+
 def test_an_older_zip_stays_until_the_new_one_is_checked(
     small_checkpoint: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +219,11 @@ def test_mistakes_come_before_the_work(
     with pytest.raises(
         UserError, match=r"photo_leftImg8bit.png: the test server looks for .*; 1 of 3 images are called"
     ):
+        submission.submit(small_checkpoint, tmp_path / "s.zip", [f"data.root={copy}"])
+    first.with_name("photo_leftImg8bit.png").rename(
+        first.with_name(os.fsdecode(b"b\xfc_000000_000019_leftImg8bit.png"))
+    )
+    with pytest.raises(UserError, match="the test server looks for .*; 1 of 3 images are called otherwise"):
         submission.submit(small_checkpoint, tmp_path / "s.zip", [f"data.root={copy}"])
     shutil.rmtree(copy / "leftImg8bit" / "test")
     with pytest.raises(UserError, match="has no split 'test'"):
