@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,21 @@ def session(runtime: RuntimeConfig) -> Iterator[torch.device]:
         torch.set_num_threads(before[2])
         if joined:
             distributed.cleanup()
+
+
+@contextmanager
+def predicting(runtime: RuntimeConfig) -> Iterator[torch.device]:
+    """A `session` for a program that runs a trained network with `runtime.amp`; stderr says where that will be slow.
+
+    A training says it in its log (`prepare`), and so its evaluations need not.
+
+    Raises:
+        UserError, LostProcess: see `session`.
+    """
+    with session(runtime) as device:
+        if distributed.is_main() and (note := precision.slow(device, precision.dtype_of(runtime.amp))):
+            print(f"warning: {note}", file=sys.stderr, flush=True)
+        yield device
 
 
 @contextmanager

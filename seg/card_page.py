@@ -54,13 +54,13 @@ def write_card(
     Raises:
         UserError: bad data, a split without labels or with one image, a folder that can't be written: before the work.
     """
-    from engine.prepare import session
+    from engine.prepare import predicting
     from seg.html import write
     from seg.models import from_checkpoint
 
     model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
     classes = scored_table(cfg.data, meta, path).num_classes
-    with session(cfg.runtime) as device:
+    with predicting(cfg.runtime) as device:
         split = split or cfg.data.val_split
         out = out or scores_folder(path, split)
         for folder in (out, json_file.parent if json_file else out):

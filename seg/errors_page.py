@@ -111,7 +111,7 @@ def write_errors(
         UserError: bad data, a split without labels, a page that can't be written: before the work; or labels that are
             all ignored.
     """
-    from engine.prepare import session
+    from engine.prepare import predicting
     from seg.html import write
     from seg.models import from_checkpoint
 
@@ -123,7 +123,7 @@ def write_errors(
         raise UserError(f"--out: {out} is a folder; expected the name of a page, such as errors.html")
     model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
     scored_table(cfg.data, meta, path)
-    with session(cfg.runtime) as device:
+    with predicting(cfg.runtime) as device:
         check_writable(out.parent)
         split = split or cfg.data.val_split
         samples = labelled(eval_batches(cfg, split).samples, cfg.data, split)

@@ -141,12 +141,12 @@ def evaluate_checkpoint(
     config to import its modules. The result is that of `evaluate_model` and the name of the split on rank 0, None on
     the others.
     """
-    from engine.prepare import session
+    from engine.prepare import predicting
     from seg.models import from_checkpoint
 
     model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
     scored_table(cfg.data, meta, path)
-    with session(cfg.runtime) as device:
+    with predicting(cfg.runtime) as device:
         split = split or cfg.data.val_split
         scores, panels = evaluate_model(model.to(device), cfg, split=split, pictures=pictures, views=views)
         return (scores, panels, split) if distributed.is_main() else None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine import figures
-from engine.prepare import session
+from engine.prepare import predicting
 from seg.data import eval_batches
 from seg.models import from_checkpoint
 from seg.predict import Predictor
@@ -31,7 +31,7 @@ def draw(
     model, cfg, _ = from_checkpoint(checkpoint, overrides, allow_imports=allow_imports)
     layers = figures.deconv_layers(model, checkpoint)
     name = figures.choose(layers, layer)
-    with session(cfg.runtime) as device:
+    with predicting(cfg.runtime) as device:
         items = next(iter(eval_batches(cfg)))
         predictor = Predictor.from_config(model, cfg, device)
         x = figures.caught(layers[name], lambda: predictor.predict_batch([item["image"] for item in items]))

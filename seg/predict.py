@@ -8,7 +8,6 @@ memory beside the ids, however large the image.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -88,8 +87,6 @@ class Predictor:
     def from_config(cls, model: nn.Module, cfg: SegConfig, device: torch.device | str = "cpu") -> Predictor:
         """The predictor of an experiment; the model is moved to `device`."""
         amp = precision.dtype_of(cfg.runtime.amp)
-        if note := precision.slow(torch.device(device), amp):
-            warnings.warn(note, stacklevel=2)
         return cls(
             model.to(device),
             cfg.data.mean,

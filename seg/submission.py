@@ -59,7 +59,7 @@ def submit(
         UserError: a network of other classes, no test images, names that the server would not find, a place that can't
             be written, a part of another checkpoint, or a check that failed.
     """
-    from engine.prepare import session
+    from engine.prepare import predicting
     from seg.models import from_checkpoint
 
     if out.suffix != ".zip":
@@ -72,7 +72,7 @@ def submit(
             f"{path}: predicts the {its.num_classes} classes of {its.name}; the Cityscapes test server takes its own "
             f"{CITYSCAPES.num_classes}. Train with data.name=cityscapes, or write labels with tools/predict.py."
         )
-    with session(cfg.runtime) as device:
+    with predicting(cfg.runtime) as device:
         check_writable(out.parent)
         samples = named(eval_batches(cfg, SPLIT).samples)
         parts = out.with_name(f"{out.name}.parts")

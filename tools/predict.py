@@ -70,7 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
     from engine.images import VIDEO_SUFFIXES, show
-    from engine.prepare import session
+    from engine.prepare import predicting
     from seg.label_files import label_files
     from seg.labels import table_of
     from seg.models import from_checkpoint
@@ -89,7 +89,7 @@ def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
     if args.smooth is not None and not videos:
         raise UserError("--smooth: is for a video; images are labelled each for itself")
     model, cfg, meta = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
-    with session(cfg.runtime) as device:
+    with predicting(cfg.runtime) as device:
         predictor = Predictor.from_config(model, cfg, device)
         if videos:
             return label_video(

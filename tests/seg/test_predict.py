@@ -211,13 +211,6 @@ def test_bfloat16_answers_in_float32() -> None:
     torch.testing.assert_close(half, full, atol=0.02, rtol=0)
 
 
-def test_a_processor_without_bfloat16_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
-    cfg = SegConfig.model_validate({**CONFIG, "runtime": {"amp": "bf16"}})
-    with pytest.warns(UserWarning, match="runtime.amp=bf16: this processor has no instructions"):
-        Predictor.from_config(Echo().eval(), cfg)
-
-
 def test_nothing_remembers_gradients() -> None:
     model = nn.Conv2d(3, CLASSES, 1).eval()
     assert not Predictor(model, ZERO, ONE).probabilities(picture(32, 32)).requires_grad

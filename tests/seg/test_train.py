@@ -273,3 +273,17 @@ def test_statistics_of_an_image_are_validated():
     ):
         with pytest.raises(ValueError, match=text):
             DataConfig(**{key: value})
+
+
+@pytest.mark.filterwarnings("error:runtime.amp")
+def test_slow_bfloat16_is_told_once_by_a_training_and_once_by_a_program(
+    loaded, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    train.run(loaded("length=2 steps", "report.eval_every=1 step", "runtime.amp=bf16", "norm.name=bn"), tmp_path / "x")
+    told = "".join(capfd.readouterr())
+    assert told.count("this processor has no instructions for bfloat16") == 1
+    evaluate_checkpoint(run_dir / "best.pt", ["runtime.workers=0", "runtime.amp=bf16"])
+    assert capfd.readouterr().err.startswith("warning: runtime.amp=bf16: this processor has no instructions")
+    evaluate_checkpoint(run_dir / "best.pt", ["runtime.workers=0"])
+    assert "instructions" not in capfd.readouterr().err
