@@ -57,7 +57,7 @@ class ChannelDeconv(Whitening):
     ) -> None:
         check_options(block, n_iter, eps, momentum, sampling_stride)
         super().__init__()
-        self.block = block
+        self.block = self.root_size = block
         self.n_iter = n_iter
         self.eps = eps
         self.momentum = momentum
@@ -161,7 +161,7 @@ class ChannelDeconv(Whitening):
     def traffic(self) -> Traffic:
         """What a training step sends with `sync`, forward and backward."""
         numbers = 2 * self.block + 1 + 2 * processes.triangle(self.block)
-        found = Traffic(3, self.running_mean.element_size() * numbers)
+        found = Traffic(3, self.root_dtype().itemsize * numbers)
         rest = self.seen is None or self.seen[0] % self.block != 0
         return found.plus(Traffic(4, 2 * self.running_mean.element_size() * 3)) if rest else found
 

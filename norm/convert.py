@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from norm import calibration
 from norm.adapters import class_name, kind_of
 from norm.plan import Overrides, Swap, plan
+from norm.products import FEW_STEPS
 from norm.registry import Recipe, recipe
+from norm.state import Whitening
 
 Batches = Tensor | Iterable[Tensor]
 
@@ -22,8 +24,6 @@ _COMPUTED = "torch.nn.utils."
 """Where the hooks live that set a layer's weight before each call."""
 
 
-_FEW_STEPS = 8
-"""So many stand products that are rounded to 10 bits."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """What torch keeps in each module: its children, parameters, hooks."""
 
@@ -142,9 +142,10 @@ def _is_left(module: nn.Module) -> bool:
 
 def _warn_of_rounded_products(swaps: Iterable[Swap]) -> None:
     """Each Newton-Schulz step amplifies rounding (tests/norm/test_whitening.py: fifteen with TF32's 10 bits)."""
-    most = max((getattr(part, "n_iter", 0) for swap in swaps for part in swap.core.modules()), default=0)
+    parts = [part for swap in swaps for part in swap.core.modules() if isinstance(part, Whitening)]
+    most = max((part.n_iter for part in parts if part.root_dtype() == torch.float32), default=0)
     precision = torch.get_float32_matmul_precision()
-    if most > _FEW_STEPS and precision != "highest":
+    if most > FEW_STEPS and precision != "highest":
         warnings.warn(
             f"torch.set_float32_matmul_precision({precision!r}) rounds the products of {most} Newton-Schulz steps: "
             'where the device does so (GPUs with TF32) their result may be far off; set it to "highest"',

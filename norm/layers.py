@@ -61,7 +61,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         padding_mode, device, dtype: as in Conv2d; float32 or float64.
 
     Shape: (N, C_in, H, W) -> (N, C_out, H_out, W_out) as Conv2d, and of its dtype. The statistics and the
-    inverse root are computed in float32 under autocast (float64 for a float64 layer), W D in float32 or bfloat16.
+    inverse root are computed in float32 under autocast (in float64 for a float64 layer, or with more than 8 steps of at
+    most 256 features, see `norm.products.root_dtype`), W D in float32 or bfloat16.
 
     Buffers: running_mean (F,) or (groups F,), zeros at first; running_deconv (F, F) or (groups, F, F), the identity at
     first; with `every`, in its place, running_scale () or (groups,), and shape, like inner, whose root it is, (F, F) or

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from norm.products import fused, newton_schulz
+from norm.products import fused, newton_schulz, root_dtype
 
 _SHIFT = 1e-14
 """Of the trace: more than float64's rounding, less than the square of float32's."""
@@ -111,9 +111,10 @@ def respond(basis: Tensor, inner: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
     """What `whitening.inverse_sqrt` makes of the covariance, last (I + tilted basis^T): tilted, like basis, and
     last, () or (G,), the gain of all other directions."""
     features, rank = basis.shape[-2:]
+    inner = inner.to(root_dtype(inner, rank + 1, n_iter))
     rest = inner[..., -1, -1].square() * (features - rank - 1)
     norm = (inner.square().sum((-2, -1)) + rest).sqrt()[..., None, None]
-    root = newton_schulz(inner / norm, n_iter) * norm.rsqrt()
+    root = (newton_schulz(inner / norm, n_iter) * norm.rsqrt()).to(basis.dtype)
     last = root[..., -1, -1]
     return fused(basis, basis, root[..., :rank, :rank] / last[..., None, None], -1.0, 1.0), last
 

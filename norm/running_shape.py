@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from norm import leading, processes, recorded, whitening
+from norm.products import root_dtype
 from norm.whitening import Statistics
 
 _FIRST_PASSES = 4
@@ -64,10 +65,11 @@ class Averages(NamedTuple):
             if joint:
                 now = processes.unpack(processes.total_(processes.pack(now)), now.shape[-1])
             now.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])
-            self._whole(torch.lerp(self.inner, now, rate), n_iter)
+            self._whole(torch.lerp(self.inner.to(now.dtype), now, rate), n_iter)
             return
         total = processes.total_ if joint else None
-        found = leading.renew(self.deconv, self.inner, patches, ridge, rate, passes, total)
+        basis, inner = self.deconv.to(patches.dtype), self.inner.to(patches.dtype)
+        found = leading.renew(basis, inner, patches, ridge, rate, passes, total)
         self._lead(*(_everywhere(*found) if joint else found), n_iter)
 
     def _whole(self, covariance: Tensor, n_iter: int) -> None:
@@ -80,10 +82,11 @@ class Averages(NamedTuple):
 
     @staticmethod
     def _hold(*shape: tuple[Tensor, Tensor]) -> None:
-        """Into each first tensor the second one, if all of these are finite."""
-        fine = _finite(*(found for _, found in shape))
-        for held, found in shape:
-            torch.where(fine, found.to(held.dtype), held, out=held)
+        """Into each first tensor the second one, if all of these are finite there."""
+        new = [found.to(held.dtype) for held, found in shape]
+        fine = _finite(*new)
+        for (held, _), found in zip(shape, new, strict=True):
+            torch.where(fine, found, held, out=held)
 
 
 def _finite(*found: Tensor) -> Tensor:
@@ -181,8 +184,9 @@ def move(
     joint: bool = False,
 ) -> None:
     """Move the shape at this rate towards that of patches (F, rows) or (G, F, rows) with this mean and scale."""
-    dtype = held.deconv.dtype
+    dtype = root_dtype(held.deconv, held.inner.shape[-1], n_iter)
     mean, scale, patches = mean.to(dtype), scale.to(dtype), patches.to(dtype)  # perhaps a view of the layer's input
+    rate = rate.to(dtype) if isinstance(rate, Tensor) else rate
     with torch.autocast(mean.device.type, enabled=False):
         centred = patches - mean.view(*patches.shape[:-1], 1)
         rows = torch.full_like(scale, patches.shape[-1])

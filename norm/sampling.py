@@ -27,6 +27,10 @@ _LITTLE, _LARGE = 2**22, 2**25
 class Sampler(Protocol):
     """Picks the patches that a layer's statistics are taken from."""
 
+    @property
+    def features(self) -> int:
+        """F, of a block or a conv group."""
+
     def gather(self, x: Tensor) -> Tensor:
         """The patches, (F, rows) or (G, F, rows), in the dtype of x."""
 

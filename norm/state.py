@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from norm import leading, processes, recorded, whitening
 from norm.checks import NormError
 from norm.processes import Traffic
+from norm.products import root_dtype
 from norm.running_shape import Averages, Pace, follow, follow_in_a_graph, if_finite
 from norm.sampling import Grouping, Sampler
 from norm.whitening import Statistics
@@ -41,6 +42,9 @@ class Whitening(nn.Module):
     (`torch.utils.checkpoint`) does not move."""
 
     running_mean: Tensor
+    n_iter: int
+    root_size: int
+    """Rows and columns of the matrices whose inverse roots are taken."""
     rewound: bool
     """Who computes again has put the statistics back to what the first computation found, so that they move as then."""
 
@@ -66,6 +70,10 @@ class Whitening(nn.Module):
                 f"{type(self).__name__} cannot {what} {dtype}: its statistics and inverse roots need float32. Train "
                 f"under torch.autocast instead, or deploy norm.fold(model).half().{then}"
             )
+
+    def root_dtype(self) -> torch.dtype:
+        """What the inverse roots are computed in."""
+        return root_dtype(self.running_mean, self.root_size, self.n_iter)
 
     def _again(self) -> bool:
         """Whether this call only computes for a backward what a call before it has computed.
@@ -130,6 +138,7 @@ class Deconvolving(Whitening):
         self.every, self.fresh_steps = every, 0 if self.freeze else fresh_steps
         self.few = bool(every) and leading.few(rank, features)
         self.rank = rank if self.few else features
+        self.root_size = rank + 1 if self.few else features
         weight = self.layer_weight
         self._check_wide(weight.dtype)
         for name, size in self._sizes().items():
@@ -344,8 +353,9 @@ class Deconvolving(Whitening):
         mean, wide = features * groups, self.running_mean.element_size()
         if not self.every:
             triangles = groups * processes.triangle(features)
-            return Traffic(3, wide * (2 * mean + 1 + 2 * triangles))
+            return Traffic(3, self.root_dtype().itemsize * (2 * mean + 1 + 2 * triangles))
         moments = Traffic(2, 8 * (mean + groups + 1) + wide * (mean + groups))
+        wide = self.root_dtype().itemsize
         if not self.few:
             return moments.plus(Traffic(2, wide * groups * (1 + processes.triangle(features))), 1 / self.every)
         sums = groups * (1 + features * self.rank + self.rank**2)

@@ -29,12 +29,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from norm import leading, moments, processes
-from norm.products import Products, full_precision, fused
+from norm.products import FEW_STEPS, Products, full_precision, fused, root_dtype
 from norm.sampling import Grouping, Sampler, Windows
 
-_SPECTRAL_SIZE, _SPECTRAL_STEPS = 128, 8
-"""Features from which an eigendecomposition on a CPU is faster than the products, and steps up to which it is taken:
-more amplify the rounding of small eigenvalues."""
+_SPECTRAL_SIZE = 128
+"""Features from which an eigendecomposition on a CPU is faster than the products. It is taken for `FEW_STEPS`."""
 _CLOSE = 1e-6
 """Eigenvalues over |A|_F that differ by less have no divided difference that could be computed."""
 
@@ -72,8 +71,10 @@ class _Moments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sampler: Sampler, eps: float, joint: bool) -> tuple[Tensor, Tensor, Tensor]:
-        patches, rows = _wide(sampler.gather(x)), None
+    def forward(
+        ctx: Any, x: Tensor, sampler: Sampler, eps: float, joint: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        patches, rows = sampler.gather(x).to(dtype), None
         if joint:
             mean, covariance, rows = over_processes(patches, eps)
         else:
@@ -93,17 +94,17 @@ class _Moments(torch.autograd.Function):
             sums = processes.total_(torch.cat([to_mean.flatten(), packed.flatten()]))
             to_mean = sums[: to_mean.numel()].view_as(to_mean)
             to_covariance = processes.unpack(sums[to_mean.numel() :].view_as(packed), mean.shape[-1])
-        centred = _wide(ctx.sampler.gather(x)) - mean.unsqueeze(-1)
+        centred = ctx.sampler.gather(x).to(mean.dtype) - mean.unsqueeze(-1)
         if centred.shape[-1] == 0:  # other processes have all images that are taken
-            return to_x, None, None, None
+            return to_x, None, None, None, None
         grad = torch.baddbmm(
             to_mean.reshape(-1, to_mean.shape[-1], 1),
             *((each.reshape(-1, *each.shape[-2:])) for each in (to_covariance, centred)),
         ).div_(centred.shape[-1] if rows is None else rows)
         if torch.compiler.is_compiling():  # which takes nothing that is overwritten
-            return to_x + ctx.sampler.spread(grad.view(centred.shape), x.shape).to(to_x.dtype), None, None, None
+            return to_x + ctx.sampler.spread(grad.view(centred.shape), x.shape).to(to_x.dtype), None, None, None, None
         ctx.sampler.scatter_add_(to_x, grad.view(centred.shape))
-        return to_x, None, None, None
+        return to_x, None, None, None, None
 
 
 class _MeanAndScale(torch.autograd.Function):
@@ -161,16 +162,18 @@ def inverse_sqrt(matrix: Tensor, n_iter: int) -> Tensor:
     Y0 = A / |A|_F, Z0 = I; T = (3 I - Z Y) / 2, Y = Y T, Z = T Z; the result is Z / sqrt(|A|_F). Five steps are not
     converged for an ill-conditioned A; that is part of the method: no direction is amplified by more than
     1.5^n_iter / sqrt(|A|_F). The first step needs no product with Z0, the last none for Y: 3 n_iter - 3 products.
-    Large matrices on a CPU take the same steps on their eigenvalues (`_Spectral`).
+    Large matrices on a CPU take the same steps on their eigenvalues (`_Spectral`). In the dtype of `matrix`, computed
+    in `root_dtype`.
     """
-    large = matrix.device.type == "cpu" and matrix.shape[-1] >= _SPECTRAL_SIZE and n_iter <= _SPECTRAL_STEPS
+    large = matrix.device.type == "cpu" and matrix.shape[-1] >= _SPECTRAL_SIZE and n_iter <= FEW_STEPS
     large = large and not torch.compiler.is_compiling()
     # what is not finite goes through the products, which hand it on as every layer does
     if large and bool(torch.linalg.matrix_norm(matrix.detach()).isfinite().all()):
         root: Tensor = _Spectral.apply(matrix, n_iter)  # type: ignore[no-untyped-call]
         return root
-    products: Tensor = Products.apply(matrix, n_iter)  # type: ignore[no-untyped-call]
-    return products
+    wide = matrix.to(root_dtype(matrix, matrix.shape[-1], n_iter))
+    products: Tensor = Products.apply(wide, n_iter)  # type: ignore[no-untyped-call]
+    return products.to(matrix.dtype)
 
 
 class _Spectral(torch.autograd.Function):
@@ -226,11 +229,17 @@ def statistics(
     """x, for the layer to go on with, and mean (F,) or (G F,) and deconv D of its patches, those of all processes if
     `joint`.
 
-    float32 under autocast, float64 stays float64.
+    float32 under autocast, float64 stays float64; see `root_dtype`.
     """
     with torch.autocast(device_type=x.device.type, enabled=False):
-        x, mean, covariance = _Moments.apply(x, sampler, eps, joint)  # type: ignore[no-untyped-call]
-        return x, mean.flatten(), inverse_sqrt(covariance, n_iter)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dtype = root_dtype(x, sampler.features, n_iter)
+        x, mean, covariance = _Moments.apply(x, sampler, eps, joint, dtype)  # type: ignore[no-untyped-call]
+        deconv = inverse_sqrt(covariance, n_iter)
+        if dtype != wide:  # an overflow of the layer's own dtype is not to pass for statistics
+            overflow = covariance.detach().diagonal(dim1=-2, dim2=-1).sum(-1).to(wide)
+            deconv = deconv + 0 * overflow[..., None, None]
+        return x, mean.flatten().to(wide), deconv.to(wide)
 
 
 def traced_mean_and_scale(x: Tensor, sampler: Sampler, eps: float) -> tuple[Tensor, Tensor, Tensor]:

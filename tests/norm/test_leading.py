@@ -105,6 +105,18 @@ def test_the_shape_is_the_inverse_root(n_iter: int, groups: int | None):
     torch.testing.assert_close(shape_of(basis, *leading.respond(basis, inner, n_iter)), want, rtol=1e-9, atol=1e-9)
 
 
+def test_many_steps_do_not_amplify_the_rounding_of_float32():
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(147, 64))[0]
+    turn = torch.linalg.qr(torch.randn(64, 64))[0]
+    inner = torch.zeros(65, 65)
+    inner[:64, :64] = turn * torch.logspace(-4, 1.3, 64) @ turn.mT
+    inner[64, 64] = 1e-4
+    found, want = leading.respond(basis, inner, 15), leading.respond(basis.double(), inner.double(), 15)
+    for a, b in zip(found, want, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < 1e-6 * b.norm()
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("groups", [None, 3])
 def test_the_thin_products_are_the_product_with_d(groups: int | None, in_place: bool):

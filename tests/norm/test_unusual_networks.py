@@ -158,10 +158,11 @@ def test_products_that_are_rounded_are_warned_of() -> None:
     torch.set_float32_matmul_precision("high")
     try:
         with pytest.warns(UserWarning, match=r"'high'\) rounds the products of 15 Newton-Schulz steps"):
-            norm.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "deconv")
+            norm.convert(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 4, 3)), "deconv", n_iter=15)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            norm.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "deconv", stem_n_iter=5)
+            for recipe in ("deconv", "deconv_fast"):  # whose fifteen steps in the first layer are in float64
+                norm.convert(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 4, 3)), recipe)
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -91,9 +91,9 @@ def test_many_steps_converge_to_the_inverse_root():
 
 @pytest.mark.parametrize("n_iter, low, high", [(20, 1e-3, 0.1), (25, 10, 1e6)])
 def test_float32_is_enough_for_twenty_steps(n_iter, low, high):
-    """Why recipes take no more of them: here patches are fewer than features."""
+    """Why recipes take no more of them: here patches are fewer than features, which are too many for float64."""
     torch.manual_seed(0)
-    patches = torch.randn(27, 8, dtype=torch.float64).cumsum(0) * 10
+    patches = torch.randn(300, 8, dtype=torch.float64).cumsum(0) * 10
     _, covariance = whitening.mean_and_covariance(patches, 1e-5)
     want, found = (whitening.inverse_sqrt(each, n_iter).double() for each in (covariance, covariance.float()))
     assert low < (found - want).norm() / want.norm() < high
@@ -147,13 +147,23 @@ class RoundedProducts(TorchDispatchMode):
         return (bits & -(1 << 13)).view(torch.float32)
 
 
-@pytest.mark.parametrize("n_iter, low, high", [(5, 1e-4, 0.02), (15, 0.2, 100)])
-def test_many_steps_need_products_in_full_precision(n_iter, low, high):
-    """Why `convert` warns of `torch.set_float32_matmul_precision`."""
+@pytest.mark.parametrize(
+    "channels, n_iter, options, low, high",
+    [
+        *((channels, n_iter, {}, 1e-4, 0.02) for channels, n_iter in [(3, 5), (3, 15), (64, 5)]),
+        *((channels, n_iter, {"every": 1}, 1e-4, 0.02) for channels, n_iter in [(3, 5), (3, 15), (64, 5)]),
+        (64, 14, {}, 0.2, 100),
+    ],
+)
+def test_many_steps_of_many_features_need_products_in_full_precision(channels, n_iter, options, low, high, monkeypatch):
+    """Why `convert` warns of `torch.set_float32_matmul_precision`; the first layer's fifteen steps are in float64."""
+    monkeypatch.setattr(whitening, "_SPECTRAL_SIZE", 10**6)  # products, as on a GPU
     torch.manual_seed(0)
     smooth = F.interpolate(torch.randn(8, 3, 6, 6), 64, mode="bicubic")
     x = smooth.mean(1, keepdim=True) + 0.3 * smooth + 0.02 * torch.randn(8, 3, 64, 64)
-    layer = FastDeconv(3, 8, 3, padding=1, n_iter=n_iter)
+    if channels > 3:
+        x = F.conv2d(x, torch.randn(channels, 3, 3, 3)).relu()
+    layer = FastDeconv(channels, 8, 3, padding=1, n_iter=n_iter, **options)
     want = copy.deepcopy(layer).double()(x.double())
     assert (layer(x) - want).norm() < 2e-3 * want.norm()
     with RoundedProducts():
