@@ -34,6 +34,8 @@ SAMPLED = 4000
 """Pixels of an image, drawn evenly with a fixed seed, that the temperature is fitted to."""
 MOST_VALUES = 50_000_000
 """Numbers, one for each class, of the pixels of all images together, which are kept in memory."""
+_PART = 2**24
+"""Numbers of an image that are counted at a time."""
 _RANGE = (0.05, 20.0)
 """Temperatures that are tried."""
 
@@ -169,11 +171,14 @@ class Calibrator:
             return  # and no reason to fit: of a split of such images alone the scores say what is wrong
         if self.temperature is None:
             self.temperature = self._fit()
-        true = torch.from_numpy(truth.ravel()).to(log_probabilities.device)
-        valid = true != IGNORE
-        values, true = log_probabilities.flatten(1)[:, valid], true[valid].long()
-        self.before.update(values.log_softmax(0), true)
-        self.after.update((values / self.temperature).log_softmax(0), true)
+        values = log_probabilities.flatten(1)
+        pixels = max(1, _PART // len(values))  # a large image's numbers exist once
+        for part, true in zip(values.split(pixels, 1), torch.from_numpy(truth.ravel()).split(pixels), strict=True):
+            true = true.to(part.device)
+            valid = true != IGNORE
+            part, true = part[:, valid], true[valid].long()
+            self.before.update(part.log_softmax(0), true)
+            self.after.update((part / self.temperature).log_softmax(0), true)
 
     def result(self) -> Calibration:
         """Raises UserError with fewer than two images, or without a valid pixel to fit the temperature to."""

@@ -110,7 +110,7 @@ def measure_split(
         confusion.update(labels.to_label_ids(ids), label, item["instance"], name=str(sample.label))
         boundary.update(ids, truth)
         images.update(ids, truth, sample)
-        logs = probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+        logs = probabilities.clamp_min_(torch.finfo(torch.float32).tiny).log_()  # a large image's exist once
         if number in first:
             calibrator.fit_on(logs, truth, number)
         else:

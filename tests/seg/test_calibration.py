@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from seg import calibration
 from seg.calibration import (
     MOST_VALUES,
     SAMPLED,
@@ -113,6 +114,19 @@ def test_fitted_on_one_half_and_reported_on_the_other() -> None:
     assert again.temperature == found.temperature
     assert "3 images with even numbers, 3000 pixels" in found.to_json()["fitted on"]
     assert found.to_json()["temperature at an end of its range"] is False
+
+
+def test_an_image_counted_in_parts_counts_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for values in (2**24, 1000):  # 5 classes: the image whole, or 200 pixels at a time, some of them all void
+        monkeypatch.setattr(calibration, "_PART", values)
+        calibrator = Calibrator()
+        calibrator.fit_on(*drawn(2.5, 0), 0)
+        calibrator.report_on(*drawn(2.5, 1))
+        found.append(calibrator.result())
+    for whole, parts in ((found[0].before, found[1].before), (found[0].after, found[1].after)):
+        np.testing.assert_allclose(parts.counts, whole.counts, rtol=1e-8)
+        assert parts.nll == pytest.approx(whole.nll, rel=1e-9)
 
 
 def test_a_network_that_no_temperature_calibrates_is_called_that() -> None:
