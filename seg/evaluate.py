@@ -288,7 +288,8 @@ def write_json(scores: Scores, path: Path | str, about: Mapping[str, Any] = Mapp
 
 
 def write_pictures(scores: Scores, pictures: Mapping[str, Rgb], out: Path | str) -> None:
-    """Write `confusion.png`, `class_iou.png` and the panels to a folder. Raises UserError when that can't be done.
+    """Write `confusion.png`, `class_iou.png` and the panels to a folder, that of an image of such a name as
+    `image_NAME.png`. Raises UserError when that can't be done.
 
     The matrix is drawn for the evaluated classes; what was predicted as void is left out, of the percents too, and that
     is said.
@@ -297,10 +298,11 @@ def write_pictures(scores: Scores, pictures: Mapping[str, Rgb], out: Path | str)
     matrix = scores.class_matrix()
     void = scores.matrix[[place for group in scores.labels.groups for place in group]].sum() - matrix.sum()
     title = "Confusion, % of the true class's pixels\nthat are predicted as a class" if void else ""
-    draw.plot_confusion(matrix, scores.labels.classes, out / "confusion.png", title)
-    draw.plot_class_iou(scores.class_iou, out / "class_iou.png")
+    plots = ("confusion", "class_iou")
+    draw.plot_confusion(matrix, scores.labels.classes, out / f"{plots[0]}.png", title)
+    draw.plot_class_iou(scores.class_iou, out / f"{plots[1]}.png")
     for name, picture in pictures.items():
-        write_png(out / f"{name}.png", picture)
+        write_png(out / (f"image_{name}.png" if name.casefold() in plots else f"{name}.png"), picture)
 
 
 def _spread(samples: Sequence[Sample], wanted: int) -> set[Sample]:

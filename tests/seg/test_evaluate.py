@@ -318,6 +318,10 @@ def test_pictures_are_written(sample_root: Path, tmp_path: Path) -> None:
     for name, picture in pictures.items():
         assert np.array_equal(np.array(Image.open(tmp_path / "out" / f"{name}.png")), picture)
     assert min(Image.open(tmp_path / "out" / "confusion.png").size) > 300
+    own = {"Confusion": np.zeros((4, 4, 3), np.uint8)}  # a user's image of that name
+    evaluate.write_pictures(scores, own, tmp_path / "out")
+    assert Image.open(tmp_path / "out" / "image_Confusion.png").size == (4, 4)
+    assert min(Image.open(tmp_path / "out" / "confusion.png").size) > 300
 
 
 def test_a_drawn_matrix_says_that_void_predictions_are_left_out(
