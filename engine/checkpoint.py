@@ -58,10 +58,11 @@ def export_weights(path: str | Path, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: it cannot be written; the old file is untouched.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialized
 
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state_dict.items()}
-    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary))
+    # not by save_file, which makes a file that nobody else may read, whatever the umask says
+    write_atomically(Path(path), lambda temporary: Path(temporary).write_bytes(serialized(tensors)))
 
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:

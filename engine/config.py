@@ -101,8 +101,9 @@ class OptimConfig(Section):
     """Weight decay: added to the gradient, but decoupled in adamw."""
     decay_norm_bias: bool = True
     """Decay one-dimensional parameters (norm weights and biases) too; false leaves them undecayed."""
-    backbone_lr_factor: Positive = 1.0
-    """Factor on the learning rate of the backbone's parameters."""
+    backbone_lr_factor: NotNegative = 1.0
+    """Factor on the learning rate of the backbone's parameters; 0 freezes them, but not the statistics of its norms:
+    the recipe frozen_bn does that."""
     head_lr_factor: Positive = 1.0
     """Factor on the learning rate of all other parameters."""
     schedule: Literal["poly", "cosine", "multistep", "constant"] = "poly"

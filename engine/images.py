@@ -105,6 +105,17 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS, *, opaque: bool =
         raise UserError(f"{show(path)}: cannot be decoded ({type(error).__name__}: {error}).") from error
 
 
+def stored_orientation(path: Path) -> int:
+    """The EXIF orientation by which `read_image` turns or mirrors an image file, 2 to 8; 1 where it leaves it as it is
+    stored, also where the file cannot be read."""
+    try:
+        with _open(path) as file, _pil_limit(MAX_PIXELS), Image.open(file, formats=_formats()) as image:
+            found = image.getexif().get(_ORIENTATION)
+    except Exception:  # what is wrong with the file is for `read_image` to say
+        return 1
+    return found if found in _WAYS else 1
+
+
 def find_images(
     inputs: Sequence[str | Path], own: Sequence[Path] = (), *, videos: bool = False
 ) -> tuple[list[Found], list[str]]:

@@ -78,8 +78,20 @@ def read_pair(sample: Sample) -> tuple[Rgb, Ids]:
         raise UserError(
             f"{sample.label}: label of {label.shape[1]} x {label.shape[0]} pixels for an image of "
             f"{image.shape[1]} x {image.shape[0]} ({sample.image}); the sizes must be equal, labels are never resized."
+            f"{drawn_as_stored(sample.image)}"
         )
     return image, label
+
+
+def drawn_as_stored(image: Path) -> str:
+    """What an error adds where an image is turned by its EXIF orientation, which label files do not have; else ''."""
+    orientation = images.stored_orientation(image)
+    if orientation == 1:
+        return ""
+    return (
+        f" The image has the EXIF orientation {orientation} and was turned by it: a label that was drawn on the pixels "
+        "as they are stored does not fit; store the image upright, without the entry."
+    )
 
 
 def normalize(image: Rgb, cfg: DataConfig) -> Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import UserError
+from engine.images import stored_orientation
 from seg.cityscapes import Key, Listing
 from seg.config import DataConfig
 from seg.data import read_rgb
@@ -50,6 +51,8 @@ class Entry:
     """Whether its split has no public labels."""
     size: tuple[int, int] | None = None
     """Height and width of the image in pixels; None if it can't be read."""
+    orientation: int = 1
+    """EXIF orientation by which the image was turned; 1 if it is as it is stored."""
     digest: str = ""
     """Of the decoded pixels, so that a copy in another file format is noticed too."""
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
@@ -135,7 +138,7 @@ def inspect(data: DataConfig, say: Callable[[str], None] = print) -> Inspection:
         seen = list(told(pool.map(look, entries), len(entries), "files", say))
     found = Inspection(data, labels, seen, problems)
     found.problems.extend(problem for entry in seen for problem in entry.problems)
-    for check in (_duplicates, _instance_files, _sizes, _train_ids, _unlabelled_splits, _classes):
+    for check in (_duplicates, _instance_files, _sizes, _turned, _train_ids, _one_class, _unlabelled_splits, _classes):
         found.problems.extend(check(found))
     return found
 
@@ -207,7 +210,7 @@ def _look_at_image(entry: Entry, path: Path) -> None:
     except UserError as error:
         entry.problems.append(Problem("unreadable image", str(error)))
         return
-    entry.size = (image.shape[0], image.shape[1])
+    entry.size, entry.orientation = (image.shape[0], image.shape[1]), stored_orientation(path)
     entry.digest = hashlib.blake2b(image.tobytes() + str(image.shape).encode(), digest_size=16).hexdigest()
     some = image[::4, ::4].reshape(-1, 3) / 255
     entry.colour = np.array([len(some), *some.sum(0), *(some**2).sum(0)])
@@ -277,6 +280,19 @@ def _sizes(found: Inspection) -> Iterator[Problem]:
             yield Problem("images of several sizes", f"split {split!r}: {shown}")
 
 
+def _turned(found: Inspection) -> Iterator[Problem]:
+    """A label file has no orientation: one drawn on the pixels as they are stored lies elsewhere, and where the size
+    stays the same (upside down, mirrored, square) nothing else tells."""
+    for split in found.splits:
+        turned = [entry for entry in found.of(split) if entry.orientation != 1 and entry.label is not None]
+        if turned:
+            text = (
+                f"split {split!r}: {len(turned)}, the first is {turned[0].image}; see on the page of --out whether "
+                "the labels lie on the upright images, or store these upright"
+            )
+            yield Problem("images turned by their EXIF orientation", text)
+
+
 def _train_ids(found: Inspection) -> Iterator[Problem]:
     """Of Cityscapes' label ids alone: those of a table of one's own may be small by chance."""
     counts = np.sum([entry.counts for entry in found.entries], axis=0)
@@ -285,6 +301,12 @@ def _train_ids(found: Inspection) -> Iterator[Problem]:
         last = len(found.labels.labels) - 1
         text = f"no label id of {classes} to {last} in any file; convert with seg.labels.to_label_ids"
         yield Problem("labels look like train ids", text)
+
+
+def _one_class(found: Inspection) -> Iterator[Problem]:
+    if found.labels.num_classes == 1:
+        text = f"{found.labels.classes[0]}: a training refuses it; give the rest a train_id in place of ignoring it"
+        yield Problem("one class alone", text)
 
 
 def _unlabelled_splits(found: Inspection) -> Iterator[Problem]:

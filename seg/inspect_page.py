@@ -15,7 +15,13 @@ from seg.html import chart, listing, page, paragraph, picture, row, section, tab
 from seg.inspect_data import Entry, Inspection
 from seg.labels import IGNORE, LabelTable, read_label_ids
 
-NOTES = ("rare class", "class that never occurs", "images of several sizes", "image that is almost black")
+NOTES = (
+    "rare class",
+    "class that never occurs",
+    "images of several sizes",
+    "image that is almost black",
+    "images turned by their EXIF orientation",
+)
 """Kinds of problems that are no mistakes."""
 _SHOWN = 5
 _SHOWN_ON_PAGE = 200
@@ -168,7 +174,7 @@ def _shares(found: Inspection) -> str:
 
 
 def _pictures(found: Inspection) -> list[str]:
-    """A few training images spread over the split, and those with most of the rarest classes."""
+    """A few training images spread over the split, those with most of the rarest classes, and one that is turned."""
     entries = [e for e in found.of(found.data.train_split) if e.sound] or [e for e in found.entries if e.sound]
     if not entries:
         return [paragraph("No image has a label that goes with it.")]
@@ -179,6 +185,8 @@ def _pictures(found: Inspection) -> list[str]:
         ids = found.label_ids[found.labels.classes.index(name)]
         best = max(range(len(entries)), key=lambda i: int(entries[i].counts[ids].sum()))
         chosen.setdefault(best, []).append(f"most {name}")
+    if (turned := next((i for i, e in enumerate(entries) if e.orientation != 1), None)) is not None:
+        chosen.setdefault(turned, []).append("turned by its EXIF orientation")
     return [_overlay(entries[i], ", ".join(notes), found.labels) for i, notes in chosen.items()]
 
 

@@ -274,6 +274,12 @@ def test_export(tmp_path: Path) -> None:
     assert torch.equal(read(tmp_path / "w.safetensors")["a"], weight)
 
 
+def test_exported_weights_are_for_whoever_may_read_files_of_this_user(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    export_weights(tmp_path / "w.safetensors", {"a": torch.ones(2)})
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 # ---- weights of another network
 
 

@@ -53,6 +53,18 @@ def test_rates_by_part_and_no_decay_of_vectors() -> None:
     assert learning_rates(build_optimizer(list(groups.values()), cfg)) == {"backbone": 0.05, "head": 1.0}
 
 
+@pytest.mark.parametrize("name", ["sgd", "adam", "amsgrad", "adamw"])
+def test_a_factor_of_0_freezes_the_backbone(name: Any) -> None:
+    net, cfg = Net(), OptimConfig(name=name, lr=0.1, backbone_lr_factor=0, weight_decay=0.1)
+    before = {key: value.clone() for key, value in net.named_parameters()}
+    optimizer = build_optimizer(parameter_groups(net, cfg, is_backbone), cfg)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = {key for key, value in net.named_parameters() if torch.equal(value, before[key])}
+    assert kept == {key for key in before if is_backbone(key)}
+
+
 def test_frozen_parameters_are_left_out() -> None:
     net = Net()
     net.backbone.requires_grad_(False)

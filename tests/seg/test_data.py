@@ -172,6 +172,12 @@ def resize(path: Path) -> None:
     Image.fromarray(np.zeros((40, 63), np.uint8)).save(path)
 
 
+def turn(path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+
+
 def unknown(path: Path) -> None:
     ids = np.array(Image.open(path))
     ids[0, :7] = 200
@@ -189,6 +195,7 @@ def unknown(path: Path) -> None:
         (empty, "image", 0, r"is empty \(zero bytes\)"),
         (empty, "label", 0, r"is empty \(zero bytes\)"),
         (resize, "label", 0, "label of 63 x 40 pixels for an image of 64 x 40.*the sizes must be equal"),
+        (turn, "image", 0, "label of 64 x 40 pixels for an image of 40 x 64 .* has the EXIF orientation 6"),
         (unknown, "label", 0, r"unknown label ids 200 \(7 pixels\)"),
         (unknown, "label", 2, r"unknown label ids 200 \(7 pixels\)"),
     ],

@@ -287,6 +287,28 @@ def test_a_wrong_folder_is_the_error_of_a_training(tmp_path: Path, name: str) ->
         assert str(inspected.value) == str(trained.value) and str(root) in str(trained.value)
 
 
+def test_images_turned_by_their_orientation_are_told(tmp_path: Path) -> None:
+    layouts.folder(tmp_path)
+    paths = [tmp_path / "images/train/day0/shot 0.jpg", tmp_path / "images/test/day0/shot 0.jpg"]
+    for path in paths:
+        exif = Image.Exif()
+        exif[0x0112] = 3  # upside down: the size of its label still fits
+        Image.open(path).save(path, exif=exif)
+    found = inspect(tmp_path, name="folder")
+    texts = [problem.text for problem in found.problems if problem.kind == "images turned by their EXIF orientation"]
+    assert len(texts) == 1 and texts[0].startswith(f"split 'train': 1, the first is {paths[0]}; ")
+    assert "turned by its EXIF orientation" in inspect_page.document(found)
+    assert inspect_page.mistakes(found) == 0
+
+
+def test_one_class_alone_is_told(tmp_path: Path) -> None:
+    layouts.folder(tmp_path)
+    ignored = layouts.LABELS.replace("train_id: 0", "ignore: true").replace("train_id: 2", "ignore: true")
+    (tmp_path / "labels.yaml").write_text(ignored.replace("train_id: 1", "train_id: 0"))
+    kinds = {problem.kind: problem.text for problem in inspect(tmp_path, name="folder").problems}
+    assert kinds["one class alone"].startswith("road: ")
+
+
 def test_merged_and_ignored_labels_of_a_folder(tmp_path: Path) -> None:
     layouts.folder(tmp_path)
     found = inspect(tmp_path, name="folder")
