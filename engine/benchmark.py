@@ -222,8 +222,9 @@ class _Work:
         convert_norm(self.model, variant.section)
         for every in {int(getattr(layer, "every", 0)) or 1 for layer in self.model.modules()}:
             if settings.steps % every:
+                ordinal = {2: "2nd", 3: "3rd"}.get(every, f"{every}th")
                 raise UserError(
-                    f"--steps {settings.steps}: {variant.label} does in every {every}th step what it leaves out in "
+                    f"--steps {settings.steps}: {variant.label} does in every {ordinal} step what it leaves out in "
                     f"others; give a multiple of {every}"
                 )
         skip_fresh_steps(self.model)
