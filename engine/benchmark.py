@@ -21,7 +21,7 @@ import norm
 from engine import flops
 from engine.checkpoint import first_line
 from engine.errors import UserError
-from engine.memory import allocated
+from engine.memory import allocated, quiet_profiler
 from engine.optim import build_optimizer
 from engine.precision import autocast
 from engine.prepare import convert_norm
@@ -157,6 +157,7 @@ def trace(case: Case, variant: Variant, settings: Settings, path: Path) -> None:
     """
     work = _Work(case, variant, settings)
     work.step()
+    quiet_profiler()
     with torch.profiler.profile(record_shapes=True) as profile:
         for number in range(settings.steps):
             with torch.profiler.record_function(f"step {number + 1}"):
