@@ -7,9 +7,9 @@ python tools/benchmark.py conv:64,64,3,padding=1:4x64x64x64         # a convolut
 python tools/benchmark.py resnet18:128x3x32x32 --device cuda --amp bf16 --channels-last --compile --trace trace.json
 
 A case is NETWORK:NxCxHxW, where NETWORK is a classifier's name (torchvision/NAME and timm/NAME too), seg/NAME
-(seg/smp/ARCHITECTURE/ENCODER too), or conv:IN,OUT,KERNEL[,padding=P][,dilation=D][,stride=S][,groups=G][,bias=0]. A norm
-is NAME[:option=value,...]; ratios are over the first one. A round has --steps steps; norm options that skip steps
-(every=4) need as many or a multiple.
+(seg/smp/ARCHITECTURE/ENCODER too), or conv:IN,OUT,KERNEL[,padding=P][,dilation=D][,stride=S][,groups=G][,bias=0]. A
+norm is NAME[:option=value,...]; ratios are over the first one. A round has --steps steps; norm options that skip steps
+(every=4) need as many or a multiple. A training's first ones (fresh_steps) are left out; every=1 shows what they take.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def test_two_outputs_in_one_file_are_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("layer", "said"),
     [
-        ("8,8,3,1,1,1,1,2", "8 numbers without a name; at most in_channels, out_channels, kernel_size, stride, padding"),
+        ("8,8,3,1,1,1,1,2", "8 numbers without a name; at most in_channels, out_channels, kernel_size, stride"),
         ("8,8,3,paddin=1", "unknown 'paddin'; known: in_channels, .*, bias"),
         ("8,8", "kernel_size is missing; expected conv:IN,OUT,KERNEL"),
     ],
