@@ -21,7 +21,7 @@ import norm
 from engine import flops
 from engine.checkpoint import first_line
 from engine.errors import UserError
-from engine.memory import allocated
+from engine.memory import allocated, quiet_profiler
 from engine.optim import build_optimizer
 from engine.precision import autocast
 from engine.prepare import convert_norm
@@ -157,6 +157,7 @@ def trace(case: Case, variant: Variant, settings: Settings, path: Path) -> None:
     """
     work = _Work(case, variant, settings)
     work.step()
+    quiet_profiler()
     with torch.profiler.profile(record_shapes=True) as profile:
         for number in range(settings.steps):
             with torch.profiler.record_function(f"step {number + 1}"):
@@ -222,8 +223,9 @@ class _Work:
         convert_norm(self.model, variant.section)
         for every in {int(getattr(layer, "every", 0)) or 1 for layer in self.model.modules()}:
             if settings.steps % every:
+                ordinal = {2: "2nd", 3: "3rd"}.get(every, f"{every}th")
                 raise UserError(
-                    f"--steps {settings.steps}: {variant.label} does in every {every}th step what it leaves out in "
+                    f"--steps {settings.steps}: {variant.label} does in every {ordinal} step what it leaves out in "
                     f"others; give a multiple of {every}"
                 )
         skip_fresh_steps(self.model)

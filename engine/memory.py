@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -33,6 +34,7 @@ def allocated(call: Callable[[], Any], device: torch.device) -> Allocated:
         torch.cuda.synchronize(device)
         peak, left = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
         return Allocated(peak - before, left - before)
+    quiet_profiler()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     assert profile.profiler is not None
@@ -42,6 +44,12 @@ def allocated(call: Callable[[], Any], device: torch.device) -> Allocated:
         total += change
         highest = max(highest, total)
     return Allocated(highest, total)
+
+
+def quiet_profiler() -> None:
+    """torch's profiler tells stderr of each start and stop, and of GPUs that are not there, unless the environment says
+    otherwise."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def process_peak() -> int:

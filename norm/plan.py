@@ -192,14 +192,16 @@ def _check_sharing(model: nn.Module, swaps: list[Swap]) -> None:
 
 
 def _check_whitens(chosen: Recipe, swaps: list[Swap]) -> None:
-    """Raises NormError where batch norms go and nothing is there that would whiten in their place."""
+    """Raises NormError where nothing would whiten: the network would be left as it is, or without its batch norms."""
+    if not isinstance(chosen, Deconv) or any(_whitens(swap) for swap in swaps):
+        return
     gone = [swap.names[0] for swap in swaps if swap.kind == "norm" and isinstance(swap.core, nn.Identity)]
-    if gone and not any(_whitens(swap) for swap in swaps) and isinstance(chosen, Deconv):
-        raise NormError(
-            f"the network has no Conv2d that would become a whitening layer, but batch norms that would go ({gone[0]}, "
-            "...). fc_block whitens linear layers; transposed, 1-d and 3-d convolutions are left alone: use another "
-            "recipe for them, or 'none' to remove the norms"
-        )
+    more = f", but batch norms that would go ({gone[0]}, ...)" if gone else ""
+    raise NormError(
+        f"the network has no Conv2d that would become a whitening layer{more}. fc_block whitens linear layers; "
+        "transposed, 1-d and 3-d convolutions are left alone, and what overrides or keep_depthwise keep: use another "
+        "recipe for them, or 'none' to remove the norms"
+    )
 
 
 def _whitens(swap: Swap) -> bool:

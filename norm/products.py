@@ -1,7 +1,6 @@
 """The Newton-Schulz steps as matrix products, few enough of them that a GPU is not kept waiting for their start.
 
-For a symmetric A the result is a polynomial in A / |A|_F, whose gradient is its derivative in the direction of the
-gradient of the result: p(X)' [G] is a sum of X^i G X^j, and <p'(X)[E], G> = <E, p'(X)[G]>.
+The steps keep what their gradient needs; it is written out so that it has few kernels and runs in full precision.
 """
 
 from __future__ import annotations
@@ -104,17 +103,27 @@ class Products(torch.autograd.Function):
     @once_differentiable
     @full_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        size, last, y, t, *kept = ctx.saved_tensors
-        first = y
-        dy = grad * size.rsqrt()
-        through_root = (dy * last).sum((-2, -1), keepdim=True).mul_(-0.5)  # |A|_F under the root, times |A|_F
-        dt = -0.5 * dy
-        dz = dt
-        while kept:
-            z, new_y, new_t, *kept = kept
-            dy = fused(dy @ t, y, dt, 1.0, 1.0)
-            y, t = new_y, new_t
-            dt = fused(dz @ y, z, dy, -0.5, -0.5)
-            dz = fused(dt @ z, t, dz, 1.0, 1.0)
-        through_x = (dz * first).sum((-2, -1), keepdim=True)  # |A|_F below A, times |A|_F
-        return torch.addcmul(dz, through_root - through_x, first) / size, None
+        size, last, *kept = ctx.saved_tensors
+        dz = grad * size.rsqrt()
+        through_root = (dz * last).sum((-2, -1), keepdim=True).mul_(-0.5)  # |A|_F under the root, times |A|_F
+        dy = _backwards(dz, kept)
+        through_x = (dy * kept[0]).sum((-2, -1), keepdim=True)  # |A|_F below A, times |A|_F
+        return torch.addcmul(dy, through_root - through_x, kept[0]) / size, None
+
+
+def _backwards(dz: Tensor, kept: list[Tensor]) -> Tensor:
+    """The gradient of Y0 from that of the last Z: the steps from the last to the first, 6 n_iter - 6 products.
+
+    From the first to the last it would be as many (the derivative of the polynomial in the gradient's direction), but
+    ten and more steps amplify that one's rounding to a hundred times this one's where rows are fewer than features.
+    """
+    dy: Tensor | None = None  # nobody reads the last Y
+    while len(kept) > 2:
+        *kept, z, y, t = kept
+        dt = dz @ z.mT if dy is None else fused(dz @ z.mT, y.mT, dy, 1.0, 1.0)
+        dy = (z.mT @ dt).mul_(-0.5) if dy is None else fused(dy @ t.mT, z.mT, dt, 1.0, -0.5)
+        dz = fused(t.mT @ dz, dt, y.mT, 1.0, -0.5)
+    y, t = kept
+    if dy is None:  # of a single step
+        return dz * -0.5
+    return fused(fused(dz, y.mT, dy, -0.5, -0.5), dy, t.mT, 1.0, 1.0)

@@ -7,16 +7,15 @@ python tools/benchmark.py conv:64,64,3,padding=1:4x64x64x64         # a convolut
 python tools/benchmark.py resnet18:128x3x32x32 --device cuda --amp bf16 --channels-last --compile --trace trace.json
 
 A case is NETWORK:NxCxHxW, where NETWORK is a classifier's name (torchvision/NAME and timm/NAME too), seg/NAME
-(seg/smp/ARCHITECTURE/ENCODER too), or conv:IN,OUT,KERNEL[,padding=P][,dilation=D][,stride=S][,groups=G]. A norm is
-NAME[:option=value,...]; ratios are over the first one. A round has --steps steps; norm options that skip steps
-(every=4) need as many or a multiple.
+(seg/smp/ARCHITECTURE/ENCODER too), or conv:IN,OUT,KERNEL[,padding=P][,dilation=D][,stride=S][,groups=G][,bias=0]. A
+norm is NAME[:option=value,...]; ratios are over the first one. A round has --steps steps; norm options that skip steps
+(every=4) need as many or a multiple. A training's first ones (fresh_steps) are left out; every=1 shows what they take.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from functools import partial
@@ -54,10 +53,16 @@ def parse_case(text: str) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"case {text!r}: the sizes must be at least 1")
     if name.startswith("conv:"):
         parts = name[5:].split(",")
-        places = zip(_ARGUMENTS, (part for part in parts if "=" not in part), strict=False)
+        by_place = [part for part in parts if "=" not in part]
         try:
+            if len(by_place) > len(_ARGUMENTS):
+                raise ValueError(f"{len(by_place)} numbers without a name; at most {', '.join(_ARGUMENTS)}")
             named = (part.split("=", 1) for part in parts if "=" in part)
-            numbers = {key: int(value) for key, value in [*places, *named]}
+            numbers = {key: int(value) for key, value in [*zip(_ARGUMENTS, by_place, strict=False), *named]}
+            if unknown := sorted(numbers.keys() - {*_ARGUMENTS, "bias"}):
+                raise ValueError(f"unknown {unknown[0]!r}; known: {', '.join(_ARGUMENTS)}, bias")
+            if missing := [key for key in _ARGUMENTS[:3] if key not in numbers]:
+                raise ValueError(f"{missing[0]} is missing; expected conv:IN,OUT,KERNEL")
             for key, value in numbers.items():
                 least = 0 if key in ("padding", "bias") else 1
                 if value < least:
@@ -162,7 +167,6 @@ def main() -> int:
         parser.error("--threads must be at least 1")
     if args.json is not None and args.json == args.trace:
         parser.error("--json and --trace must be two files")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # what the profiler says of GPUs that are not there
     import torch
 
     from engine import benchmark

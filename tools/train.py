@@ -67,7 +67,6 @@ def main() -> int:
     )
     parser.add_argument("--plan", metavar="SIZE", help="print what fits into this memory, such as 11GiB, and stop")
     args = parser.parse_intermixed_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which --plan measures with, talks a lot
     from engine.config import load, show
 
     if args.explain and "=" in args.explain:  # the first change of the config, not a key to explain

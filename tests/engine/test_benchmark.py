@@ -195,3 +195,17 @@ def test_two_outputs_in_one_file_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "--json and --trace must be two files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        ("8,8,3,1,1,1,1,2", "8 numbers without a name; at most in_channels, out_channels, kernel_size, stride"),
+        ("8,8,3,paddin=1", "unknown 'paddin'; known: in_channels, .*, bias"),
+        ("8,8", "kernel_size is missing; expected conv:IN,OUT,KERNEL"),
+    ],
+)
+def test_a_convolution_that_is_written_wrongly_is_told_how(layer, said):
+    with pytest.raises(UserError, match=f"no convolution: {said}"):
+        parse_case(f"conv:{layer}:2x8x8x8")
+    assert parse_case("conv:8,8,3,padding=1,bias=0:2x8x8x8")[0].build()[0].bias is None

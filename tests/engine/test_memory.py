@@ -1,5 +1,10 @@
 """What is counted of a computation whose memory is known."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 
 from engine.memory import allocated, process_peak, show_bytes
@@ -49,3 +54,11 @@ def test_sizes_in_words():
         "0.9 MiB",
         "0.0 MiB",
     ]
+
+
+def test_the_profiler_is_quiet():
+    text = "import torch; from engine.memory import allocated; allocated(lambda: torch.ones(3), torch.device('cpu'))"
+    environment = {key: value for key, value in os.environ.items() if key != "KINETO_LOG_LEVEL"}
+    root = Path(__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", text], cwd=root, env=environment, capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")

@@ -1,6 +1,7 @@
 """Conversion of networks: places, overrides, sharing, adapters, and that an error changes nothing."""
 
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -364,6 +365,21 @@ def test_norms_do_not_go_where_nothing_whitens():
     with pytest.raises(norm.NormError, match=r"\(3, ...\). fc_block whitens linear layers"):
         norm.convert(nn.Sequential(*layers), "deconv")
     norm.convert(nn.Sequential(*layers), "deconv", fc_block=4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [
+        ([nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(8, 2)], {}),
+        ([nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)], {"keep_depthwise": True}),
+        ([nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)], {"overrides": {"*": {"recipe": "keep"}}}),
+    ],
+    ids=["one dimension", "depthwise", "kept"],
+)
+def test_a_network_that_would_stay_as_it_is_is_refused(layers: list[nn.Module], options: dict[str, Any]):
+    """It would train as if it whitened."""
+    with pytest.raises(norm.NormError, match=r"no Conv2d that would become a whitening layer\. .*use another recipe"):
+        norm.convert(nn.Sequential(*layers), "deconv_fast", **options)
 
 
 def test_synchronised_norms_stay_so():

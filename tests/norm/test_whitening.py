@@ -99,6 +99,22 @@ def test_float32_is_enough_for_twenty_steps(n_iter, low, high):
     assert low < (found - want).norm() / want.norm() < high
 
 
+@pytest.mark.parametrize("n_iter", [1, 5, 10, 15])
+@pytest.mark.parametrize("channels", [16, 64])
+def test_gradients_of_many_steps_in_float32(channels, n_iter):
+    """With fewer patches than features: what rounding the steps amplify, their gradient must not amplify once more."""
+    torch.manual_seed(0)
+    layer = FastDeconv(channels, 16, 3, padding=1, n_iter=n_iter, dense_small_maps=True).double()
+    x = (torch.randn(2, channels, 2, 2, dtype=torch.float64).cumsum(1) / 3).relu()
+    upstream = torch.randn(2, 16, 2, 2, dtype=torch.float64)
+    grads = []
+    for dtype in (torch.float64, torch.float32):
+        each, image = copy.deepcopy(layer).to(dtype), x.to(dtype).requires_grad_()
+        grads.append(torch.autograd.grad(each(image), [image, each.weight], upstream.to(dtype)))
+    for want, found in zip(*grads, strict=True):
+        assert (found - want).norm() < (1e-3 if n_iter == 15 else 1e-4) * want.norm()
+
+
 def test_gain_is_bounded_for_fewer_rows_than_features():
     patches = torch.randn(50, 3, dtype=torch.float64)
     _, covariance = whitening.mean_and_covariance(patches, 1e-5)
