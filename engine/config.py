@@ -189,6 +189,8 @@ class RuntimeConfig(Section):
     """Mixed precision by autocast, in the evaluations of the training too; fp16 scales the loss. Scores and predictions
     of a checkpoint are computed by the programs in full precision, but those of segmentation as this says. On a CPU
     without instructions for it, which is told at the start, it is many times slower than none."""
+    matmul_precision: Literal["highest", "high"] = "highest"
+    """torch.set_float32_matmul_precision: high multiplies float32 matrices in TF32 where a GPU can."""
     compile: Literal[False, True, "reduce-overhead", "max-autotune"] = False
     """torch.compile the network; reduce-overhead starts its kernels as CUDA graphs, which pays where a GPU waits for
     the host (small networks or images)."""

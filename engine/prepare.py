@@ -42,7 +42,8 @@ class Prepared:
 
 @contextmanager
 def session(runtime: RuntimeConfig) -> Iterator[torch.device]:
-    """Processes, threads, seeds and determinism for the length of a `with` block; yields this process's device.
+    """Processes, threads, seeds, determinism and precision for the length of a `with` block; yields this process's
+    device.
 
     Raises:
         UserError: see `distributed.setup`.
@@ -53,9 +54,11 @@ def session(runtime: RuntimeConfig) -> Iterator[torch.device]:
     joined = not distributed.is_joined()
     device = distributed.setup(runtime.device, runtime.ddp_timeout_minutes)
     before = (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark, torch.get_num_threads())
+    products = torch.get_float32_matmul_precision()
     try:
         torch.use_deterministic_algorithms(runtime.deterministic)
         torch.backends.cudnn.benchmark = not runtime.deterministic
+        torch.set_float32_matmul_precision(runtime.matmul_precision)
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
         seed_all(runtime.seed)
@@ -69,6 +72,7 @@ def session(runtime: RuntimeConfig) -> Iterator[torch.device]:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
         torch.set_num_threads(before[2])
+        torch.set_float32_matmul_precision(products)
         if joined:
             distributed.cleanup()
 

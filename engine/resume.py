@@ -34,7 +34,7 @@ FREE = (  # may differ when a run goes on ...
     "data.eval_batch_size",
 )
 BOUND = ("runtime.seed",)  # ... and among them those that decide which data comes next
-ENDED = (*BOUND, "runtime.amp")  # of a run that has ended, which is another result with another one
+ENDED = (*BOUND, "runtime.amp", "runtime.matmul_precision")  # of a run that has ended: another result
 
 
 def find_resume(work_dir: str | Path, resume: str | Path | None, config: ExperimentConfig) -> dict[str, Any] | None:

@@ -104,6 +104,13 @@ def test_session_seeds_and_leaves_things_as_they_were() -> None:
     assert not torch.are_deterministic_algorithms_enabled() and torch.get_num_threads() == threads
 
 
+def test_a_session_sets_the_precision_of_products() -> None:
+    assert torch.get_float32_matmul_precision() == "highest"
+    with session(RuntimeConfig(device="cpu", matmul_precision="high")):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_other_seed_other_numbers() -> None:
     seed_all(0)
     first = (random.random(), np.random.rand(), float(torch.rand(())))

@@ -180,8 +180,17 @@ def test_many_steps_of_many_features_need_products_in_full_precision(channels, n
     if channels > 3:
         x = F.conv2d(x, torch.randn(channels, 3, 3, 3)).relu()
     layer = FastDeconv(channels, 8, 3, padding=1, n_iter=n_iter, **options)
-    want = copy.deepcopy(layer).double()(x.double())
-    assert (layer(x) - want).norm() < 2e-3 * want.norm()
-    with RoundedProducts():
+    x.requires_grad_()
+    upstream = torch.randn(8, 8, *x.shape[2:])
+
+    def step(layer, x):
         found = layer(x)
-    assert low < (found - want).norm() / want.norm() < high
+        return [found, *torch.autograd.grad(found, [x, layer.weight], upstream.to(found.dtype))]
+
+    wants = step(copy.deepcopy(layer).double(), x.double())
+    assert (layer(x) - wants[0]).norm() < 2e-3 * wants[0].norm()
+    with RoundedProducts():
+        found, *grads = step(layer, x)
+    assert low < (found - wants[0]).norm() / wants[0].norm() < high
+    for grad, want in zip(grads, wants[1:], strict=True):
+        assert (grad - want).norm() < high * want.norm()
