@@ -147,7 +147,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="threads of torch on the CPU")
     parser.add_argument("--amp", choices=("bf16", "fp16"), help="mixed precision")
     parser.add_argument(
-        "--matmul-precision", choices=("highest", "high"), help="high: float32 products in TF32 where a GPU can"
+        "--matmul-precision",
+        choices=("highest", "high"),
+        default="highest",
+        help="high: float32 products in TF32 where a GPU can (%(default)s)",
     )
     parser.add_argument("--channels-last", action="store_true", help="memory layout of convolutions")
     parser.add_argument(
@@ -180,7 +183,7 @@ def main() -> int:
         check_writable(file.parent)
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision(args.matmul_precision or torch.get_float32_matmul_precision())
+    torch.set_float32_matmul_precision(args.matmul_precision)
     how = settings(args)
     parsed = [parse_case(text) for text in args.cases]
     rows = []
