@@ -103,7 +103,7 @@ def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list
         UserError: see `engine.prepare.convert_norm`; a network that does not take the input; a round that is no
             multiple of a norm's cycle.
     """
-    _check(case, settings.device)
+    check(case, settings.device)
     works = [_Work(case, variant, settings) for variant in variants]
     rows = [Row(case.name, variant.label, case.shape) for variant in variants]
     trained = _in_turn([work.step for work in works], settings)
@@ -118,7 +118,8 @@ def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list
     return rows
 
 
-def _check(case: Case, device: torch.device) -> None:
+def check(case: Case, device: torch.device) -> None:
+    """Raises UserError for an unknown network, or one that gives no tensor of floats for such an input."""
     network = case.build().to(device).eval()
     try:
         with torch.no_grad():

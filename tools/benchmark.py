@@ -186,9 +186,14 @@ def main() -> int:
     torch.set_float32_matmul_precision(args.matmul_precision)
     how = settings(args)
     parsed = [parse_case(text) for text in args.cases]
+    work = [
+        (case, [parse_norm(text, options) for text in args.norms or ["bn", "deconv", "deconv_fast"]])
+        for case, options in parsed
+    ]
+    for case, _ in work[1:]:  # before the first one is measured for minutes
+        benchmark.check(case, how.device)
     rows = []
-    for case, options in parsed:
-        norms = [parse_norm(text, options) for text in args.norms or ["bn", "deconv", "deconv_fast"]]
+    for case, norms in work:
         rows += benchmark.measure(case, norms, how)
         print(benchmark.table(rows[-len(norms) :]), flush=True)
         if args.json:  # after each: a later one may be stopped

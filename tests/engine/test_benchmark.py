@@ -112,6 +112,13 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_timed(tmp_path
         assert f"error: {tmp_path}" in capsys.readouterr().err
 
 
+def test_an_unknown_network_is_told_before_another_one_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "conv:8,8,3:2x8x8x8", "vgg12:2x3x32x32"])
+    assert main() == 2
+    assert "vgg12" in capsys.readouterr().err
+
+
 def test_a_case_without_images_is_an_error():
     with pytest.raises(UserError, match="resnet18:0x3x32x32': the sizes must be at least 1"):
         parse_case("resnet18:0x3x32x32")
