@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ def unused_parameters(model: nn.Module, images: Tensor) -> list[str] | None:
 def _unused(model: nn.Module, images: Tensor) -> list[str]:
     twin = copy.deepcopy(model).train()
     devices = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with torch.random.fork_rng(devices), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of so few images; a training of the network warns by itself
         outputs = [one for one in tree_leaves(twin(images)) if isinstance(one, Tensor) and one.requires_grad]
         if outputs:
             torch.stack([one.float().sum() for one in outputs]).sum().backward()

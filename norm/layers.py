@@ -5,6 +5,7 @@ The mathematics is in `norm.whitening`, the statistics are in `norm.state`.
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, cast
 
 import torch
@@ -184,7 +185,10 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         x, padding = self.pad(x)
         if self.training:
             share = processes.share() if self.sync else ALONE
-            x, found = self._training_statistics(x, self.windows(x.shape, padding, share))
+            windows = self.windows(x.shape, padding, share)
+            if self.every and x.requires_grad and not torch.compiler.is_compiling() and self._steps == 0:
+                self._warn_of_few(windows.rows(x.shape) * share.processes)
+            x, found = self._training_statistics(x, windows)
             stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
             how = Geometry(stride, padding, dilation, self.groups, self.grouping)
             return folded_conv.conv(x, self.effective_weight(), self.bias, found, how, self._refolds(x, how))
@@ -192,6 +196,16 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         dtype = weight.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
         weight, bias = folded_conv.like(self.weight, weight, dtype), bias.to(dtype)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _warn_of_few(self, rows: int) -> None:
+        """Without the gradient of the shape, a layer that whitens few patches amplifies what goes back through it."""
+        if 0 < 2 * rows < self.features:
+            warnings.warn(
+                f"FastDeconv with every={self.every} (deconv_fast): a batch gives {rows} patches of {self.features} "
+                "features; with fewer than half as many, gradients of deep networks grow from layer to layer. Give a "
+                "larger batch or images or a smaller block, or take deconv (every=0)",
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, block={self.block}, n_iter={self.n_iter}, eps={self.eps}"

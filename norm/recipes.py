@@ -374,8 +374,8 @@ class DeconvFast(Deconv):
     leading directions are renewed in every fourth step. Another method than the paper's; docs/performance.md compares
     them.
 
-    It needs more patches than a block has features: with two images of 64x64 pixels, whose last maps are 2x2, gradients
-    of deep networks grow without bound, where the exact method's do not.
+    It needs about as many patches as a block has features: with two images of 64x64 pixels, whose last maps are 2x2,
+    gradients of deep networks grow from layer to layer, where the exact method's do not. Layers warn of it.
     """
 
     every: int = 4

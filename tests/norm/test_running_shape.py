@@ -201,3 +201,21 @@ def test_importing_the_package_does_not_import_the_compiler():
     """It takes longer than torch itself."""
     command = "import sys, norm; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(norm.__file__).parent.parent)
+
+
+def test_few_patches_are_told_once(recwarn):
+    few, enough = torch.randn(2, 64, 2, 2), torch.randn(72, 64, 2, 2)  # 8 and 288 patches of 576 features
+    FastDeconv(64, 8, 3, padding=1, dense_small_maps=True, every=4)(few)  # a first layer: nothing goes back further
+    few.requires_grad_(), enough.requires_grad_()
+    FastDeconv(64, 8, 3, padding=1, dense_small_maps=True)(few)
+    for images in (enough, few):
+        FastDeconv(64, 8, 3, padding=1, dense_small_maps=True, every=4).eval()(images)
+    layer = FastDeconv(64, 8, 3, padding=1, dense_small_maps=True, every=4)
+    for images in (enough, few):
+        layer(images)
+    assert not recwarn.list
+    layer = FastDeconv(64, 8, 3, padding=1, dense_small_maps=True, every=4)
+    with pytest.warns(UserWarning, match="8 patches of 576 features.*larger batch") as told:
+        layer(few)
+        layer(few)
+    assert len(told) == 1
