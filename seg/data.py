@@ -253,7 +253,7 @@ class TrainBatches:
             counts = rare.class_counts(samples, labels, cache)
         factors = rare.repeat_factors(counts, cfg.data.repeat_rare) if counts is not None else None
         self._pool = rare.Pool(len(samples), cfg.runtime.seed, factors, len(coarse), cfg.data.coarse_share)
-        shares = rare.shares_of(counts) if counts is not None and cfg.data.rare_crop else None
+        shares = rare.shares_of(counts, cfg.data) if counts is not None and cfg.data.rare_crop else None
         dataset = loading.Reporting(SegDataset([*samples, *coarse], cfg.data, cfg.runtime.seed, labels, shares))
         self._loader = loading.loader(
             dataset, cfg, batch_sampler=self._plan, collate_fn=loading.stack, persistent_workers=True

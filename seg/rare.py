@@ -24,8 +24,9 @@ import numpy.typing as npt
 from engine.errors import UserError
 from engine.images import write_bytes
 from seg.cityscapes import Sample
-from seg.config import SegConfig
+from seg.config import DataConfig, SegConfig
 from seg.datasets import samples as samples_of
+from seg.datasets import split_name
 from seg.labels import IGNORE, Ids, LabelTable, read_label_ids, table
 
 Counts = npt.NDArray[np.int64]
@@ -79,23 +80,24 @@ def class_shares(cfg: SegConfig, cache: Path | None = None, images: int | None =
     Raises:
         UserError: as `class_counts`, or nothing is labelled.
     """
-    return shares_of(_counts(cfg, cache, images))
+    return shares_of(_counts(cfg, cache, images), cfg.data)
 
 
 def class_weights(cfg: SegConfig, cache: Path | None = None, images: int | None = None) -> tuple[float, ...]:
     """Median-frequency weight of each class for the loss; 1 for a class that does not occur. Arguments as
     `class_shares`."""
     counts = _counts(cfg, cache, images)
-    shares_of(counts)
+    shares_of(counts, cfg.data)
     return tuple(median_weights(counts).tolist())
 
 
-def shares_of(counts: Counts) -> Shares:
-    """Share of each class, from `class_counts`. Raises UserError if nothing is labelled."""
+def shares_of(counts: Counts, data: DataConfig) -> Shares:
+    """Share of each class, from the training split's `class_counts`. Raises UserError if nothing is labelled."""
     total = counts.sum(0)
     if not total.any():
         raise UserError(
-            f"{len(counts)} label files: no pixel of any class, all are ignored; check data.name and the label table."
+            f"{split_name(data, data.train_split)}: {len(counts)} label files: no pixel of any class, all are ignored; "
+            "check data.name and the label table."
         )
     return total / total.sum()
 

@@ -1,5 +1,6 @@
 """Every config in the repository loads, and its network builds and converts."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,22 @@ def test_the_named_networks_have_both_norms_in_both_recipes():
     for network in ("deeplabv3_resnet50", "deeplabv3_resnet101", "fcn_resnet50", "fcn_resnet101"):
         for norm in ("bn", "deconv"):
             assert {f"{network}_{norm}", f"{network}_40k_{norm}", f"{network}_80k_{norm}"} <= stems
+
+
+def test_the_documented_way_to_another_network():
+    """The strong recipe's overrides name the layers of torchvision's networks, and an override without a layer is an
+    error: what must be set for other networks is in the documentation, and converts the decoder alone."""
+    lines = (ROOT / "docs/segmentation.md").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith("python tools/train.py") and "model.name=smp/" in line]
+    _, _, path, *words = shlex.split(line)
+    cfg = load(ROOT / path, words, SegConfig).config
+    with torch.device("meta"):
+        model = models.build(cfg.model, pretrained=False)
+        convert_norm(model, cfg.norm)
+    losses.build(cfg)
+    normed = [name for name, one in model.named_modules() if isinstance(one, torch.nn.BatchNorm2d)]
+    assert normed and all(name.startswith("network.encoder.") for name in normed)
+    assert cfg.optim.head_lr_factor == 3
 
 
 def test_published_recipe():

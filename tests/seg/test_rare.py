@@ -94,8 +94,11 @@ def test_counts_are_kept_until_a_file_or_the_table_changes(tmp_path: Path, monke
 
 def test_nothing_labelled(tmp_path: Path) -> None:
     write(tmp_path, [mask(0), mask(0)])
-    with pytest.raises(UserError, match="2 label files: no pixel of any class, all are ignored; check data.name"):
+    with pytest.raises(
+        UserError, match="2 label files: no pixel of any class, all are ignored; check data.name"
+    ) as told:
         data.class_shares(config(tmp_path))
+    assert str(told.value).startswith(f"the split 'train' in {tmp_path}: ")  # which files is half of what to look for
     with pytest.raises(UserError, match="has no label to count classes in"):
         rare.class_counts([data.Sample(tmp_path / "leftImg8bit", None, None, "x", "")], CITYSCAPES)
 
