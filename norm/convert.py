@@ -85,8 +85,9 @@ def convert(
             network: its first convolution is taken for the one that reads the images, whose statistics `deconv` holds
             for most of the time. For a part behind others give `stem_freeze=False` and `stem_n_iter=5`.
         name: a recipe, see `norm.available()`.
-        overrides: options for the layers whose name matches a pattern (as in fnmatch: "layer4.*"); later patterns
-            win. The option "recipe" names another recipe for them, "keep" leaves them as they are.
+        overrides: options for the layers whose name matches a pattern (as in fnmatch: "layer4.*", or several with "|"
+            between them); later patterns win. The option "recipe" names another recipe for them, "keep" leaves them as
+            they are.
         calibrate: inputs (N, C, H, W), or an iterable of such batches, for a *trained* network with batch norm: it is
             run on them in evaluation mode, and its weights are changed so that the converted network computes the
             same function (W = w_eff D^(-1), b = b_eff + w_eff mu, with w_eff and b_eff the convolution with its batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -124,10 +124,15 @@ def _plan_layer(layer: nn.Module, names: list[str], at: Place, mine: Recipe, why
     return swap
 
 
+def _match(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a name matches the pattern, or one of those that "|" separates."""
+    return any(fnmatchcase(name, each) for each in pattern.split("|") for name in names)
+
+
 def _recipe_for(names: list[str], chosen: Recipe, overrides: Overrides) -> tuple[Recipe, list[str]]:
     why = []
     for pattern, options in overrides.items():
-        if any(fnmatchcase(name, pattern) for name in names):
+        if _match(pattern, names):
             options = dict(options)
             other = options.pop("recipe", None)
             try:
@@ -147,7 +152,7 @@ def _check_patterns(overrides: Overrides, layers: list[tuple[nn.Module, list[str
     for pattern, options in overrides.items():
         if not isinstance(options, Mapping) or not options:
             raise NormError(f"overrides[{pattern!r}] is {options!r}; expected options such as {{'n_iter': 3}}")
-        if not any(fnmatchcase(name, pattern) for name in all_names):
+        if not _match(pattern, all_names):
             shown = ", ".join(all_names[:5])
             raise NormError(f"overrides[{pattern!r}] matches no layer; layers are named {shown}, ...")
 
@@ -214,7 +219,7 @@ def _check_effect(chosen: Recipe, overrides: Overrides, swaps: list[Swap]) -> No
     for pattern, options in overrides.items():
         if "recipe" in options:
             continue
-        mine = [swap for swap in swaps if any(fnmatchcase(name, pattern) for name in swap.names)]
+        mine = [swap for swap in swaps if _match(pattern, swap.names)]
         recipes = [_recipe_for(swap.names, chosen, overrides)[0] for swap in mine]
         if all(isinstance(each, Deconv) for each in recipes) and not any(_whitens(swap) for swap in mine):
             names = ", ".join(swap.names[0] for swap in mine[:3]) + (", ..." if len(mine) > 3 else "")

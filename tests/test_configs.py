@@ -108,8 +108,7 @@ def test_the_named_networks_have_both_norms_in_both_recipes():
 
 
 def test_the_documented_way_to_another_network():
-    """The strong recipe's overrides name the layers of torchvision's networks, and an override without a layer is an
-    error: what must be set for other networks is in the documentation, and converts the decoder alone."""
+    """What must be set for other networks than torchvision's is documented, and converts the decoder alone."""
     lines = (ROOT / "docs/segmentation.md").read_text(encoding="utf-8").splitlines()
     (line,) = [line for line in lines if line.startswith("python tools/train.py") and "model.name=smp/" in line]
     _, _, path, *words = shlex.split(line)

@@ -59,7 +59,7 @@ def test_overrides_by_pattern():
         "layer4.1.conv2": {"block": 32},
         "layer3.*": {"recipe": "keep"},
         "layer2.*.bn1": {"recipe": "gn", "groups": 8},
-        "conv1": {"n_iter": 10},
+        "nothing.*|conv1": {"n_iter": 10},
     }
     report = norm.convert(model, "deconv", overrides=overrides)
     assert model.layer4[0].conv1.n_iter == 3 and model.layer4[1].conv2.block == 32 and model.layer4[1].conv2.n_iter == 3
@@ -73,6 +73,7 @@ def test_overrides_by_pattern():
     "overrides, text",
     [
         ({"layer9.*": {"n_iter": 3}}, r"overrides\['layer9.\*'\] matches no layer; layers are named 0, 1, 3"),
+        ({"layer9.*|layer8.*": {"n_iter": 3}}, r"matches no layer"),
         ({"0": {"n_iters": 3}}, r"overrides\['0'\]: recipe 'deconv' has no option 'n_iters' \(did you mean 'n_iter'"),
         ({"0": {"n_iter": 0}}, r"overrides\['0'\]: n_iter is 0"),
         ({"0": {"recipe": "nope"}}, r"overrides\['0'\]: unknown recipe 'nope'"),
