@@ -193,6 +193,7 @@ def _text(path: Path, remedy: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {remedy[0].lower() + remedy[1:]}") from None
+        found = "no such file" if path.parent.is_dir() else f"no such file, nor is there a folder {path.parent}"
+        raise UserError(f"{path}: {found}; {remedy[0].lower() + remedy[1:]}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}).") from None

@@ -73,6 +73,8 @@ def test_mistakes_name_file_and_entry(tmp_path: Path, text: str, said: str) -> N
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.yaml: no such file; expected a list of labels, such as"):
         label_yaml.read_table(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=rf"no such file, nor is there a folder {tmp_path / 'mine'}; expected a list"):
+        label_yaml.read_table(tmp_path / "mine" / "labels.yaml")
 
 
 def test_too_many_classes(tmp_path: Path) -> None:
