@@ -203,9 +203,10 @@ def test_a_compiled_model_is_not_compiled_again_afterwards() -> None:
     model.compile(backend=graphs)
     for _ in range(2):
         model(batches()[0])
+    before = graphs.frame_count  # one, but with torch 2.9 one for each layer
     precise_statistics(model, batches())
     model(batches()[0])
-    assert graphs.frame_count == 1 and model[0].freeze and not model[2].freeze
+    assert graphs.frame_count == before > 0 and model[0].freeze and not model[2].freeze
 
 
 def test_buffers_of_a_parametrization_come_back_with_the_rest() -> None:
