@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import norm
 from engine import distributed
 
 
@@ -19,6 +20,10 @@ def allow_single_values(model: nn.Module) -> None:
     than one value keeps mean 0 and variance 1: it scales and shifts. SyncBatchNorm among several processes is left
     alone, it has the values of all of them.
 
+    Whitening layers, where each block has a single patch (a 1x1 map of one image): the blocks alone have a covariance,
+    of hardly any rank, and its averages over images are nothing that such a layer can be evaluated with. So it is
+    treated as batch norm; D is the identity until something else was averaged or calibrated.
+
     Group norm, and instance norm as a group norm: the value less itself is 0, the output is the bias; so it is for two
     images, where torch raises nothing.
 
@@ -26,8 +31,10 @@ def allow_single_values(model: nn.Module) -> None:
     call changes nothing.
     """
     for one in model.modules():
-        if isinstance(one, _BatchNorm) and one.running_mean is not None:
-            _add(one, _before_batch_norm, _after_batch_norm)
+        if isinstance(one, (norm.FastDeconv, norm.Delinear)) or (
+            isinstance(one, _BatchNorm) and one.running_mean is not None
+        ):
+            _add(one, _before_averaging, _after_averaging)
         elif type(one) is nn.GroupNorm:
             _add(one, _before_group_norm, _after_group_norm)
 
@@ -38,15 +45,16 @@ def _add(layer: nn.Module, before: Any, after: Any) -> None:
         layer.register_forward_hook(after, always_call=True)
 
 
-def _before_batch_norm(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _before_averaging(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     values = inputs[0]
-    shared = isinstance(layer, nn.SyncBatchNorm) and distributed.world_size() > 1
-    if layer.training and not shared and values.numel() == values.shape[1]:
+    shared = (isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "sync", False)) and distributed.world_size() > 1
+    channels = values.shape[-1 if isinstance(layer, norm.Delinear) else 1]
+    if layer.training and not shared and values.numel() == channels:
         layer.training = False  # of this layer alone and for this call: what it holds keeps its mode
         layer._single_value = True  # type: ignore[assignment]
 
 
-def _after_batch_norm(layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+def _after_averaging(layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
     if layer.__dict__.pop("_single_value", False):
         layer.training = True
 

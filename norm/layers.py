@@ -186,8 +186,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         if self.training:
             share = processes.share() if self.sync else ALONE
             windows = self.windows(x.shape, padding, share)
-            if self.every and x.requires_grad and not torch.compiler.is_compiling() and self._steps == 0:
-                self._warn_of_few(windows.rows(x.shape) * share.processes)
+            if not torch.compiler.is_compiling():
+                self._warn_of_few(x, windows.rows(x.shape) * share.processes)
             x, found = self._training_statistics(x, windows)
             stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
             how = Geometry(stride, padding, dilation, self.groups, self.grouping)
@@ -197,9 +197,17 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         weight, bias = folded_conv.like(self.weight, weight, dtype), bias.to(dtype)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def _warn_of_few(self, rows: int) -> None:
-        """Without the gradient of the shape, a layer that whitens few patches amplifies what goes back through it."""
-        if 0 < 2 * rows < self.features:
+    def _warn_of_few(self, x: Tensor, rows: int) -> None:
+        """Where `rows` patches of x, of all processes, are too few; of `every` in the first step."""
+        if x.numel() == x.shape[1] and rows * self.block == self.in_channels:
+            warnings.warn(
+                "FastDeconv: a 1x1 map of one image has one patch a block; in evaluation, with the averages of such "
+                "statistics, the layer computes something else than in training. Give two images or more, or keep the "
+                "layer (overrides)",
+                stacklevel=2,
+            )
+        # without its shape's gradient, a layer that whitens few patches amplifies what goes back through it
+        elif self.every and x.requires_grad and self._steps == 0 and 0 < 2 * rows < self.features:
             warnings.warn(
                 f"FastDeconv with every={self.every} (deconv_fast): a batch gives {rows} patches of {self.features} "
                 "features; with fewer than half as many, gradients of deep networks grow from layer to layer. Give a "

@@ -37,6 +37,33 @@ def test_batch_norm_takes_its_running_statistics(kind: type[nn.Module]):
     torch.testing.assert_close(found, copy.deepcopy(model).eval()(x))
 
 
+@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.parametrize("linear", [False, True])
+def test_whitening_layers_take_their_running_statistics(linear: bool, every: int):
+    torch.manual_seed(0)
+    options = {"block": 4, "every": every, "fresh_steps": 0}
+    layer = norm.Delinear(16, 3, **options) if linear else norm.FastDeconv(16, 3, 1, **options)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), *([nn.Flatten()] if linear else []), layer)
+    several, x = torch.randn(9, 16, 3, 3), torch.randn(1, 16, 3, 3)
+    model(several)  # something to hold
+    before = copy.deepcopy(layer.state_dict())
+    with torch.no_grad():
+        whitened = copy.deepcopy(model)(x)
+    allow_single_values(model)
+    found = model(x)
+    assert layer.training and all(torch.equal(one, layer.state_dict()[key]) for key, one in before.items())
+    torch.testing.assert_close(found, copy.deepcopy(model).eval()(x))
+    assert not torch.allclose(found, whitened)
+    found.sum().backward()
+    assert (layer.weight.grad != 0).any() and (layer.bias.grad == 1).all()
+    assert norm.precise_statistics(model, [x, x]) == 0
+    assert all(torch.equal(one, layer.state_dict()[key]) for key, one in before.items())
+    assert norm.precise_statistics(model, [x, several]) == 1 and layer.training
+    for _ in range(2):  # as ever
+        model(torch.randn_like(several))
+    assert not torch.equal(layer.running_mean, before["running_mean"])
+
+
 def test_more_values_are_treated_as_ever():
     torch.manual_seed(0)
     plain, model = nn.BatchNorm2d(4), nn.BatchNorm2d(4)

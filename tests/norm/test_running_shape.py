@@ -219,3 +219,13 @@ def test_few_patches_are_told_once(recwarn):
         layer(few)
         layer(few)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_one_patch_a_block_is_told(every: int, recwarn):
+    layer = FastDeconv(128, 8, 1, every=every)
+    layer.eval()(torch.randn(1, 128, 1, 1))
+    layer.train()(torch.randn(64, 128, 1, 1))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="one patch a block.*two images or more"):
+        layer(torch.randn(1, 128, 1, 1))
