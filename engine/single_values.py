@@ -55,8 +55,15 @@ def _before_averaging(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 
 def _after_averaging(layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-    if layer.__dict__.pop("_single_value", False):
+    if _was_single(layer):
         layer.training = True
+
+
+def _was_single(layer: nn.Module) -> bool:
+    if not getattr(layer, "_single_value", False):
+        return False
+    del layer._single_value  # not by vars(layer), which the compiler of torch 2.9 does not trace
+    return True
 
 
 def _before_group_norm(layer: nn.GroupNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -68,4 +75,4 @@ def _before_group_norm(layer: nn.GroupNorm, inputs: tuple[Tensor, ...]) -> tuple
 
 
 def _after_group_norm(layer: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Any) -> Any:
-    return output[:1] if layer.__dict__.pop("_single_value", False) else None
+    return output[:1] if _was_single(layer) else None

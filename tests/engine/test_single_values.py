@@ -133,9 +133,9 @@ def test_every_recipe_trains_and_evaluates_with_one_image(recipe: str):
 
 def test_compiled():
     torch.manual_seed(0)
-    model = pooled(nn.BatchNorm2d(4))
+    model = pooled(nn.Sequential(nn.BatchNorm2d(4), nn.GroupNorm(4, 4), norm.FastDeconv(4, 4, 1, block=2)))
     allow_single_values(model)
-    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
     for images in (1, 2, 1):
         x = torch.randn(images, 4, 3, 3)
         torch.testing.assert_close(compiled(x), model(x))
