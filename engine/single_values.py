@@ -46,6 +46,8 @@ def _add(layer: nn.Module, before: Any, after: Any) -> None:
 
 
 def _before_averaging(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if not inputs or inputs[0].ndim < 2:  # given by keyword, or what the layer refuses
+        return
     values = inputs[0]
     shared = (isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "sync", False)) and distributed.world_size() > 1
     channels = values.shape[-1 if isinstance(layer, norm.Delinear) else 1]

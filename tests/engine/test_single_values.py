@@ -109,6 +109,15 @@ def test_an_error_inside_leaves_the_mode():
     assert layer.training and "_single_value" not in vars(layer)
 
 
+def test_layers_are_called_by_keyword_as_ever():
+    layers = nn.Conv2d(4, 4, 1), norm.FastDeconv(4, 4, 1, block=2), nn.BatchNorm2d(4)
+    for layer in layers:
+        allow_single_values(layer)
+        assert layer(input=torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
+    with pytest.raises(norm.NormError, match="expects an input"):
+        layers[1](torch.randn(4))
+
+
 def test_a_second_call_adds_nothing():
     layer = nn.BatchNorm2d(4)
     for _ in range(2):
