@@ -187,7 +187,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             share = processes.share() if self.sync else ALONE
             windows = self.windows(x.shape, padding, share)
             if not torch.compiler.is_compiling():
-                self._warn_of_few(x, windows.rows(x.shape) * share.processes)
+                self._warn_of_few(x, windows, share)
             x, found = self._training_statistics(x, windows)
             stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
             how = Geometry(stride, padding, dilation, self.groups, self.grouping)
@@ -197,23 +197,25 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         weight, bias = folded_conv.like(self.weight, weight, dtype), bias.to(dtype)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def _warn_of_few(self, x: Tensor, rows: int) -> None:
-        """Where `rows` patches of x, of all processes, are too few; of `every` in the first step."""
-        if x.numel() == x.shape[1] and rows * self.block == self.in_channels:
+    def _warn_of_few(self, x: Tensor, windows: Windows, share: Share) -> None:
+        """Where the patches of x are too few; with `every` in the first step."""
+        if x.numel() == x.shape[1] and share.processes == 1:
             warnings.warn(
                 "FastDeconv: a 1x1 map of one image has one patch a block; in evaluation, with the averages of such "
                 "statistics, the layer computes something else than in training. Give two images or more, or keep the "
                 "layer (overrides)",
                 stacklevel=2,
             )
-        # without its shape's gradient, a layer that whitens few patches amplifies what goes back through it
-        elif self.every and x.requires_grad and self._steps == 0 and 0 < 2 * rows < self.features:
-            warnings.warn(
-                f"FastDeconv with every={self.every} (deconv_fast): a batch gives {rows} patches of {self.features} "
-                "features; with fewer than half as many, gradients of deep networks grow from layer to layer. Give a "
-                "larger batch or images or a smaller block, or take deconv (every=0)",
-                stacklevel=2,
-            )
+        elif self.every and x.requires_grad and self._steps == 0:
+            rows = windows.rows(x.shape) * share.processes
+            # without its shape's gradient, a layer that whitens few patches amplifies what goes back through it
+            if 0 < 2 * rows < self.features:
+                warnings.warn(
+                    f"FastDeconv with every={self.every} (deconv_fast): a batch gives {rows} patches of "
+                    f"{self.features} features; with fewer than half as many, gradients of deep networks grow from "
+                    "layer to layer. Give a larger batch or images or a smaller block, or take deconv (every=0)",
+                    stacklevel=2,
+                )
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, block={self.block}, n_iter={self.n_iter}, eps={self.eps}"

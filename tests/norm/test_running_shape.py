@@ -221,9 +221,9 @@ def test_few_patches_are_told_once(recwarn):
     assert len(told) == 1
 
 
-@pytest.mark.parametrize("every", [0, 4])
-def test_one_patch_a_block_is_told(every: int, recwarn):
-    layer = FastDeconv(128, 8, 1, every=every)
+@pytest.mark.parametrize(("every", "groups"), [(0, 1), (4, 1), (0, 2)])
+def test_one_patch_a_block_is_told(every: int, groups: int, recwarn):
+    layer = FastDeconv(128, 8, 1, every=every, groups=groups)
     layer.eval()(torch.randn(1, 128, 1, 1))
     layer.train()(torch.randn(64, 128, 1, 1))
     assert not recwarn.list
