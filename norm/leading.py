@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from norm.products import fused, newton_schulz, root_dtype
+from norm.matmul import fused, fused_, matmul
+from norm.products import newton_schulz, root_dtype
 
 _SHIFT = 1e-14
 """Of the trace: more than float64's rounding, less than the square of float32's."""
@@ -66,9 +67,9 @@ def renew(
     ridge = ridge[..., None, None] * eye
     before, mix = basis, torch.lerp(held, ridge, rate)
     for _ in range(passes):
-        applied = total(patches @ (patches.mT @ basis)).mul_(rate)
+        applied = total(matmul(patches, matmul(patches.mT, basis))).mul_(rate)
         basis = orthonormal(fused(applied, basis, mix, 1.0, 1.0))
-    inside, rows = before.mT @ basis, patches.mT @ basis
+    inside, rows = before.mT @ basis, matmul(patches.mT, basis)
     kept = inside.mT @ (held - rest * eye) @ inside + rest * eye
     found = torch.lerp(kept, total(rows.mT @ rows) + ridge, rate)
     found = (found + found.mT) / 2
@@ -122,13 +123,11 @@ def respond(basis: Tensor, inner: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
 def matrix(basis: Tensor, tilted: Tensor, factor: Tensor) -> Tensor:
     """D = factor (I + tilted basis^T), (..., F, F), with factor = last / sqrt(scale)."""
     eye = torch.eye(basis.shape[-2], dtype=basis.dtype, device=basis.device)
-    return (tilted @ basis.mT + eye) * factor[..., None, None]
+    return (matmul(tilted, basis.mT) + eye) * factor[..., None, None]
 
 
 def times(rows: Tensor, basis: Tensor, tilted: Tensor, factor: Tensor, in_place: bool = False) -> Tensor:
     """rows D, (m, F) or (G, m, F), without D: two thin products."""
-    inner = rows @ tilted
-    if in_place:
-        product = rows.baddbmm_ if rows.ndim == 3 else rows.addmm_
-        return product(inner, basis.mT).mul_(factor[..., None, None])
-    return (torch.baddbmm if rows.ndim == 3 else torch.addmm)(rows, inner, basis.mT).mul_(factor[..., None, None])
+    inner = matmul(rows, tilted)
+    product = fused_(rows, inner, basis.mT) if in_place else fused(rows, inner, basis.mT, 1.0, 1.0)
+    return product.mul_(factor[..., None, None])

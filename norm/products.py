@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from norm.matmul import fused, matmul
+
 T = TypeVar("T")
 
 FEW_STEPS = 8
@@ -31,11 +33,6 @@ def root_dtype(x: Tensor, features: int, n_iter: int) -> torch.dtype:
     return torch.float64 if precise or x.dtype == torch.float64 else torch.float32
 
 
-def fused(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    """beta c + alpha a b in one kernel."""
-    return (torch.baddbmm if a.ndim == 3 else torch.addmm)(c, a, b, beta=beta, alpha=alpha)
-
-
 def full_precision(backward: Callable[..., T]) -> Callable[..., T]:
     """For the backward of an autograd function: without autocast, which a compiled graph's backward has from its
     forward (an eager one's has none)."""
@@ -52,14 +49,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return a @ b
+        return matmul(a, b)
 
     @staticmethod
     @once_differentiable
     @full_precision
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         a, b = ctx.saved_tensors
-        return grad @ b.mT, a.mT @ grad
+        return matmul(grad, b.mT), matmul(a.mT, grad)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

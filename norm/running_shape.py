@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from norm import leading, processes, recorded, whitening
+from norm.matmul import matmul
 from norm.products import root_dtype
 from norm.whitening import Statistics
 
@@ -61,7 +62,7 @@ class Averages(NamedTuple):
     ) -> None:
         """Move the shape towards that of patches; arguments as `leading.renew` takes them."""
         if self.tilted is None:
-            now = patches @ patches.mT
+            now = matmul(patches, patches.mT)
             if joint:
                 now = processes.unpack(processes.total_(processes.pack(now)), now.shape[-1])
             now.diagonal(dim1=-2, dim2=-1).add_(ridge[..., None])

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from norm import leading, moments, processes
-from norm.products import FEW_STEPS, Products, full_precision, fused, root_dtype
+from norm.matmul import fused, matmul
+from norm.products import FEW_STEPS, Products, full_precision, root_dtype
 from norm.sampling import Grouping, Sampler, Windows
 
 _SPECTRAL_SIZE = 128
@@ -56,7 +57,9 @@ def over_processes(patches: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]
     rows = sums[-1]
     mean = (sums[:-1] / rows).view(patches.shape[:-1])
     centred = patches - mean.unsqueeze(-1)
-    covariance = processes.unpack(processes.total(processes.pack(centred @ centred.mT)) / rows, patches.shape[-2])
+    covariance = processes.unpack(
+        processes.total(processes.pack(matmul(centred, centred.mT))) / rows, patches.shape[-2]
+    )
     covariance.diagonal(dim1=-2, dim2=-1).add_(eps)
     return mean, covariance, rows
 
@@ -97,10 +100,10 @@ class _Moments(torch.autograd.Function):
         centred = ctx.sampler.gather(x).to(mean.dtype) - mean.unsqueeze(-1)
         if centred.shape[-1] == 0:  # other processes have all images that are taken
             return to_x, None, None, None, None
-        grad = torch.baddbmm(
-            to_mean.reshape(-1, to_mean.shape[-1], 1),
-            *((each.reshape(-1, *each.shape[-2:])) for each in (to_covariance, centred)),
-        ).div_(centred.shape[-1] if rows is None else rows)
+        to_mean, to_covariance, three = (
+            each.reshape(-1, *each.shape[-2:]) for each in (to_mean.unsqueeze(-1), to_covariance, centred)
+        )
+        grad = fused(to_mean, to_covariance, three, 1.0, 1.0).div_(centred.shape[-1] if rows is None else rows)
         if torch.compiler.is_compiling():  # which takes nothing that is overwritten
             return to_x + ctx.sampler.spread(grad.view(centred.shape), x.shape).to(to_x.dtype), None, None, None, None
         ctx.sampler.scatter_add_(to_x, grad.view(centred.shape))
@@ -192,7 +195,7 @@ class _Spectral(torch.autograd.Function):
         z, _ = _newton_schulz(values, n_iter)
         ctx.save_for_backward(size, values, vectors)
         ctx.n_iter = n_iter
-        return (vectors * (z * size.rsqrt().unsqueeze(-1)).unsqueeze(-2)) @ vectors.mT
+        return matmul(vectors * (z * size.rsqrt().unsqueeze(-1)).unsqueeze(-2), vectors.mT)
 
     @staticmethod
     @once_differentiable  # the decomposition is taken as constant, which a second derivative could not be told
@@ -204,12 +207,12 @@ class _Spectral(torch.autograd.Function):
         means = (slope.unsqueeze(-1) + slope.unsqueeze(-2)) / 2
         divided = torch.where(apart.abs() < _CLOSE, means, (z.unsqueeze(-1) - z.unsqueeze(-2)) / apart).to(grad.dtype)
         z = z.to(grad.dtype)
-        inner = (vectors.mT @ grad @ vectors) * size.rsqrt()[..., None, None]
+        inner = matmul(matmul(vectors.mT, grad), vectors) * size.rsqrt()[..., None, None]
         through_root = -0.5 * (inner.diagonal(dim1=-2, dim2=-1) * z).sum(-1)  # |A|_F under the root, times |A|_F
         inner = divided * inner
         through_x = -(inner.diagonal(dim1=-2, dim2=-1) * values).sum(-1)  # |A|_F below A, times |A|_F
         inner.diagonal(dim1=-2, dim2=-1).add_((through_x + through_root).unsqueeze(-1) * values)
-        return vectors @ (inner / size[..., None, None]) @ vectors.mT, None
+        return matmul(matmul(vectors, inner / size[..., None, None]), vectors.mT), None
 
 
 def _newton_schulz(x: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
@@ -303,7 +306,7 @@ class Statistics(NamedTuple):
     def times(self, rows: Tensor, in_place: bool = False) -> Tensor:
         """rows D, (m, F) or (G, m, F), in the dtype of rows; `in_place`: rows may be overwritten."""
         if self.tilted is None:
-            return rows @ self.matrix().to(rows.dtype)
+            return matmul(rows, self.matrix().to(rows.dtype))
         basis, tilted = self.deconv.to(rows.dtype), self.tilted.to(rows.dtype)
         return leading.times(rows, basis, tilted, self._factor().to(rows.dtype), in_place)
 
@@ -369,8 +372,8 @@ def fold_gradient(
         rows.addr_(to_offset[:, 0], mean)
     if scale is None:
         rows = rows.to(dtype)
-        to_deconv = (split_weight(weight.to(dtype), features, groups, grouping).mT @ rows).to(deconv.dtype)
-        rows = rows @ deconv.to(dtype).mT
+        to_deconv = matmul(split_weight(weight.to(dtype), features, groups, grouping).mT, rows).to(deconv.dtype)
+        rows = matmul(rows, deconv.to(dtype).mT)
         return Gradients(merge_weight(rows, weight.shape, groups, grouping), to_mean, to_deconv, None)
     flat = (-1,) if groups == 1 else (groups, -1)
     to_scale = torch.linalg.vecdot(rows.reshape(flat), products.reshape(flat)) / scale * -0.5
