@@ -26,7 +26,7 @@ _IMAGES = 16
 
 @functools.cache
 def slow_blas() -> bool:
-    """Whether torch multiplies matrices with MKL on a processor of AMD that has AVX-512."""
+    """Whether torch multiplies matrices with MKL on a processor of AMD that has AVX-512 (torch 2.9 does not tell)."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
