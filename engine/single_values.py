@@ -31,7 +31,7 @@ def allow_single_values(model: nn.Module) -> None:
     call changes nothing.
     """
     for one in model.modules():
-        if isinstance(one, (norm.FastDeconv, norm.Delinear)) or (
+        if isinstance(one, (norm.FastDeconv, norm.Delinear, norm.ChannelDeconv)) or (
             isinstance(one, _BatchNorm) and one.running_mean is not None
         ):
             _add(one, _before_averaging, _after_averaging)
@@ -50,7 +50,8 @@ def _before_averaging(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         return
     values = inputs[0]
     shared = (isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "sync", False)) and distributed.world_size() > 1
-    channels = values.shape[-1 if isinstance(layer, norm.Delinear) else 1]
+    last = isinstance(layer, norm.Delinear) or getattr(layer, "features_last", False)
+    channels = values.shape[-1 if last else 1]
     if layer.training and not shared and values.numel() == channels:
         layer.training = False  # of this layer alone and for this call: what it holds keeps its mode
         layer._single_value = True  # type: ignore[assignment]

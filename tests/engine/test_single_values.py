@@ -37,6 +37,27 @@ def test_batch_norm_takes_its_running_statistics(kind: type[nn.Module]):
     torch.testing.assert_close(found, copy.deepcopy(model).eval()(x))
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["channels", "features last"])
+def test_channel_deconv_takes_its_running_statistics(last: bool):
+    """In front of a classifier (`delinear: false`) with one image; a rest of the channels is standardised."""
+    torch.manual_seed(0)
+    layer = norm.ChannelDeconv(4, features_last=last)
+    shape = (1, 1, 10) if last else (1, 10)
+    layer(torch.randn(9, *shape[1:]))  # something to hold
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(shape)
+    whitened = copy.deepcopy(layer)(x)
+    allow_single_values(layer)
+    found = layer(x)
+    assert layer.training and all(torch.equal(one, layer.state_dict()[key]) for key, one in before.items())
+    torch.testing.assert_close(found, copy.deepcopy(layer).eval()(x))
+    assert not torch.allclose(found, whitened)
+    assert norm.precise_statistics(layer, [x, x]) == 0
+    assert all(torch.equal(one, layer.state_dict()[key]) for key, one in before.items())
+    layer(torch.randn(2, *shape[1:]))
+    assert not torch.equal(before["running_mean"], layer.running_mean)
+
+
 @pytest.mark.parametrize("every", [0, 2])
 @pytest.mark.parametrize("linear", [False, True])
 def test_whitening_layers_take_their_running_statistics(linear: bool, every: int):
