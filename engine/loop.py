@@ -348,7 +348,7 @@ class _Work:
 
     def after_step(self) -> None:
         state, plan, report = self.state, self.plan, self.cfg.report
-        if plan.due(state.step, report.log_every):
+        if plan.due(state.step, report.log_every) or state.step == plan.total:
             self.report()
         if plan.due(state.step, report.eval_every):
             self.evaluate_and_keep()

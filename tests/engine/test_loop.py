@@ -94,6 +94,12 @@ def test_logged_loss_is_the_mean_over_the_interval(tmp_path: Path) -> None:
     assert row["parts"] == pytest.approx({"main": expected, "twice": 2 * expected}, rel=1e-5)
 
 
+def test_the_last_steps_are_logged_before_their_evaluation(tmp_path: Path) -> None:
+    train(config(steps=5, report__log_every=Length(2, "steps"), report__eval_every=Length(5, "steps")), tmp_path)
+    rows = [(row["kind"], row["step"]) for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rows == [("train", 2), ("train", 4), ("train", 5), ("eval", 5)]
+
+
 # ---- several processes
 
 
