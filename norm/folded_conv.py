@@ -122,7 +122,9 @@ class _FoldedConv(torch.autograd.Function):
         dtype, bias_dtype = ctx.dtypes
         to = whitening.fold_gradient(to_folded, to_bias, weight, folded, found, how.groups, how.grouping)
         bias_grad = None if bias_dtype is None else to_bias.to(bias_dtype)
-        return to_x, to.weight.to(dtype), bias_grad, to.mean, to.deconv, None, None, to.scale, None, None
+        # in the strides of the weight, in which it would be copied once more if it had others
+        to_weight = like(weight, to.weight, dtype)
+        return to_x, to_weight, bias_grad, to.mean, to.deconv, None, None, to.scale, None, None
 
 
 def folded(x: Tensor, weight: Tensor, bias: Tensor | None, found: Statistics) -> tuple[Tensor, Tensor]:

@@ -360,8 +360,9 @@ def fold_gradient(
     """
     mean, deconv, scale = found.mean, found.deconv, found.scale
     features, dtype = deconv.shape[-2], folded.dtype
-    rows = split_weight(to_folded.to(mean.dtype), features, groups, grouping)
-    products = split_weight(folded.to(mean.dtype), features, groups, grouping)
+    # rearranged before they are widened: half as much to move under autocast
+    rows = split_weight(to_folded, features, groups, grouping).to(mean.dtype)
+    products = split_weight(folded, features, groups, grouping).to(mean.dtype)
     to_offset = (
         -to_bias.to(mean.dtype).repeat_interleave(rows[..., 0].numel() // len(to_bias)).view(*rows.shape[:-1], 1)
     )

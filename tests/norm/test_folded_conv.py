@@ -57,6 +57,19 @@ def test_frozen_parameters_and_inputs_without_gradient(frozen: tuple[str, ...], 
             assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, atol=1e-5))
 
 
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("every", [0, 2])
+def test_the_gradient_lies_as_the_weight_does(every: int, amp: bool):
+    """Else autograd copies it once more, into these strides."""
+    layer = FastDeconv(8, 6, 3, every=every).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        y = layer(x)
+    (grad,) = torch.autograd.grad(y.float().square().mean(), layer.weight)
+    assert grad.stride() == layer.weight.stride() != torch.empty(6, 8, 3, 3).stride()
+    assert grad.dtype == torch.float32
+
+
 def test_under_autocast_it_is_the_convolution_of_autocast(monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     anew, kept = both(FastDeconv(4, 4, 3), torch.randn(2, 4, 9, 9).requires_grad_(), monkeypatch, amp=True)
