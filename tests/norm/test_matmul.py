@@ -120,14 +120,14 @@ def test_batches_have_matrix_products(by_convolution: list[int]) -> None:
 
 
 def test_rounded_convolutions_are_not_taken(by_convolution: list[int]) -> None:
-    """Where the user lets oneDNN convolve in bfloat16, or not at all, products stay what they are."""
+    """Where the user lets oneDNN convolve or multiply in bfloat16, or not at all, products stay what they are."""
     a, b = torch.randn(64, 64), torch.randn(64, 64)
-    conv = torch.backends.mkldnn.conv  # type: ignore[attr-defined]
-    before, conv.fp32_precision = conv.fp32_precision, "bf16"
-    try:
-        assert torch.equal(products.matmul(a, b), a @ b)
-    finally:
-        conv.fp32_precision = before
+    for kind in (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+        before, kind.fp32_precision = kind.fp32_precision, "bf16"
+        try:
+            assert torch.equal(products.matmul(a, b), a @ b)
+        finally:
+            kind.fp32_precision = before
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(products.matmul(a, b), a @ b)
     assert not by_convolution
