@@ -5,7 +5,7 @@
     plain = norm.fold(model)                    # after training: a copy with plain convolutions
 
 Read `whitening` (the mathematics), `layers`, `registry`, `recipes`, `plan`, `convert`, `calibration`, `fold`, `precise`
-in this order; `adapters` and `other_layers` are for looking things up.
+in this order; `adapters`, `other_layers` and `matmul` are for looking things up.
 """
 
 from norm import recipes as _recipes  # registers the recipes that the toolkit brings
