@@ -18,6 +18,7 @@ _LARGE = 2**25
 _LONG = 1024
 """Longest sums that are left to one convolution: oneDNN adds up in sequence, which loses digits, MKL in parts."""
 _PART = 256
+"""Terms of a part of longer ones."""
 _WIDE = 2**18
 """Results from which such parts are still faster than MKL."""
 _IMAGES = 16
