@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from classify import paper, table_files
+from classify import table_files
 from classify.table_cells import Cell, Outcome, Outcomes, Request, cells, parameters
 from engine import distributed, grid
 from engine.errors import UserError
@@ -34,12 +34,16 @@ def make(wanted: Request) -> bool:
     """
     todo = cells(wanted, wanted.networks)
     known = {cell.key: _known(cell) for cell in todo}
-    for name in paper.networks(wanted.data):
-        if name not in wanted.networks:
-            known.update({found.cell.key: found for found in _earlier(wanted, name)})
+    shown = replace(wanted, variants=(*wanted.variants, *table_files.other_variants(wanted)))
+    for variant in shown.variants:
+        for name in table_files.rows(wanted):
+            for found in _earlier(replace(wanted, variants=(variant,)), name):
+                known.setdefault(found.cell.key, found)
+    there = {key[1] for key, found in known.items() if found.state != "open"}
+    shown = replace(shown, variants=tuple(one for one in shown.variants if one in wanted.variants or one.slug in there))
     with session(todo[0].loaded.config.runtime):
-        known = distributed.gather(known)[0]  # all processes must train the same cells, whatever each has read
-        if grid.train_missing(todo, known, _train, partial(_write, wanted, known), _say):
+        known, shown = distributed.gather((known, shown))[0]  # all must train the same cells, whatever each has read
+        if grid.train_missing(todo, known, _train, partial(_write, shown, known), _say):
             _say(f"stopped by a signal; the same command goes on. So far: {wanted.folder / 'table.md'}")
             return False
         _say(grid.summary({cell.key: known[cell.key] for cell in todo}, wanted.folder / "table.md"))
@@ -52,7 +56,7 @@ def _known(cell: Cell) -> Outcome:
 
 
 def _earlier(wanted: Request, network: str) -> list[Outcome]:
-    """What earlier starts left of a network that this one does not train, if it was made with the same settings."""
+    """What earlier starts left of a network's cells, if they were made with the same settings."""
     try:
         return [_known(cell) for cell in cells(wanted, [network])]
     except UserError:

@@ -12,6 +12,7 @@ from classify import paper
 from classify.compare import while_training
 from classify.table_cells import Outcome, Outcomes, Request
 from engine import grid, plots
+from engine.errors import UserError
 from engine.grid import Variant
 from engine.images import write_bytes
 from engine.report import METRICS, read_metrics
@@ -29,6 +30,25 @@ def write(wanted: Request, known: Outcomes) -> None:
     content = json.dumps(as_json(wanted, known), indent=1, allow_nan=False) + "\n"
     write_bytes(wanted.folder / "table.json", content.encode())
     draw(wanted, known)
+
+
+def other_variants(wanted: Request) -> list[Variant]:
+    """The variants in the table.json of an earlier start that this one does not ask for.
+
+    Raises:
+        UserError: table.json is none of ours.
+    """
+    path = wanted.folder / "table.json"
+    if not path.exists():
+        return []
+    try:
+        texts = dict.fromkeys(text for one in json.loads(path.read_bytes())["rows"] for text in one["ours"])
+        found = [grid.variant(text, str(path), lambda *_: None) for text in texts]
+    except (ValueError, KeyError, TypeError, AttributeError, UserError):
+        raise UserError(
+            f"{path}: not a table that this program has written; move it away, or choose another --out"
+        ) from None
+    return [one for one in found if one.slug not in {mine.slug for mine in wanted.variants}]
 
 
 def rows(wanted: Request) -> list[str]:

@@ -206,6 +206,33 @@ def test_what_earlier_starts_made_stays_in_the_table(ask: Any, trained: list[str
     assert row((folder / "table.md").read_text(), "VGG-16")[1] == "not measured"
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_variants_of_earlier_starts_stay_in_the_table(ask: Any, trained: list[str]):
+    """With the same settings; else their column would be empty."""
+    folder = ask().folder
+    assert table.make(ask(variants=["bn", "bn:optim.lr=0.1"])) and table.make(ask(variants=["deconv"]))
+    assert trained == ["vgg16_bn", "vgg16_bn_optim.lr_0.1", "vgg16_deconv"]
+    text = (folder / "table.md").read_text()
+    scores = [f"{100 * last_score(folder / name):.2f}" for name in (trained[2], *trained[:2])]
+    assert "| ours: deconv | ours: bn | ours: bn:optim.lr=0.1 |" in text and row(text, "VGG-16")[1:] == scores
+    content = json.loads((folder / "table.json").read_text())
+    assert list(content["rows"][0]["ours"]) == ["deconv", "bn", "bn:optim.lr=0.1"]
+    assert table.make(ask("vgg11", variants=["deconv_fast"], overrides=["batch_size=10"]))
+    assert "| ours: deconv_fast |\n" in (folder / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"rows": 3}', '{"rows": [{"ours": [4]}]}', '{"rows": [{"ours": {"": 1}}]}']
+)
+def test_a_table_json_of_another_program(ask: Any, trained: list[str], content: str):
+    wanted = ask()
+    wanted.folder.mkdir()
+    (wanted.folder / "table.json").write_text(content)
+    with pytest.raises(UserError, match="table.json: not a table that this program has written"):
+        table.make(wanted)
+    assert not trained and (wanted.folder / "table.json").read_text() == content
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
