@@ -41,14 +41,20 @@ def allow_single_values(model: nn.Module) -> None:
 
 def _add(layer: nn.Module, before: Any, after: Any) -> None:
     if before not in layer._forward_pre_hooks.values():
-        layer.register_forward_pre_hook(before)
+        layer.register_forward_pre_hook(before, with_kwargs=True)
         layer.register_forward_hook(after, always_call=True)
 
 
-def _before_averaging(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    if not inputs or inputs[0].ndim < 2:  # given by keyword, or what the layer refuses
+def _first(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
+    """The input of such a layer, given by place or by name; None: something that the layer refuses."""
+    values = next(iter((*inputs, *named.values())), None)
+    return values if isinstance(values, Tensor) and values.ndim >= 2 else None
+
+
+def _before_averaging(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    values = _first(inputs, named)
+    if values is None:
         return
-    values = inputs[0]
     shared = (isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "sync", False)) and distributed.world_size() > 1
     last = isinstance(layer, norm.Delinear) or getattr(layer, "features_last", False)
     channels = values.shape[-1 if last else 1]
@@ -69,12 +75,14 @@ def _was_single(layer: nn.Module) -> bool:
     return True
 
 
-def _before_group_norm(layer: nn.GroupNorm, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    values = inputs[0]
-    if values.numel() != layer.num_groups:
+def _before_group_norm(
+    layer: nn.GroupNorm, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Tensor], dict[str, Any]] | None:
+    values = _first(inputs, named)
+    if values is None or values.numel() != layer.num_groups:
         return None
     layer._single_value = True  # type: ignore[assignment]
-    return (torch.cat([values, values]),)
+    return (torch.cat([values, values]),), {}
 
 
 def _after_group_norm(layer: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Any) -> Any:

@@ -137,6 +137,22 @@ def test_layers_are_called_by_keyword_as_ever():
         assert layer(input=torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
     with pytest.raises(norm.NormError, match="expects an input"):
         layers[1](torch.randn(4))
+    for layer in layers:
+        with pytest.raises(TypeError):
+            layer()
+
+
+def test_a_single_value_given_by_keyword():
+    group = nn.GroupNorm(4, 4)
+    for layer in (norm.FastDeconv(4, 4, 1, block=2), nn.BatchNorm2d(4), group):
+        allow_single_values(layer)
+        x = torch.randn(1, 4, 1, 1)
+        before = copy.deepcopy(layer.state_dict())
+        found = layer(input=x)
+        assert layer.training and all(torch.equal(one, layer.state_dict()[key]) for key, one in before.items())
+        if layer is not group:
+            torch.testing.assert_close(found, copy.deepcopy(layer).eval()(x))
+        assert torch.equal(found, layer(x))
 
 
 def test_a_second_call_adds_nothing():
