@@ -59,7 +59,7 @@ def test_products_are_those_of_float64(
 
 
 def test_long_sums_lose_no_digits(by_convolution: list[int]) -> None:
-    """A covariance of thousands of patches: one convolution would have six times the error of MKL's product."""
+    """A covariance of thousands of patches: one convolution would have seven times the error of MKL's product."""
     torch.manual_seed(0)
     x = (torch.randn(512, 8) @ torch.randn(8, 4000) + 0.3 * torch.randn(512, 4000)).relu()
     x -= x.mean(1, keepdim=True)
