@@ -37,8 +37,9 @@ def make(wanted: Request) -> bool:
     shown = replace(wanted, variants=(*wanted.variants, *table_files.other_variants(wanted)))
     for variant in shown.variants:
         for name in table_files.rows(wanted):
-            for found in _earlier(replace(wanted, variants=(variant,)), name):
-                known.setdefault(found.cell.key, found)
+            if variant not in wanted.variants or name not in wanted.networks:
+                earlier = _earlier(replace(wanted, variants=(variant,)), name)
+                known.update({found.cell.key: found for found in earlier})
     there = {key[1] for key, found in known.items() if found.state != "open"}
     shown = replace(shown, variants=tuple(one for one in shown.variants if one in wanted.variants or one.slug in there))
     with session(todo[0].loaded.config.runtime):
