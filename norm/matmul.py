@@ -67,7 +67,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def fused(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    """beta c + alpha a b in one kernel."""
+    """beta c + alpha a b, in one kernel but where it goes by convolution."""
     if _convolves(a, b):
         found = matmul(a, b)
         return (found if alpha == 1 else found.mul_(alpha)).add_(c, alpha=beta)
