@@ -19,6 +19,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, cast
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import core_schema
 
+import norm
 from engine import recipe_layers, yaml_layers
 from engine.config_errors import explain
 from engine.errors import UserError
@@ -171,8 +172,6 @@ class NormConfig(Section):
 
     @model_validator(mode="after")
     def _known_recipe(self) -> NormConfig:
-        import norm
-
         norm.recipe(self.name, **self.options)  # a NormError is a ValueError that lists what is known
         return self
 
@@ -399,8 +398,6 @@ def _lines(plain: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
 
 def recipe_defaults(section: NormConfig) -> dict[str, Any]:
     """The options of the section's recipe, those that were set and the others."""
-    import norm
-
     recipe = norm.recipe(section.name, **section.options)
     fields = dataclasses.fields(recipe) if dataclasses.is_dataclass(recipe) else ()
     return {field.name: getattr(recipe, field.name) for field in fields}

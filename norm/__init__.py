@@ -4,18 +4,26 @@
     norm.precise_statistics(model, batches)      # before an evaluation: running statistics averaged at fixed weights
     plain = norm.fold(model)                    # after training: a copy with plain convolutions
 
-Read `whitening` (the mathematics), `layers`, `registry`, `recipes`, `plan`, `convert`, `calibration`, `fold`, `precise`
-in this order; `adapters`, `other_layers` and `matmul` are for looking things up.
+Read `whitening` (the mathematics), `layers`, `registry`, `recipes`, `plan`, `conversion`, `calibration`, `folding`,
+`precise` in this order; `adapters`, `other_layers` and `matmul` are for looking things up.
+
+What needs torch is imported when it is first asked for, by `__getattr__` below, since that takes seconds: names and
+options of recipes are known, and a config is checked, without it.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from norm import recipes as _recipes  # registers the recipes that the toolkit brings
-from norm.channel_deconv import ChannelDeconv
 from norm.checks import NormError
-from norm.convert import Report, convert
-from norm.fold import fold
-from norm.layers import Delinear, FastDeconv
-from norm.precise import precise_statistics
 from norm.registry import Place, Recipe, available, recipe, register
+
+if TYPE_CHECKING:
+    from norm.channel_deconv import ChannelDeconv
+    from norm.conversion import Report, convert
+    from norm.folding import fold
+    from norm.layers import Delinear, FastDeconv
+    from norm.precise import precise_statistics
 
 __all__ = [
     "ChannelDeconv",
@@ -34,3 +42,25 @@ __all__ = [
 ]
 
 del _recipes
+
+_WITH_TORCH = {
+    "ChannelDeconv": "norm.channel_deconv",
+    "Delinear": "norm.layers",
+    "FastDeconv": "norm.layers",
+    "Report": "norm.conversion",
+    "convert": "norm.conversion",
+    "fold": "norm.folding",
+    "precise_statistics": "norm.precise",
+}
+
+if not TYPE_CHECKING:  # else a misspelt name would pass type checks
+
+    def __getattr__(name: str) -> Any:
+        if name not in _WITH_TORCH:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(_WITH_TORCH[name]), name)
+        globals()[name] = found
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

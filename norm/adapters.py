@@ -18,7 +18,7 @@ from norm.channel_deconv import ChannelDeconv
 from norm.checks import NormError
 from norm.layers import Delinear, FastDeconv
 from norm.other_layers import FrozenBatchNorm2d, Padded, SamePad2d
-from norm.recipes import conv_arguments, copy_conv
+from norm.replacements import conv_arguments, copy_conv
 
 Kind = Literal["norm", "conv", "linear"]
 Rebuild = Callable[[nn.Module], nn.Module]

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from norm import whitening
 from norm.channel_deconv import ChannelDeconv
-from norm.checks import NormError, float_batches
+from norm.checks import NormError
+from norm.inputs import float_batches
 from norm.layers import Delinear, FastDeconv
 from norm.other_layers import ChannelAffine
 from norm.plan import Swap

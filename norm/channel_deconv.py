@@ -9,8 +9,9 @@ from norm import processes, whitening
 from norm.checks import NormError, check_options
 from norm.processes import Traffic
 from norm.products import product
-from norm.sampling import Grouping, Rows
+from norm.sampling import Rows
 from norm.state import Whitening
+from norm.strides import Grouping
 
 
 class ChannelDeconv(Whitening):

@@ -15,8 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from norm import whitening
 from norm.products import full_precision
-from norm.sampling import Grouping
-from norm.strides import Pair
+from norm.strides import Grouping, Pair
 from norm.whitening import Statistics
 
 _SHARE = 0.3

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from norm import folded_conv, processes
-from norm.checks import NormError, check_options
+from norm.checks import FRESH_STEPS, NormError, check_options
 from norm.folded_conv import Geometry
 from norm.processes import ALONE, Share
-from norm.sampling import Grouping, Rows, Windows
-from norm.state import FRESH_STEPS, Deconvolving
-from norm.strides import Pair, dense_strides, output_size, resolve_block, thin_out
+from norm.sampling import Rows, Windows
+from norm.state import Deconvolving
+from norm.strides import Grouping, Pair, dense_strides, output_size, resolve_block, thin_out
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from norm.adapters import Kind, Rebuild, class_name, kind_of, probe, read_by_owner, take_apart
-from norm.checks import NormError, check_network
+from norm.checks import NormError
+from norm.inputs import check_network
 from norm.other_layers import Padded
 from norm.recipes import Deconv
 from norm.registry import Place, Recipe, recipe

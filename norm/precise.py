@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from norm import processes
 from norm.channel_deconv import ChannelDeconv
-from norm.checks import NormError, check_network, float_batches
+from norm.checks import NormError
+from norm.inputs import check_network, float_batches
 from norm.state import Deconvolving
 
 

@@ -1,50 +1,24 @@
-"""The recipes that the toolkit brings: bn, sync_bn, frozen_bn, gn, in, ln, none, keep, deconv and deconv_fast."""
+"""The recipes that the toolkit brings: bn, sync_bn, frozen_bn, gn, in, ln, none, keep, deconv and deconv_fast.
+
+Their options are read without torch, whose import takes seconds: what makes layers is imported where it makes them.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from norm.channel_deconv import ChannelDeconv
-from norm.checks import NormError, check_options
-from norm.layers import Delinear, FastDeconv
-from norm.other_layers import ChannelNorm, FrozenBatchNorm2d, WSConv2d
+from norm.checks import FRESH_STEPS, NormError, check_options
 from norm.registry import Place, Recipe, register
-from norm.sampling import Grouping
-from norm.state import FRESH_STEPS
+from norm.strides import Grouping
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _MOST_STEPS = 20
 """Each step amplifies the rounding of eigenvalues near zero by 2.25, up to 6e-8 * 2.25^20 = 0.7 of what they become
 (tests/norm/test_whitening.py)."""
-
-
-def copy_conv(old: nn.Conv2d, new: nn.Conv2d) -> nn.Conv2d:
-    """`new` with the weight and bias of `old`, on its device; a bias that `old` lacks starts at zero."""
-    new.to(old.weight.device, old.weight.dtype)
-    with torch.no_grad():
-        new.weight.copy_(old.weight)
-        if new.bias is not None:
-            new.bias.zero_() if old.bias is None else new.bias.copy_(old.bias)
-    channels_last = torch.channels_last
-    if old.weight.is_contiguous(memory_format=channels_last) and not old.weight.is_contiguous():
-        new.to(memory_format=channels_last)  # type: ignore[call-overload]
-    return _like(old, new)
-
-
-L = TypeVar("L", bound=nn.Module)
-
-
-def _like(old: nn.Module, new: L) -> L:
-    """`new` in the mode of `old`; parameters are frozen as theirs were, those that `old` lacks as its weight."""
-    before = dict(old.named_parameters())
-    for name, parameter in new.named_parameters():
-        source = before.get(name, before.get("weight"))
-        parameter.requires_grad_(source is None or source.requires_grad)
-    return new.train(old.training)
 
 
 def _check_eps(name: str, eps: float) -> None:
@@ -55,12 +29,6 @@ def _check_eps(name: str, eps: float) -> None:
 def largest_block(channels: int, most: int) -> int:
     """The largest divisor of `channels` that is at most `most`, at least 1."""
     return max((d for d in range(1, min(channels, most) + 1) if channels % d == 0), default=1)
-
-
-def conv_arguments(old: nn.Conv2d) -> dict[str, Any]:
-    """The arguments that make a convolution like `old`, but for its bias."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return {name: getattr(old, name) for name in names}
 
 
 @register("keep")
@@ -88,6 +56,10 @@ class BatchNorm(Recipe):
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
         if self.eps is None and self.momentum is None:
             return old
+        from torch import nn
+
+        from norm.replacements import copy_norm
+
         new = nn.BatchNorm2d(
             old.num_features,
             old.eps if self.eps is None else self.eps,
@@ -95,7 +67,7 @@ class BatchNorm(Recipe):
             old.affine,
             old.track_running_stats,
         )
-        return _copy_norm(old, new)
+        return copy_norm(old, new)
 
 
 @register("sync_bn")
@@ -104,8 +76,12 @@ class SyncBatchNorm(Recipe):
     """Batch norm whose statistics are those of all processes; in one process it is batch norm. Several need GPUs."""
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        from torch import nn
+
+        from norm.replacements import copy_norm
+
         new = nn.SyncBatchNorm(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
-        return _copy_norm(old, new)
+        return copy_norm(old, new)
 
 
 @register("frozen_bn")
@@ -116,7 +92,10 @@ class FrozenBatchNorm(Recipe):
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
         if old.running_mean is None:
             raise NormError(f"frozen_bn: {at.name} tracks no running statistics that could be held")
-        return _copy_norm(old, FrozenBatchNorm2d(old.num_features, old.eps))
+        from norm.other_layers import FrozenBatchNorm2d
+        from norm.replacements import copy_norm
+
+        return copy_norm(old, FrozenBatchNorm2d(old.num_features, old.eps))
 
 
 @register("gn")
@@ -140,12 +119,17 @@ class GroupNorm(Recipe):
         _check_eps("gn", self.eps)
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
-        return _group_norm(old, math.gcd(self.groups, old.num_features), self.eps)
+        from norm.replacements import group_norm
+
+        return group_norm(old, math.gcd(self.groups, old.num_features), self.eps)
 
     def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
         # A filter of one number has no variance, and the layer that predicts is not normalised afterwards.
         if not self.weight_standardisation or at.last or old.weight[0].numel() == 1:
             return old
+        from norm.other_layers import WSConv2d
+        from norm.replacements import conv_arguments, copy_conv
+
         return copy_conv(old, WSConv2d(**conv_arguments(old), bias=old.bias is not None))
 
 
@@ -161,7 +145,9 @@ class InstanceNorm(Recipe):
         _check_eps("in", self.eps)
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
-        return _group_norm(old, old.num_features, self.eps)
+        from norm.replacements import group_norm
+
+        return group_norm(old, old.num_features, self.eps)
 
 
 @register("ln")
@@ -176,7 +162,9 @@ class LayerNorm(Recipe):
         _check_eps("ln", self.eps)
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
-        return _group_norm(old, 1, self.eps)
+        from norm.replacements import group_norm
+
+        return group_norm(old, 1, self.eps)
 
 
 @register("none")
@@ -185,10 +173,18 @@ class NoNorm(Recipe):
     """No norm at all; convolutions without a bias get one, starting at zero."""
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        from torch import nn
+
         return nn.Identity()
 
     def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
-        return old if old.bias is not None else copy_conv(old, nn.Conv2d(**conv_arguments(old), bias=True))
+        if old.bias is not None:
+            return old
+        from torch import nn
+
+        from norm.replacements import conv_arguments, copy_conv
+
+        return copy_conv(old, nn.Conv2d(**conv_arguments(old), bias=True))
 
 
 @register("deconv")
@@ -297,12 +293,17 @@ class Deconv(Recipe):
         return super().override(options)
 
     def norm(self, old: nn.BatchNorm2d, at: Place) -> nn.Module:
+        from torch import nn
+
         return old if self.keep_depthwise and at.depthwise else nn.Identity()
 
     def conv(self, old: nn.Conv2d, at: Place) -> nn.Module:
         if self.keep_depthwise and at.depthwise:
             return old
-        _check_wide(old.weight, at)
+        from norm.layers import FastDeconv
+        from norm.replacements import check_wide, conv_arguments, copy_conv
+
+        check_wide(old.weight, at)
         last = at.last and old.kernel_size == (1, 1)
         block = self.block
         if self.block_features:
@@ -332,21 +333,12 @@ class Deconv(Recipe):
     def linear(self, old: nn.Linear, at: Place) -> nn.Module:
         if self.fc_block == 0:
             return old
-        _check_wide(old.weight, at)
+        from norm.layers import Delinear
+        from norm.replacements import check_wide, copy_linear
+
+        check_wide(old.weight, at)
         if not self.delinear:
-            block = min(self.fc_block, old.in_features)
-            whitening = ChannelDeconv(
-                block,
-                n_iter=self.n_iter,
-                momentum=self.momentum,
-                sampling_stride=self.sampling_stride,
-                features_last=True,
-                sync=self.sync,
-            )
-            where = {"device": old.weight.device, "dtype": old.weight.dtype}
-            linear = nn.Linear(old.in_features, old.out_features, old.bias is not None, **where)
-            linear.load_state_dict(old.state_dict())
-            return nn.Sequential(whitening, _like(old, linear)).to(old.weight.device, old.weight.dtype)
+            return self._behind_a_whitening(old)
         new = Delinear(
             old.in_features,
             old.out_features,
@@ -360,11 +352,27 @@ class Deconv(Recipe):
             gain=self.gain,
             sync=self.sync,
         )
-        new.to(old.weight.device, old.weight.dtype)
-        new.set_weight(old.weight)
-        with torch.no_grad():
-            new.bias.zero_() if old.bias is None else new.bias.copy_(old.bias)
-        return _like(old, new)
+        return copy_linear(old, new)
+
+    def _behind_a_whitening(self, old: nn.Linear) -> nn.Sequential:
+        from torch import nn
+
+        from norm.channel_deconv import ChannelDeconv
+        from norm.replacements import in_state_of
+
+        block = min(self.fc_block, old.in_features)
+        whitening = ChannelDeconv(
+            block,
+            n_iter=self.n_iter,
+            momentum=self.momentum,
+            sampling_stride=self.sampling_stride,
+            features_last=True,
+            sync=self.sync,
+        )
+        where = {"device": old.weight.device, "dtype": old.weight.dtype}
+        linear = nn.Linear(old.in_features, old.out_features, old.bias is not None, **where)
+        linear.load_state_dict(old.state_dict())
+        return nn.Sequential(whitening, in_state_of(old, linear)).to(old.weight.device, old.weight.dtype)
 
 
 @register("deconv_fast")
@@ -379,30 +387,3 @@ class DeconvFast(Deconv):
     """
 
     every: int = 4
-
-
-def _check_wide(weight: Tensor, at: Place) -> None:
-    if weight.dtype in (torch.float32, torch.float64):
-        return
-    real = "convert the network in float32 and train it under torch.autocast"
-    other = f"leave the layer alone with overrides={{{at.name!r}: {{'recipe': 'keep'}}}}"
-    remedy = real if weight.is_floating_point() else other
-    raise NormError(f"{at.name} has weights of {weight.dtype}; whitening needs float32: {remedy}")
-
-
-def _group_norm(old: nn.BatchNorm2d, groups: int, eps: float) -> nn.Module:
-    kind = ChannelNorm if groups == old.num_features else nn.GroupNorm
-    return _copy_norm(old, kind(groups, old.num_features, eps, old.affine))
-
-
-def _copy_norm(old: nn.BatchNorm2d, new: nn.Module) -> nn.Module:
-    """`new` with those parameters and buffers of `old` that it has too, on its device."""
-    mine = {**dict(new.named_parameters()), **dict(new.named_buffers())}
-    with torch.no_grad():
-        for name, value in {**dict(old.named_parameters()), **dict(old.named_buffers())}.items():
-            if name in mine:
-                mine[name].copy_(value)
-    reference = next((t for t in (old.weight, old.running_mean) if t is not None), None)
-    if reference is not None:
-        new.to(reference.device, reference.dtype)
-    return _like(old, new)

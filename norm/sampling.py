@@ -9,15 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from norm.strides import Pair, output_size
+from norm.strides import Grouping, Pair, output_size
 
-Grouping = Literal["channel", "published"]
 _FEW_IMAGES = 64
 """Up to so many, slices of each are faster than indices (CPU)."""
 _LITTLE, _LARGE = 2**22, 2**25

@@ -14,12 +14,9 @@ from norm.checks import NormError
 from norm.processes import Traffic
 from norm.products import root_dtype
 from norm.running_shape import Averages, Pace, follow, follow_in_a_graph, if_finite
-from norm.sampling import Grouping, Sampler
+from norm.sampling import Sampler
+from norm.strides import Grouping
 from norm.whitening import Statistics
-
-FRESH_STEPS = 100
-"""Weights change so fast at first that the shape of a few steps before amplifies what it should not: in VGG-16 at rate
-0.1 the loss rose from 2.5 to 3.7 within ten steps (docs/performance.md)."""
 
 _TINY = 1e-12
 """A filter of zeros has no direction; its output is zero."""

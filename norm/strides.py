@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
+Grouping = Literal["channel", "published"]
 Pair = tuple[int, int]
 _SMALL_MAP = 64
 _FEWEST_WINDOWS = 36

@@ -31,7 +31,8 @@ from torch.autograd.function import once_differentiable
 from norm import leading, moments, processes
 from norm.matmul import fused, matmul
 from norm.products import FEW_STEPS, Products, full_precision, root_dtype
-from norm.sampling import Grouping, Sampler, Windows
+from norm.sampling import Sampler, Windows
+from norm.strides import Grouping
 
 _SPECTRAL_SIZE = 128
 """Features from which an eigendecomposition on a CPU is faster than the products. It is taken for `FEW_STEPS`."""

@@ -86,6 +86,26 @@ def test_show_prints_the_resolved_config_with_origins(project: Path, sample_root
     assert "tiny.yaml:4" in lines["batch_size"] and "default" in lines["momentum"] and "block" not in lines
 
 
+@pytest.mark.parametrize("config", ["seg/deeplabv3_resnet50_deconv.yaml", "classify/vgg11_cifar10.yaml"])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--show", "norm.name=deconv_fast"], "rank: 64"),
+        (["--explain", "norm", "norm.name=deconv"], "Newton-Schulz steps."),
+        (["norm.name=deconv", "norm.rnk=3"], "has no option 'rnk' (did you mean 'rank'?)"),
+    ],
+)
+def test_a_config_is_shown_and_refused_without_the_seconds_that_importing_torch_takes(config, arguments, told):
+    code = (
+        "import atexit, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "tools/train.py", f"configs/{config}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert told in done.stdout + done.stderr and done.stdout.endswith("False\n")
+
+
 def test_explain_tells_what_keys_mean(project: Path, sample_root: Path):
     text = tool("train", "tiny.yaml", "--explain", "norm.name=bn", cwd=project)
     assert "norm.name: bn" in text and "optim.lr: " in text and "Learning rate after warm-up" in text

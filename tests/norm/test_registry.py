@@ -1,6 +1,9 @@
 """Recipes by name, their options and their errors."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,33 @@ def own_registry(monkeypatch):
 def test_the_named_recipes_are_there():
     assert set(norm.available()) >= {"bn", "sync_bn", "frozen_bn", "gn", "in", "ln", "none", "deconv"}
     assert norm.available() == sorted(norm.available())
+
+
+def test_recipes_and_their_options_do_without_torch():
+    """A config is checked and shown before the seconds that importing torch takes."""
+    command = """
+import sys, norm
+for name in norm.available():
+    norm.recipe(name)
+norm.recipe("deconv", block=32).override({"n_iter": 3})
+try:
+    norm.recipe("deconv", rank=32)
+except norm.NormError as error:
+    assert "no effect with every=0" in str(error)
+assert "torch" not in sys.modules
+norm.FastDeconv(3, 8, 3)
+assert "torch" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(norm.__file__).parent.parent)
+
+
+def test_what_needs_torch_is_imported_when_it_is_asked_for():
+    for name in norm.__all__:
+        assert name in dir(norm) and getattr(norm, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'norm' has no attribute 'convrt'"):
+        norm.convrt  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'Deconv' from 'norm'"):
+        from norm import Deconv  # noqa: F401
 
 
 def test_a_recipe_of_ones_own(own_registry):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from norm.channel_deconv import ChannelDeconv
-from norm.checks import NormError, check_network
-from norm.convert import replace, share_hooks
+from norm.checks import NormError
+from norm.conversion import replace, share_hooks
 from norm.folded_conv import like
+from norm.inputs import check_network
 from norm.layers import Delinear, FastDeconv
 from norm.other_layers import ChannelAffine, Padded, WSConv2d
-from norm.recipes import conv_arguments
+from norm.replacements import conv_arguments
 from norm.state import Whitening
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)
