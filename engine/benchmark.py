@@ -20,12 +20,14 @@ from torch.autograd.graph import saved_tensors_hooks
 import norm
 from engine import flops
 from engine.checkpoint import first_line
+from engine.dilated import leave_channels_last
 from engine.errors import UserError
 from engine.memory import allocated, quiet_profiler
 from engine.optim import build_optimizer
 from engine.precision import autocast
 from engine.prepare import convert_norm
 from norm.calibration import tensors
+from norm.folded_conv import misled
 from norm.state import skip_fresh_steps
 
 _WARM_UP = (1, 4)
@@ -232,6 +234,8 @@ class _Work:
         skip_fresh_steps(self.model)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = self.model.to(memory_format=layout).train()  # type: ignore[call-overload]
+        if settings.channels_last and misled(settings.amp or torch.float32, settings.device):
+            leave_channels_last(self.model)  # as trainings do
         # as between other layers: the input needs a gradient
         self.images = torch.randn(case.shape, device=settings.device).to(memory_format=layout).requires_grad_()
         groups = [{"params": list(self.model.parameters())}]

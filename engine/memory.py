@@ -1,8 +1,11 @@
-"""How much memory a piece of work allocates: exact on a GPU, by torch's own events on a CPU."""
+"""How much memory a piece of work allocates: exact on a GPU, by torch's own events on a CPU; and whether the C library
+keeps on a CPU what is freed."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import resource
 import sys
 from collections.abc import Callable
@@ -50,6 +53,26 @@ def quiet_profiler() -> None:
     """torch's profiler tells stderr of each start and stop, and of GPUs that are not there, unless the environment says
     otherwise."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what this process frees, for what it allocates next, instead of handing it to the system and
+    taking it again, page by page, in every training step. It takes some memory more (docs/performance.md).
+
+    For the whole process and as long as it runs, as there is no way back. It stays as it is where another C library is
+    used, or where the environment says when glibc hands memory back (MALLOC_TRIM_THRESHOLD_ and others, mallopt(3)).
+
+    Returns:
+        Whether glibc keeps it from now on.
+    """
+    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
+    told = any(name in os.environ for name in names) or "glibc.malloc" in os.getenv("GLIBC_TUNABLES", "")
+    if told or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    kept = mallopt(mmap, 2**30) or mallopt(mmap, 2**25)  # older versions take at most 32 MiB
+    return bool(kept and mallopt(trim, 2**31 - 1))
 
 
 def process_peak() -> int:

@@ -20,10 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 import norm
 from engine import distributed, precision, traffic
 from engine.config import ExperimentConfig, NormConfig, RuntimeConfig
+from engine.dilated import leave_channels_last
 from engine.errors import LostProcess, UserError, is_lost_worker
+from engine.memory import keep_freed_memory
 from engine.recompute import recompute_blocks
 from engine.single_values import allow_single_values
 from engine.unused import unused_parameters
+from norm.folded_conv import misled
 from norm.precise import averaging
 
 
@@ -43,7 +46,7 @@ class Prepared:
 @contextmanager
 def session(runtime: RuntimeConfig) -> Iterator[torch.device]:
     """Processes, threads, seeds, determinism and precision for the length of a `with` block; yields this process's
-    device.
+    device. On a CPU the process keeps the memory that it frees, from then on (`memory.keep_freed_memory`).
 
     Raises:
         UserError: see `distributed.setup`.
@@ -61,6 +64,8 @@ def session(runtime: RuntimeConfig) -> Iterator[torch.device]:
         torch.set_float32_matmul_precision(runtime.matmul_precision)
         if runtime.threads:
             torch.set_num_threads(runtime.threads)
+        if device.type == "cpu":
+            keep_freed_memory()
         seed_all(runtime.seed)
         with lost_processes():
             yield device
@@ -167,6 +172,8 @@ def prepare(
         )
     if cfg.runtime.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if misled(precision.dtype_of(cfg.runtime.amp) or torch.float32, device):
+            leave_channels_last(model)
     if cfg.runtime.checkpointing:
         report.append(recompute_blocks(model))
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):

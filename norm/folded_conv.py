@@ -71,6 +71,32 @@ def like(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype).copy_(folded)
 
 
+def misled(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch computes wrong gradients of the weights of grouped, dilated convolutions in channels_last.
+
+    In bfloat16 on a CPU with AVX-512 BF16 they are noise, larger than the gradients themselves, where a group has one
+    input channel (torch 2.14.1, oneDNN 3.12.0; docs/norm.md has a command). Outputs and gradients of inputs are right,
+    and so is everything in torch's usual layout. float16 was not looked at and is treated alike.
+    """
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, how: Geometry, wanted: list[bool]) -> list[Tensor]:
+    """Of the convolution: to x, to its weight and to its bias, as far as they are wanted."""
+    sizes, zero = [len(weight)], [0, 0]
+    if wanted[1] and how.groups > 1 and max(how.dilation) > 1 and misled(x.dtype, x.device):
+        to_x, _, to_bias = _gradients(grad, x, weight, how, [wanted[0], False, wanted[2]])
+        # not contiguous(): a filter of one channel counts as contiguous whatever its strides, which decide
+        grad, x, weight = (each.clone(memory_format=torch.contiguous_format) for each in (grad, x, weight))
+        arguments = (how.stride, how.padding, how.dilation, False, zero, how.groups, [False, True, False])
+        return [to_x, torch.ops.aten.convolution_backward(grad, x, weight, sizes, *arguments)[1], to_bias]
+    return list(
+        torch.ops.aten.convolution_backward(
+            grad, x, weight, sizes, how.stride, how.padding, how.dilation, False, zero, how.groups, wanted
+        )
+    )
+
+
 class _FoldedConv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,18 +129,8 @@ class _FoldedConv(torch.autograd.Function):
         if folded is None:
             folded = whitening.times_deconv(weight, found, how.groups, how.grouping, product_dtype(x.dtype))
         wanted = any(ctx.needs_input_grad[1:])
-        to_x, to_folded, to_bias = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            like(weight, folded, x.dtype),
-            [len(weight)],
-            how.stride,
-            how.padding,
-            how.dilation,
-            False,
-            [0, 0],
-            how.groups,
-            [ctx.needs_input_grad[0], wanted, wanted],
+        to_x, to_folded, to_bias = _gradients(
+            grad, x, like(weight, folded, x.dtype), how, [ctx.needs_input_grad[0], wanted, wanted]
         )
         if not wanted:
             return (to_x, *[None] * 9)

@@ -177,6 +177,7 @@ def main() -> int:
 
     from engine import benchmark
     from engine.images import check_file, check_writable, write_bytes
+    from engine.memory import keep_freed_memory
 
     for file in (file for file in (args.json, args.trace) if file is not None):
         check_file(file)
@@ -185,6 +186,8 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     how = settings(args)
+    if how.device.type == "cpu":
+        keep_freed_memory()  # as trainings do
     parsed = [parse_case(text) for text in args.cases]
     work = [
         (case, [parse_norm(text, options) for text in args.norms or ["bn", "deconv", "deconv_fast"]])

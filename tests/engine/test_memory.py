@@ -1,10 +1,12 @@
 """What is counted of a computation whose memory is known."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from engine.memory import allocated, process_peak, show_bytes
@@ -45,6 +47,34 @@ def test_values_kept_for_the_backward_are_seen():
 
 def test_the_process_has_taken_some_memory():
     assert process_peak() > 50e6
+
+
+FAULTS = """
+import resource, torch
+from engine.memory import keep_freed_memory
+print(keep_freed_memory())
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (1, 40, 100):  # MiB
+        torch.ones(size * 2**18)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's setting")
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
+    """What is handed back comes again with a page fault for each 4 KiB, or for each huge page."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC"))}
+    found = []
+    for more in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"}):
+        command = [sys.executable, "-c", FAULTS]
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[2], env=environment | more, capture_output=True, text=True, check=True
+        )
+        found.append(done.stdout.split())
+    (kept, *_, with_it), (told, *_, without) = found
+    assert (kept, told) == ("True", "False")
+    assert int(without) > 10 and int(with_it) < 0.1 * int(without)
 
 
 def test_sizes_in_words():

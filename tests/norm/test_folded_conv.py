@@ -175,3 +175,23 @@ def test_it_stays_float32_in_float16s_small_range():
         y = layer(torch.randn(4, 16, 16, 16))
         y.float().sum().backward()
     assert y.dtype is torch.float16 and products.dtypes[24] == {torch.float32}
+
+
+@pytest.mark.parametrize(("kernel", "dilation", "every"), [(3, 2, 0), (5, 2, 0), (3, 6, 4)])
+def test_the_gradient_of_depthwise_dilated_layers_in_channels_last(kernel: int, dilation: int, every: int):
+    """torch's own is noise where a CPU has instructions for bfloat16 (`folded_conv.misled`)."""
+    torch.manual_seed(0)
+    around = dilation * (kernel // 2)
+    layer = FastDeconv(32, 32, kernel, padding=around, dilation=dilation, groups=32, every=every)
+    x = torch.randn(2, 32, 23, 30)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        twin = copy.deepcopy(layer).to(memory_format=layout)  # type: ignore[call-overload]
+        source = x.clone(memory_format=layout).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = twin(source)
+        y.float().sin().sum().backward()
+        assert y.is_contiguous(memory_format=layout) and source.grad.is_contiguous(memory_format=layout)
+        found.append([y.float(), source.grad, twin.weight.grad, twin.bias.grad])
+    for usual, last in zip(*found, strict=True):
+        assert (usual - last).norm() < 0.03 * usual.norm()

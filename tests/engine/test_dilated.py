@@ -1,0 +1,56 @@
+"""Gradients of grouped, dilated convolutions in bfloat16 and channels_last, which torch gets wrong on some CPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from engine.dilated import leave_channels_last
+
+SHAPES = [(48, 48, 5, 2), (48, 24, 3, 2), (48, 48, 3, 6), (37, 37, 3, 2)]  # channels, groups, kernel, dilation
+
+
+def network(channels: int, groups: int, kernel: int, dilation: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    around = dilation * (kernel // 2)
+    conv = nn.Conv2d(channels, channels, kernel, padding=around, dilation=dilation, groups=groups)
+    return nn.Sequential(nn.Conv2d(3, channels, 1), nn.ReLU(), conv, nn.ReLU(), nn.Conv2d(channels, 5, 1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_is_that_of_float64(shape):
+    model = network(*shape).to(memory_format=torch.channels_last)
+    conv: Any = model[2]
+    assert leave_channels_last(model) == 1
+    assert leave_channels_last(model) == 1 and len(conv._forward_hooks) == 1
+    seen: dict[str, torch.Tensor] = {}
+    conv.register_forward_hook(lambda layer, inputs, y: seen.update(x=inputs[0].detach()))
+    conv.register_full_backward_hook(lambda layer, to_inputs, to_y: seen.update(y=to_y[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(torch.randn(2, 3, 23, 30).to(memory_format=torch.channels_last))
+    y.double().sin().sum().backward()
+    x, to_y = seen["x"].double(), seen["y"].double()
+    want = torch.nn.grad.conv2d_weight(x, conv.weight.shape, to_y, 1, conv.padding, conv.dilation, conv.groups)
+    assert (conv.weight.grad - want).norm() < 0.01 * want.norm()
+
+
+def test_the_rest_of_the_network_stays_in_channels_last():
+    model = network(48, 48, 3, 2).to(memory_format=torch.channels_last)
+    leave_channels_last(model)
+    seen = []
+    model[2].register_forward_hook(lambda layer, inputs, y: seen.append((inputs[0].is_contiguous(), y)))
+    x = torch.randn(2, 3, 23, 30).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    model(x)
+    assert [contiguous for contiguous, _ in seen] == [True, False]  # in float32 nothing is copied
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for _, y in seen)
+
+
+def test_other_convolutions_are_left_alone():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, dilation=2), nn.ConvTranspose2d(8, 8, 3))
+    assert leave_channels_last(model) == 0
+    assert not any(layer._forward_pre_hooks for layer in model)
