@@ -53,7 +53,7 @@ FAULTS = """
 import resource, torch
 from engine.memory import keep_freed_memory
 print(keep_freed_memory())
-for _ in range(3):
+for _ in range(10):  # the first ones give the heap its size
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for size in (1, 40, 100):  # MiB
         torch.ones(size * 2**18)
