@@ -27,7 +27,6 @@ from engine.optim import build_optimizer
 from engine.precision import autocast
 from engine.prepare import convert_norm
 from norm.calibration import tensors
-from norm.folded_conv import misled
 from norm.state import skip_fresh_steps
 
 _WARM_UP = (1, 4)
@@ -234,7 +233,7 @@ class _Work:
         skip_fresh_steps(self.model)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = self.model.to(memory_format=layout).train()  # type: ignore[call-overload]
-        if settings.channels_last and misled(settings.amp or torch.float32, settings.device):
+        if settings.channels_last and settings.device.type == "cpu":
             leave_channels_last(self.model)  # as trainings do
         # as between other layers: the input needs a gradient
         self.images = torch.randn(case.shape, device=settings.device).to(memory_format=layout).requires_grad_()

@@ -26,7 +26,6 @@ from engine.memory import keep_freed_memory
 from engine.recompute import recompute_blocks
 from engine.single_values import allow_single_values
 from engine.unused import unused_parameters
-from norm.folded_conv import misled
 from norm.precise import averaging
 
 
@@ -172,7 +171,7 @@ def prepare(
         )
     if cfg.runtime.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if misled(precision.dtype_of(cfg.runtime.amp) or torch.float32, device):
+        if device.type == "cpu":
             leave_channels_last(model)
     if cfg.runtime.checkpointing:
         report.append(recompute_blocks(model))

@@ -21,6 +21,8 @@ from norm.whitening import Statistics
 _SHARE = 0.3
 """Refold where that takes at most this share of the convolution's multiplications (which are a third of its step's)."""
 
+_LOW = (torch.bfloat16, torch.float16)
+
 
 class Geometry(NamedTuple):
     """How the convolution goes over its input, and how its channels are grouped for whitening."""
@@ -71,20 +73,22 @@ def like(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype).copy_(folded)
 
 
-def misled(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch computes wrong gradients of the weights of grouped, dilated convolutions in channels_last.
+def misled(dtype: torch.dtype, device: torch.device, channels: int, dilation: tuple[int, ...]) -> bool:
+    """Whether torch may compute wrong gradients of the weight of a convolution of so many channels a group, in
+    channels_last.
 
-    In bfloat16 on a CPU with AVX-512 BF16 they are noise, larger than the gradients themselves, where a group has one
-    input channel (torch 2.14.1, oneDNN 3.12.0; docs/norm.md has a command). Outputs and gradients of inputs are right,
-    and so is everything in torch's usual layout. float16 was not looked at and is treated alike.
+    In bfloat16 on a CPU with AVX-512 BF16 they are noise, larger than the gradients themselves, where the convolution
+    has a dilation and the channels are no multiple of 16 (torch 2.14.1, oneDNN 3.12.0; docs/norm.md has a program).
+    Outputs and gradients of inputs are right, and so is everything in torch's usual layout. float16 was not looked at
+    and is treated alike.
     """
-    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cpu" and dtype in _LOW and max(dilation) > 1 and channels % 16 != 0
 
 
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, how: Geometry, wanted: list[bool]) -> list[Tensor]:
     """Of the convolution: to x, to its weight and to its bias, as far as they are wanted."""
     sizes, zero = [len(weight)], [0, 0]
-    if wanted[1] and how.groups > 1 and max(how.dilation) > 1 and misled(x.dtype, x.device):
+    if wanted[1] and misled(x.dtype, x.device, weight.shape[1], how.dilation):
         to_x, _, to_bias = _gradients(grad, x, weight, how, [wanted[0], False, wanted[2]])
         # not contiguous(): a filter of one channel counts as contiguous whatever its strides, which decide
         grad, x, weight = (each.clone(memory_format=torch.contiguous_format) for each in (grad, x, weight))
