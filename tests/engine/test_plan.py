@@ -159,6 +159,15 @@ def test_what_is_left_free_counts_for_advice_too():
     assert "would allow micro_batch=2" in str(found)
 
 
+def test_a_share_is_left_to_memory_that_is_kept():
+    found = plan(1999)
+    least = next(o for o in found.options() if o.micro_batch == 1)
+    found.spare, found.kept, found.budget = 7, 0.5, round(1.5 * least.memory) + 7
+    assert found.fits(least)
+    found.budget -= 1
+    assert not found.fits(least)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("optim", [{"name": "sgd"}, {"name": "adamw", "ema_decay": 0.9, "clip_norm": 1.0}])
 def test_predictions_are_near_what_is_measured(checkpointing: bool, optim: dict[str, Any]):
