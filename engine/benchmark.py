@@ -20,8 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import norm
 from engine import flops
 from engine.checkpoint import first_line
-from engine.dilated import leave_channels_last
 from engine.errors import UserError
+from engine.layout import leave_channels_last
 from engine.memory import allocated, quiet_profiler
 from engine.optim import build_optimizer
 from engine.precision import autocast

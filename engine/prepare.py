@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import norm
-from engine import distributed, precision, traffic
+from engine import distributed, layout, precision, traffic
 from engine.config import ExperimentConfig, NormConfig, RuntimeConfig
-from engine.dilated import leave_channels_last
 from engine.errors import LostProcess, UserError, is_lost_worker
 from engine.memory import keep_freed_memory
 from engine.recompute import recompute_blocks
@@ -172,7 +171,7 @@ def prepare(
     if cfg.runtime.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if device.type == "cpu":
-            leave_channels_last(model)
+            layout.leave_channels_last(model)
     if cfg.runtime.checkpointing:
         report.append(recompute_blocks(model))
     if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
@@ -200,6 +199,8 @@ def prepare(
         wrapped.broadcast_buffers = not traffic.same_buffers(model)
     report += traffic.report(model, cfg)
     if note := precision.slow(device, precision.dtype_of(cfg.runtime.amp)):
+        report.append(note)
+    if device.type == "cpu" and not cfg.runtime.channels_last and (note := layout.slow(model)):
         report.append(note)
     return Prepared(model, wrapped, device, "\n".join(report))
 

@@ -61,6 +61,17 @@ def test_one_process() -> None:
     assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_depthwise_convolutions_in_the_usual_layout_are_said() -> None:
+    def report(groups: int, kernel: int, last: bool) -> str:
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, kernel, groups=groups))
+        return prepare(net, config(runtime__channels_last=last)).report
+
+    assert "1 of 2 convolutions are depthwise" in report(8, 3, last=False)
+    assert "runtime.channels_last=true" in report(8, 3, last=False)
+    for groups, kernel, last in ((8, 3, True), (8, 1, False), (4, 3, False), (1, 3, False)):
+        assert "channels_last" not in report(groups, kernel, last)
+
+
 def test_compile_is_in_place_and_keeps_the_names() -> None:
     net = small()
     names = list(net.state_dict())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import norm
-from engine.dilated import leave_channels_last
+from engine.layout import leave_channels_last
 
 SHAPES = [
     (48, 48, 5, 2),

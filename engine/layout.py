@@ -1,4 +1,4 @@
-"""Dilated convolutions in bfloat16 on CPUs, of which torch computes wrong gradients in channels_last."""
+"""Memory layouts on CPUs: where torch is faster in channels_last, and where its gradients are wrong in it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ def leave_channels_last(model: nn.Module) -> int:
             layer.register_forward_pre_hook(_before)
             layer.register_forward_hook(_after)
     return len(found)
+
+
+def slow(model: nn.Module) -> str | None:
+    """A sentence for the user where `model`, in torch's usual layout, would be faster in channels_last on a CPU, else
+    None: depthwise convolutions larger than 1x1 are (docs/performance.md has how much).
+    """
+    convs = [one for one in model.modules() if isinstance(one, nn.Conv2d)]
+    depthwise = sum(1 < one.groups == one.in_channels and max(one.kernel_size) > 1 for one in convs)
+    if not depthwise:
+        return None
+    return (
+        f"{depthwise} of {len(convs)} convolutions are depthwise: on CPUs they are faster with "
+        "runtime.channels_last=true (docs/performance.md)"
+    )
 
 
 def _misled(layer: nn.Conv2d, dtype: torch.dtype) -> bool:
