@@ -79,9 +79,9 @@ def misled(dtype: torch.dtype, device: torch.device, channels: int, dilation: tu
 
     In bfloat16 on a CPU with AVX-512 BF16 they are noise, larger than the gradients themselves, where the convolution
     has a dilation and the channels are no multiple of 16 (torch 2.14.1, oneDNN 3.12.0; docs/norm.md has a program).
-    Where there is AMX as well only depthwise ones are. Outputs and gradients of inputs are right, and so is everything in
-    torch's usual layout. float16, right on the one processor with instructions for it that was looked at, is treated
-    alike.
+    Where there is AMX as well only depthwise ones are. Outputs and gradients of inputs are right, and so is everything
+    in torch's usual layout. float16, right on the one processor with instructions for it that was looked at, is
+    treated alike.
     """
     return device.type == "cpu" and dtype in _LOW and max(dilation) > 1 and channels % 16 != 0
 
