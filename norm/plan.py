@@ -225,8 +225,9 @@ def _check_effect(chosen: Recipe, overrides: Overrides, swaps: list[Swap]) -> No
         if all(isinstance(each, Deconv) for each in recipes) and not any(_whitens(swap) for swap in mine):
             names = ", ".join(swap.names[0] for swap in mine[:3]) + (", ..." if len(mine) > 3 else "")
             raise NormError(
-                f"overrides[{pattern!r}] has no effect: it matches {names}, and nothing there whitens. Norms go, and "
-                "linear layers stay without fc_block; name a convolution, or keep a norm with {'recipe': 'keep'}"
+                f"overrides[{pattern!r}] has no effect: it matches {names}, and nothing there whitens. Norms go, "
+                "linear layers stay without fc_block, depthwise convolutions with keep_depthwise; name another "
+                "convolution, keep a norm with {'recipe': 'keep'}, or leave the override out"
             )
 
 

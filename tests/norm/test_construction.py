@@ -84,6 +84,9 @@ def test_options_for_layers_that_do_not_whiten_are_refused():
         with pytest.raises(norm.NormError, match=rf"overrides\['{name}'\] has no effect: it matches {name}, and"):
             norm.convert(before, "deconv", overrides={name: {"n_iter": 3}})
         assert type(before[0]) is nn.Conv2d
+    depthwise = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
+    with pytest.raises(norm.NormError, match="convolutions with keep_depthwise; .* or leave the override out"):
+        norm.convert(depthwise, "deconv", keep_depthwise=True, overrides={"1": {"n_iter": 3}})
     norm.convert(model(), "deconv", overrides={"[01]": {"n_iter": 3}, "1": {"recipe": "keep"}})
     norm.convert(model(), "deconv", fc_block=4, overrides={"3": {"n_iter": 3}})
     norm.convert(model(), "gn", overrides={"0": {"recipe": "deconv"}, "1": {"groups": 4}})
