@@ -11,7 +11,7 @@ from norm.folded_conv import misled
 
 def leave_channels_last(model: nn.Module) -> int:
     """Have those convolutions of `model` compute in torch's usual memory layout whose gradients torch gets wrong in
-    channels_last (`norm.folded_conv.misled`), where they compute in bfloat16 or float16 on a CPU; returns how many.
+    channels_last (`norm.folded_conv.misled`), where they compute in such a type on a CPU; returns how many.
 
     It is for networks in channels_last: outputs of these layers come in it. Call it after the layers are final and in
     their layout: it adds hooks, and gives the weights other strides. A second call changes nothing. Whitening layers
@@ -44,10 +44,10 @@ def slow(model: nn.Module) -> str | None:
 def _misled(layer: nn.Conv2d, dtype: torch.dtype) -> bool:
     if isinstance(layer, norm.FastDeconv):
         return False
-    return misled(dtype, torch.device("cpu"), layer.in_channels // layer.groups, layer.dilation)
+    return misled(dtype, torch.device("cpu"), layer.weight, layer.stride, layer.dilation)
 
 
-def _low(layer: nn.Conv2d, x: Tensor) -> bool:
+def _wrong(layer: nn.Conv2d, x: Tensor) -> bool:
     """Whether the layer computes x in such a type, on a CPU."""
     if x.device.type != "cpu":
         return False
@@ -55,8 +55,8 @@ def _low(layer: nn.Conv2d, x: Tensor) -> bool:
 
 
 def _before(layer: nn.Conv2d, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    return (inputs[0].contiguous(), *inputs[1:]) if inputs and _low(layer, inputs[0]) else None
+    return (inputs[0].contiguous(), *inputs[1:]) if inputs and _wrong(layer, inputs[0]) else None
 
 
 def _after(layer: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-    return output.contiguous(memory_format=torch.channels_last) if output.ndim == 4 and _low(layer, output) else None
+    return output.contiguous(memory_format=torch.channels_last) if output.ndim == 4 and _wrong(layer, output) else None

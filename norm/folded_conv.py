@@ -73,23 +73,31 @@ def like(weight: Tensor, folded: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(weight, dtype=dtype).copy_(folded)
 
 
-def misled(dtype: torch.dtype, device: torch.device, channels: int, dilation: tuple[int, ...]) -> bool:
-    """Whether torch may compute wrong gradients of the weight of a convolution of so many channels a group, in
-    channels_last.
+def misled(
+    dtype: torch.dtype, device: torch.device, weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> bool:
+    """Whether torch may compute wrong gradients of the weight (O, C, KH, KW) of a convolution in channels_last.
+
+    In float32 on a CPU with AVX2 and no AVX-512, a 1x1 convolution with a stride of fewer than 8 channels writes
+    beyond its memory, and the process crashes, if not elsewhere (torch 2.9.1 and 2.14.1;
+    https://github.com/uxlfoundation/oneDNN/issues/6035).
 
     In bfloat16 on a CPU with AVX-512 BF16 they are noise, larger than the gradients themselves, where the convolution
-    has a dilation and the channels are no multiple of 16 (torch 2.14.1, oneDNN 3.12.0; docs/norm.md has a program).
+    has a dilation and the channels of a group are no multiple of 16 (the same versions; docs/norm.md has a program).
     Where there is AMX as well only depthwise ones are. Outputs and gradients of inputs are right, and so is everything
     in torch's usual layout. float16, right on the one processor with instructions for it that was looked at, is
     treated alike.
     """
-    return device.type == "cpu" and dtype in _LOW and max(dilation) > 1 and channels % 16 != 0
+    channels, *kernel = weight.shape[1:]
+    noise = dtype in _LOW and max(dilation) > 1 and channels % 16 != 0
+    beyond = max(kernel) == 1 < max(stride) and channels < 8
+    return device.type == "cpu" and (noise or beyond)
 
 
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, how: Geometry, wanted: list[bool]) -> list[Tensor]:
     """Of the convolution: to x, to its weight and to its bias, as far as they are wanted."""
     sizes, zero = [len(weight)], [0, 0]
-    if wanted[1] and misled(x.dtype, x.device, weight.shape[1], how.dilation):
+    if wanted[1] and misled(x.dtype, x.device, weight, how.stride, how.dilation):
         to_x, _, to_bias = _gradients(grad, x, weight, how, [wanted[0], False, wanted[2]])
         # not contiguous(): a filter of one channel counts as contiguous whatever its strides, which decide
         grad, x, weight = (each.clone(memory_format=torch.contiguous_format) for each in (grad, x, weight))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -43,6 +46,37 @@ def test_the_gradient_is_that_of_float64(shape):
     x, to_y = seen["x"].double(), seen["y"].double()
     want = torch.nn.grad.conv2d_weight(x, conv.weight.shape, to_y, 1, conv.padding, conv.dilation, conv.groups)
     assert (conv.weight.grad - want).norm() < 0.01 * want.norm()
+
+
+NARROW = """
+import copy, sys
+import torch
+from torch import nn
+import norm
+from engine.layout import leave_channels_last
+
+torch.manual_seed(0)
+layer = {"plain": nn.Conv2d, "whitening": norm.FastDeconv}[sys.argv[1]]
+model = nn.Sequential(layer(3, 32, 1, stride=2))
+reference = copy.deepcopy(model).double()
+model.to(memory_format=torch.channels_last)
+leave_channels_last(model)
+x = torch.randn(32, 3, 16, 16).to(memory_format=torch.channels_last)
+for step in range(3):
+    for each in (model, reference):
+        each.zero_grad()
+        each(x.to(each[0].weight.dtype)).sin().sum().backward()
+    found, want = model[0].weight.grad, reference[0].weight.grad
+    assert (found - want).norm() < 1e-4 * want.norm()
+"""
+
+
+@pytest.mark.parametrize("kind", ["plain", "whitening"])
+def test_no_narrow_convolution_writes_beyond_its_memory(kind):
+    """Where a processor has AVX2: torch's own ends the process."""
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", NARROW, kind], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_rest_of_the_network_stays_in_channels_last():
