@@ -97,12 +97,12 @@ def misled(
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, how: Geometry, wanted: list[bool]) -> list[Tensor]:
     """Of the convolution: to x, to its weight and to its bias, as far as they are wanted."""
     sizes, zero = [len(weight)], [0, 0]
-    if wanted[1] and misled(x.dtype, x.device, weight, how.stride, how.dilation):
-        to_x, _, to_bias = _gradients(grad, x, weight, how, [wanted[0], False, wanted[2]])
+    if any(wanted[1:]) and misled(x.dtype, x.device, weight, how.stride, how.dilation):
+        to_x = _gradients(grad, x, weight, how, [wanted[0], False, False])[0]
         # not contiguous(): a filter of one channel counts as contiguous whatever its strides, which decide
         grad, x, weight = (each.clone(memory_format=torch.contiguous_format) for each in (grad, x, weight))
-        arguments = (how.stride, how.padding, how.dilation, False, zero, how.groups, [False, True, False])
-        return [to_x, torch.ops.aten.convolution_backward(grad, x, weight, sizes, *arguments)[1], to_bias]
+        arguments = (how.stride, how.padding, how.dilation, False, zero, how.groups, [False, *wanted[1:]])
+        return [to_x, *torch.ops.aten.convolution_backward(grad, x, weight, sizes, *arguments)[1:]]
     return list(
         torch.ops.aten.convolution_backward(
             grad, x, weight, sizes, how.stride, how.padding, how.dilation, False, zero, how.groups, wanted
