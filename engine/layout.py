@@ -28,7 +28,7 @@ def leave_channels_last(model: nn.Module) -> int:
 
 
 def slow(model: nn.Module) -> str | None:
-    """A sentence for the user where `model`, in torch's usual layout, would be faster in channels_last on a CPU, else
+    """A sentence for the user where `model`, in torch's usual layout, may be faster in channels_last on a CPU, else
     None: depthwise convolutions larger than 1x1 are (docs/performance.md has how much).
     """
     convs = [one for one in model.modules() if isinstance(one, nn.Conv2d)]
@@ -36,8 +36,8 @@ def slow(model: nn.Module) -> str | None:
     if not depthwise:
         return None
     return (
-        f"{depthwise} of {len(convs)} convolutions are depthwise: on CPUs they are faster with "
-        "runtime.channels_last=true (docs/performance.md)"
+        f"{depthwise} of {len(convs)} convolutions are depthwise: on CPUs runtime.channels_last=true may be "
+        "up to three times as fast (docs/performance.md)"
     )
 
 
