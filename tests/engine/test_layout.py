@@ -1,4 +1,4 @@
-"""Gradients of dilated convolutions in bfloat16 and channels_last, which torch gets wrong on some CPUs."""
+"""Gradients of convolutions in channels_last that torch gets wrong on some CPUs."""
 
 from __future__ import annotations
 
