@@ -76,7 +76,7 @@ for step in range(10):
 def test_no_narrow_convolution_writes_beyond_its_memory(kind):
     """Where a processor has AVX2: torch's own ends the process."""
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run([sys.executable, "-c", NARROW, kind], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", NARROW, kind], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
