@@ -78,8 +78,8 @@ def misled(
 ) -> bool:
     """Whether torch may compute wrong gradients of the weight (O, C, KH, KW) of a convolution in channels_last.
 
-    In float32 on a CPU with AVX2 and no AVX-512, a 1x1 convolution with a stride of fewer than 8 channels writes
-    beyond its memory, and the process crashes, if not elsewhere (torch 2.9.1 and 2.14.1;
+    In float32 on a CPU with AVX2 and no AVX-512, that of a 1x1 convolution with a stride and fewer than 8 channels, or
+    of its bias, writes beyond its memory, and the process mostly crashes (torch 2.9.1 and 2.14.1;
     https://github.com/uxlfoundation/oneDNN/issues/6035).
 
     In bfloat16 on a CPU with AVX-512 BF16 they are noise, larger than the gradients themselves, where the convolution
