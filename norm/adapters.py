@@ -40,6 +40,7 @@ _READ_BY_OTHERS = {"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"}
 _READERS = {
     "torch.nn.modules.transformer.TransformerEncoderLayer",
     "torchvision.models.swin_transformer.ShiftedWindowAttention",
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d",
 }
 """Modules that read the weights of linear layers of theirs, in one call of a function for several layers."""
 _QKV_READERS = {

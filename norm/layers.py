@@ -39,7 +39,9 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             patches are fewer than features.
         eps: added to the diagonal of the covariance.
         momentum: rate of the running averages.
-        sampling_stride: the statistics use every `sampling_stride`-th window of the convolution in each direction.
+        sampling_stride: the statistics use every `sampling_stride`-th window of the convolution in each direction; of
+            a 1x1 kernel, without dense_small_maps and max_rows, as the authors' code does: every (sampling_stride x
+            stride)^2-th pixel of the list of all, padded or not.
         freeze: update the statistics only in the first `freeze_iter` of every 10 `freeze_iter` training steps, and use
             the running averages in between (for the first layer, whose input does not change). A step is a call of
             the layer in training mode: one a step of the optimiser, without accumulation.
@@ -163,7 +165,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             images, strides = thin_out(total, blocks, positions, strides, self.max_rows)
         step = (strides[0] * stride[0], strides[1] * stride[1])
         how = (kernel_size, step, padding, dilation, self.features, self.groups, self.grouping)
-        return Windows(*how, images, before=share.rank * shape[0])
+        listed = kernel_size == (1, 1) and not (self.dense_small_maps or self.max_rows)
+        return Windows(*how, images, before=share.rank * shape[0], listed=listed)
 
     def patches(self, x: Tensor, padding: Pair) -> Tensor:
         """The sampled patches of the (padded) input, (F, rows) or (groups, F, rows), in the dtype of `x`."""

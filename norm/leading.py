@@ -13,6 +13,7 @@ corner and zeros beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,8 @@ from norm.products import newton_schulz, root_dtype
 
 _SHIFT = 1e-14
 """Of the trace: more than float64's rounding, less than the square of float32's."""
+_HIDDEN = 5e-13
+"""The share of the columns that float64 hides; more, and they would not be what was asked for to as many digits."""
 
 
 def few(rank: int, features: int) -> bool:
@@ -68,7 +71,7 @@ def renew(
     before, mix = basis, torch.lerp(held, ridge, rate)
     for _ in range(passes):
         applied = total(matmul(patches, matmul(patches.mT, basis))).mul_(rate)
-        basis = orthonormal(fused(applied, basis, mix, 1.0, 1.0))
+        basis = orthonormal(fused(applied, basis, mix, 1.0, 1.0), basis)
     inside, rows = before.mT @ basis, matmul(patches.mT, basis)
     kept = inside.mT @ (held - rest * eye) @ inside + rest * eye
     found = torch.lerp(kept, total(rows.mT @ rows) + ridge, rate)
@@ -77,22 +80,28 @@ def renew(
     return basis, _with_rest(found, (features - trace) / (features - rank))  # that of the whole is F
 
 
-def orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal columns of the same span, (..., F, r).
+def orthonormal(columns: Tensor, before: Tensor) -> Tensor:
+    """Orthonormal columns of the same span, (..., F, r), where that has fewer dimensions filled up by `before`, which
+    are orthonormal; not finite where it can not be told.
 
     Cholesky QR in float64, shifted, and once more to be rid of the shift (Fukaya, Kannan, Nakatsukasa, Yamamoto and
     Yanagisawa, "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices", SIAM Journal on
-    Scientific Computing 42, 2020, algorithm 4.1 and section 4.2).
+    Scientific Computing 42, 2020, algorithm 4.1 and section 4.2). Products of float32 may have exactly equal rows, as
+    those of images in black and white in 0 to 255, beside which the ridge is rounded away: so there is as much of
+    `before` in the columns as rounding hides.
     """
-    wide = columns.double()
+    wide, failed = columns.double(), []
+    hidden = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
+    wide = torch.addcmul(wide, hidden, before.double(), value=max(torch.finfo(columns.dtype).eps, _HIDDEN))
     for shift in (_SHIFT, 0.0):
         gram = wide.mT @ wide
         if shift:
             diagonal = gram.diagonal(dim1=-2, dim2=-1)
             diagonal.add_(diagonal.sum(-1, keepdim=True), alpha=shift)
-        factor = torch.linalg.cholesky_ex(gram)[0]  # which does not look whether it succeeded
+        factor, how = torch.linalg.cholesky_ex(gram)  # which goes on where it fails: a GPU makes no host wait
+        failed.append(how)
         wide = torch.linalg.solve_triangular(factor.mT, wide, upper=True, left=False)
-    return wide.to(columns.dtype)
+    return wide.to(columns.dtype).masked_fill_((failed[0] + failed[1] != 0)[..., None, None], math.nan)
 
 
 def directions(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -162,13 +162,13 @@ def scaled_everywhere(x: Tensor, windows: Windows, factor: Tensor, shift: Tensor
     """What `add_scaled_` adds, as a tensor like x."""
     taken = windows.taken_images(len(x), x.device)[:, None, None, None, None]
     size = (x.shape[2], x.shape[3])
-    if windows.kernel_size == (1, 1):
+    if windows.listed:
         taken = windows.taken_pixels(x.shape, x.device)[:, None]
     x = x.unflatten(1, (-1, windows.channels(x.shape[1])))
     each = shift.reshape(x.shape[2], *windows.kernel_size, 1, 1)
     if windows.groups > 1:
         factor = factor.repeat_interleave(x.shape[2] // windows.groups)[:, None, None]
-    if windows.kernel_size == (1, 1):
+    if windows.listed:
         found = x * factor + each[:, 0, 0]
     else:
         down, across = windows.marks(size, x.device, shift.dtype)

@@ -113,8 +113,12 @@ class Pace(NamedTuple):
     n_iter: int
 
     def due(self, steps: int) -> bool:
-        """Whether the shape is renewed in the training step after `steps` others."""
-        return steps < self.fresh_steps or steps % self.every == 0
+        """Whether the shape is renewed in the training step after `steps` others.
+
+        Once in `every` steps, each time one later: a layer that is called twice for each step of the optimiser (pairs
+        of images, a discriminator) sees both inputs.
+        """
+        return steps < self.fresh_steps or steps % self.every == steps // self.every % self.every
 
     def rate(self, steps: int) -> float:
         """What the step's own covariance then counts. The average starts as the mean of what it has seen."""

@@ -56,8 +56,8 @@ class Sampler(Protocol):
 class Windows:
     """The sampled windows of a convolution over images (N, C, H, W).
 
-    Kernels larger than 1x1: the zero-padded windows at every `strides`-th position. 1x1: every (product of
-    `strides`)-th pixel of the flattened N x H x W list, whatever the padding.
+    The zero-padded windows at every `strides`-th position; or of a `listed` 1x1 kernel every (product of `strides`)-th
+    pixel of the flattened N x H x W list, whatever the padding.
     """
 
     kernel_size: Pair
@@ -72,17 +72,22 @@ class Windows:
     """Every so many-th image is taken."""
     before: int = 0
     """Images that other processes have before these: all of them are counted together, to take every so many-th."""
+    listed: bool = False
+    """Of a 1x1 kernel: as the authors take them. A list's every 64th pixel is one column of a map 64 wide."""
 
     def gather(self, x: Tensor) -> Tensor:
-        whole = self.kernel_size == (1, 1) or self.interleaved(x.shape[1]) or x.device.type != "cpu"
+        whole = self.listed or self._of_pixels(x) or self.interleaved(x.shape[1]) or x.device.type != "cpu"
         if whole or torch.compiler.is_compiling():
             return group_patches(self.pieces(x), self.features, self.groups, self.grouping)
         return self._copied(self._taken(x))
 
     def pieces(self, x: Tensor) -> Tensor:
         x = self._taken(x)
-        if self.kernel_size == (1, 1):
+        if self.listed:
             return self._pixels(x)
+        if self._grid():
+            picked = x[:, :, :: self.strides[0], :: self.strides[1]]
+            return picked.permute(0, 2, 3, 1).flatten(1, 2).mT if self._of_pixels(x) else picked.flatten(2)
         if x.device.type != "cpu" and not torch.compiler.is_compiling() and len(x) > 4:
             padded = math.prod(side + 2 * p for side, p in zip(x.shape[2:], self.padding, strict=True))
             if len(x) * x.shape[1] * padded <= max(1.5 * x.numel(), _LITTLE):
@@ -124,7 +129,7 @@ class Windows:
         images, channels = self._taken(x).shape[:2]
         if patches.shape[-1] == 0:  # other processes have all images that are taken
             return
-        if self.kernel_size == (1, 1) and not self._whole_images(x):
+        if self.listed and not self._whole_images(x):
             images = 1
         total = channels * math.prod(self.kernel_size)
         self.add_pieces_(x, ungroup_patches(patches, images, total, self.groups, self.grouping))
@@ -132,13 +137,17 @@ class Windows:
     def spread(self, patches: Tensor, shape: torch.Size) -> Tensor:
         images, channels, height, width = shape
         taken, pixels, every = -(-images // self.images), height * width, math.prod(self.strides)
-        apart = self.kernel_size != (1, 1) or pixels % every == 0  # pieces of each image
+        apart = not self.listed or pixels % every == 0  # pieces of each image
         total = channels * math.prod(self.kernel_size)
         pieces = ungroup_patches(patches, taken if apart else 1, total, self.groups, self.grouping)
-        if self.kernel_size == (1, 1):
+        if self.listed:
             each = _every(pieces, every)[..., : pixels if apart else taken * pixels]
             each = each.view(-1, channels, pixels) if apart else each.view(channels, taken, pixels).transpose(0, 1)
             found = each.reshape(taken, channels, height, width)
+        elif self._grid():
+            each = pieces.reshape(taken, channels, *self._counts((height, width)))
+            each = _every(each, self.strides[1])[..., :width]
+            found = _every(each.mT, self.strides[0])[..., :height].mT
         else:
             found = F.fold(pieces, (height, width), self.kernel_size, self.dilation, self.padding, self.strides)
         return _every(found.movedim(0, -1), self.images)[..., :images].movedim(-1, 0)
@@ -146,8 +155,12 @@ class Windows:
     def add_pieces_(self, x: Tensor, pieces: Tensor) -> None:
         x, pieces = self._taken(x), pieces.to(x.dtype)
         n, c, height, width = x.shape
-        if self.kernel_size == (1, 1):
+        if self.listed:
             self._add_pixels(x, pieces)
+            return
+        if self._grid():
+            x = x[:, :, :: self.strides[0], :: self.strides[1]]
+            x.add_(pieces.view(x.shape))
             return
         if x.device.type != "cpu" and x.numel() <= _LARGE:  # fewer kernels to start
             x.add_(F.fold(pieces, (height, width), self.kernel_size, self.dilation, self.padding, self.strides))
@@ -162,7 +175,7 @@ class Windows:
         size = (shape[2], shape[3])
         images = max(0, -(-(shape[0] - self._first()) // self.images))
         blocks = shape[1] // self.channels(shape[1])
-        if self.kernel_size == (1, 1):
+        if self.listed:
             pixels = images * math.prod(size) - self._first_pixel(*size)
             return blocks * max(0, -(-pixels // math.prod(self.strides)))
         return images * blocks * self.count(size)
@@ -178,10 +191,9 @@ class Windows:
     def marks(self, size: Pair, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """For each place in the kernel, down (k_h, H) and across (k_w, W): 1 where a sampled window has it."""
         found, counts = [], self._counts(size)
-        padding = (0, 0) if self.kernel_size == (1, 1) else self.padding
         for axis in (0, 1):
             places = _count(self.kernel_size[axis], device)[:, None] * self.dilation[axis]
-            offsets = _count(size[axis], device) - (places - padding[axis])
+            offsets = _count(size[axis], device) - (places - self.padding[axis])
             step = self.strides[axis]
             found.append(((offsets % step == 0) & (offsets >= 0) & (offsets < counts[axis] * step)).to(dtype))
         return found[0], found[1]
@@ -191,7 +203,7 @@ class Windows:
         return (_count(images, device) + self.before) % self.images == 0
 
     def taken_pixels(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Which pixels a 1x1 convolution takes, (N, 1, H, W), bool."""
+        """Which pixels a list takes, (N, 1, H, W), bool."""
         images, _, height, width = shape
         image, pixel = _count(images, device) - self._first(), _count(height * width, device)
         place = image[:, None] // self.images * (height * width) + pixel - self._first_pixel(height, width)
@@ -200,7 +212,7 @@ class Windows:
 
     def covered(self, shape: torch.Size) -> float:
         """Pixels in the sampled windows, with repetition, over those of the map; 0 where `marks` does not apply."""
-        if self.interleaved(shape[1]) or (self.kernel_size == (1, 1) and math.prod(self.strides) > 1):
+        if self.interleaved(shape[1]) or self.listed:
             return 0.0
         size = (shape[2], shape[3])
         return self.count(size) * math.prod(self.kernel_size) / math.prod(size)
@@ -226,15 +238,23 @@ class Windows:
         return self.grouping == "published" and self.groups == 1 and self.channels(channels) < channels
 
     def _counts(self, size: Pair) -> Pair:
-        padding = (0, 0) if self.kernel_size == (1, 1) else self.padding
-        return output_size(size, self.kernel_size, self.strides, padding, self.dilation)
+        return output_size(size, self.kernel_size, self.strides, self.padding, self.dilation)
+
+    def _grid(self) -> bool:
+        """Whether the windows are pixels of the map, all of them at `strides`."""
+        return self.kernel_size == (1, 1) and self.padding == (0, 0)
+
+    def _of_pixels(self, x: Tensor) -> bool:
+        """Whether a patch lies in one piece in x."""
+        if torch.compiler.is_compiling() or not self._grid():
+            return False
+        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
     def _inside(self, axis: int, side: int, count: int) -> Iterator[tuple[int, tuple[slice, slice]]]:
         """For each place in the kernel: which windows have it inside the map, and which pixels of the map those are."""
         step, dilation = self.strides[axis], self.dilation[axis]
-        padding = 0 if self.kernel_size == (1, 1) else self.padding[axis]
         for place in range(self.kernel_size[axis]):
-            offset = place * dilation - padding
+            offset = place * dilation - self.padding[axis]
             first = max(0, -(offset // step))  # the first window whose pixel is not in the padding before the map
             last = min(count, (side - 1 - offset) // step + 1)
             if first < last:
@@ -242,7 +262,7 @@ class Windows:
                 yield place, (slice(first, last), slice(start, start + (last - first - 1) * step + 1, step))
 
     def _whole_images(self, x: Tensor) -> bool:
-        """Whether 1x1 windows are at the same places in each image."""
+        """Whether a list's pixels are at the same places in each image."""
         return x.shape[2] * x.shape[3] % math.prod(self.strides) == 0
 
     def _pixels(self, x: Tensor) -> Tensor:

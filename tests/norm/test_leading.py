@@ -89,11 +89,48 @@ def test_columns_become_orthonormal_however_unlike_they_are(dtype: torch.dtype, 
     left, right = (torch.linalg.qr(torch.randn(*size, dtype=D64))[0] for size in ((200, 16), (16, 16)))
     values = torch.logspace(0, math.log10(smallest), 16, dtype=D64)
     columns = ((left * values) @ right).to(dtype)
-    basis = leading.orthonormal(columns)
+    basis = leading.orthonormal(columns, leading.first(200, 16)[0].to(dtype))
     assert basis.dtype is dtype
     tiny = 1e-12 if dtype is D64 else 1e-6
     torch.testing.assert_close(basis.mT @ basis, torch.eye(16, dtype=dtype), rtol=0, atol=tiny)
     torch.testing.assert_close(basis @ (basis.mT @ columns), columns, rtol=0, atol=tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D64])
+@pytest.mark.parametrize("dimensions", [1, 5, 15])
+def test_columns_of_fewer_dimensions_are_filled_up(dtype: torch.dtype, dimensions: int):
+    """Columns of which some are exactly others."""
+    torch.manual_seed(0)
+    columns = torch.randn(200, dimensions, dtype=dtype)[:, torch.arange(16) % dimensions]
+    basis = leading.orthonormal(columns, leading.first(200, 16)[0].to(dtype))
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(16, dtype=dtype), rtol=0, atol=1e-6)
+    torch.testing.assert_close(basis @ (basis.mT @ columns), columns, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("value", [1.0, 255.0, -1000.0])
+def test_images_in_black_and_white_leave_directions_to_whiten_by(seed: int, value: float):
+    """Rectangles, then noise: what was held after the first batch once amplified all after it by 1e13."""
+    torch.manual_seed(seed)
+    layer = FastDeconv(3, 16, 7, stride=2, padding=3, every=4, dense_small_maps=True, max_rows=4000)
+
+    def rectangles() -> Tensor:
+        x = torch.zeros(4, 3, 64, 64)
+        for image in x:
+            top, left = torch.randint(0, 32, (2,)).tolist()
+            image[:, top : top + 24, left : left + 24] = value
+        return x
+
+    with torch.no_grad():
+        for _ in range(3):
+            layer(rectangles())
+            torch.testing.assert_close(layer.basis.mT @ layer.basis, torch.eye(64), rtol=0, atol=1e-5)
+            blank = layer(torch.full((4, 3, 64, 64), value))
+            assert blank.abs().max() < 100
+        for _ in range(10):
+            out = layer(torch.rand(4, 3, 64, 64) * value)
+    assert out.abs().max() < 100
+    torch.testing.assert_close(layer.basis.mT @ layer.basis, torch.eye(64), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [None, 3])

@@ -199,15 +199,19 @@ def test_a_triangle_is_a_symmetric_matrix():
     assert torch.equal(processes.unpack(packed, 5), matrix)
 
 
-@pytest.mark.parametrize("kernel, size", [((3, 3), (4, 4)), ((1, 1), (5, 5)), ((1, 1), (4, 4))])
+@pytest.mark.parametrize(
+    "kernel, size, listed",
+    [((3, 3), (4, 4), False), ((1, 1), (5, 5), False), ((1, 1), (5, 5), True), ((1, 1), (4, 4), True)],
+)
 @pytest.mark.parametrize("images", [1, 2, 5, 7])
-def test_shares_take_what_the_whole_takes(kernel: tuple[int, int], size: tuple[int, int], images: int):
+def test_shares_take_what_the_whole_takes(kernel: tuple[int, int], size: tuple[int, int], listed: bool, images: int):
     x = torch.arange(12 * 2 * size[0] * size[1], dtype=D64).view(12, 2, *size)
     how = (kernel, (2, 2), (0, 0), (1, 1), 2 * kernel[0] * kernel[1], 1, "channel", images)
-    whole = Windows(*how).gather(x)
+    whole = Windows(*how, listed=listed).gather(x)
     for share in (1, 2, 3, 4, 6):
-        parts = [Windows(*how, before=first).gather(x[first : first + share]) for first in range(0, 12, share)]
-        rows = [Windows(*how, before=first).rows(x[first : first + share].shape) for first in range(0, 12, share)]
+        each = [(Windows(*how, first, listed), x[first : first + share]) for first in range(0, 12, share)]
+        parts = [windows.gather(images) for windows, images in each]
+        rows = [windows.rows(images.shape) for windows, images in each]
         assert torch.equal(torch.cat(parts, 1), whole)
         assert rows == [part.shape[-1] for part in parts]
 

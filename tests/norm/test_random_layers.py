@@ -86,7 +86,7 @@ def sampled(layer: FastDeconv, x: Tensor, everything: Tensor) -> Tensor:
     if layer.max_rows:
         blocks = layer.in_channels // layer.groups // layer.block
         images, strides = thin_out(len(x), blocks, positions, strides, layer.max_rows)
-    if layer.kernel_size == (1, 1):
+    if layer.kernel_size == (1, 1) and not layer.dense_small_maps and not layer.max_rows:
         explicit = layer.padding_mode != "zeros" or isinstance(layer.padding, str)
         pixels = (padded(layer, x) if explicit else x)[::images].permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1)
         return pixels[:: strides[0] * strides[1] * layer.stride[0] * layer.stride[1]]

@@ -61,7 +61,7 @@ class Reference:
             self.mean[g] = (1 - rate) * self.mean[g] + rate * mean.detach()
             root = (1 - rate) / self.scale[g].sqrt() + rate / scale.detach().sqrt()  # D is averaged, as in the paper
             self.scale[g] = 1 / root**2
-            if t < layer.fresh_steps or t % layer.every == 0:
+            if t < layer.fresh_steps or t % layer.every == (t // layer.every) % layer.every:
                 centred = (rows - mean).detach()
                 eye = torch.eye(layer.features, dtype=D64)
                 now = (centred.t() @ centred / len(rows) + layer.eps * eye) / scale.detach()

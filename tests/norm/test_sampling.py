@@ -23,9 +23,13 @@ def windows(x: Tensor, kernel: tuple[int, int], step: tuple[int, int], padding: 
     return torch.stack(found, 1)
 
 
-@pytest.mark.parametrize("kernel, stride, padding, dilation", [((3, 3), 1, 1, 1), ((3, 3), 2, 2, 2), ((1, 5), 1, 0, 1)])
-def test_windows_are_those_at_the_sampling_stride(kernel, stride, padding, dilation):
-    x = torch.randn(2, 3, 11, 12, dtype=torch.float64)
+@pytest.mark.parametrize(
+    "kernel, stride, padding, dilation",
+    [((3, 3), 1, 1, 1), ((3, 3), 2, 2, 2), ((1, 5), 1, 0, 1), ((1, 1), 1, 0, 1), ((1, 1), 2, 1, 1)],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_windows_are_those_at_the_sampling_stride(kernel, stride, padding, dilation, memory_format):
+    x = torch.randn(2, 3, 11, 12, dtype=torch.float64).to(memory_format=memory_format)
     step = (3 * stride, 3 * stride)
     got = Windows(kernel, step, (padding, padding), (dilation, dilation), 3 * math.prod(kernel)).gather(x)
     want = windows(x, kernel, step, padding, dilation).flatten(0, 1).flatten(1).t()
@@ -37,7 +41,7 @@ def test_windows_are_those_at_the_sampling_stride(kernel, stride, padding, dilat
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_pixels_are_every_ninth_of_the_flattened_list(size, stride, memory_format):
     x = torch.randn(5, 4, *size).to(memory_format=memory_format)
-    got = Windows((1, 1), (3 * stride, 3 * stride), (3, 3), (1, 1), 4).gather(x)
+    got = Windows((1, 1), (3 * stride, 3 * stride), (3, 3), (1, 1), 4, listed=True).gather(x)
     want = x.permute(0, 2, 3, 1).reshape(-1, 4)[:: (3 * stride) ** 2]
     assert torch.equal(got.t(), want)
 
@@ -77,6 +81,23 @@ def test_rows_are_saved_by_images_on_small_maps_and_by_the_grid_on_large_ones():
     assert layer.patches(torch.randn(6, 8, 4, 4), (1, 1)).shape == (36, 2 * 16 * 2)
 
 
+@pytest.mark.parametrize("side", [8, 16, 32, 36, 48, 64, 90, 128])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("images", [2, 4, 6, 8, 64, 128])
+def test_windows_lie_all_over_the_map(side, stride, kernel, images):
+    """A list's every 64th pixel would be one column of a map 64 wide, and the first one has the padding beside it."""
+    options = {"dense_small_maps": True, "max_rows": 4000}
+    layer = FastDeconv(4, 4, kernel, stride, padding=kernel // 2, **options)
+    place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    x = place.expand(images, 2, side, side).repeat(1, 2, 1, 1).float()
+    pixels = layer.patches(x, (kernel // 2, kernel // 2)).view(4, kernel**2, -1)[:2, kernel**2 // 2].unique(dim=1)
+    rows, columns = (each.unique() for each in pixels)
+    assert len(rows) >= 4 and torch.equal(rows, columns) and pixels.shape[1] == len(rows) ** 2
+    steps = rows.diff().unique()
+    assert len(steps) == 1 and rows[0] == 0 and rows[-1] + steps[0] > side - stride
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("grouping", ["channel", "published"])
 def test_ungrouping_inverts_grouping(groups, grouping):
@@ -97,8 +118,12 @@ def test_ungrouping_inverts_grouping(groups, grouping):
         Windows((7, 7), (6, 6), (3, 3), (1, 1), 49, groups=4),
         Windows((1, 5), (3, 3), (0, 2), (1, 1), 20, groups=1),
         Windows((1, 1), (3, 3), (0, 0), (1, 1), 2),
-        Windows((1, 1), (2, 2), (1, 1), (1, 1), 4, images=3),
-        Windows((1, 1), (3, 3), (0, 0), (1, 1), 2, groups=2),
+        Windows((1, 1), (3, 3), (0, 0), (1, 1), 2, listed=True),
+        Windows((1, 1), (2, 2), (0, 0), (1, 1), 4, images=3),
+        Windows((1, 1), (1, 1), (1, 1), (1, 1), 4, images=2),
+        Windows((1, 1), (2, 2), (1, 1), (1, 1), 4, images=3, listed=True),
+        Windows((1, 1), (4, 4), (0, 0), (1, 1), 2, groups=2),
+        Windows((1, 1), (3, 3), (0, 0), (1, 1), 2, groups=2, listed=True),
     ],
     ids=str,
 )
