@@ -29,6 +29,7 @@ _NORM_ACT = {
     "timm.layers.norm_act.SyncBatchNormAct",
     "timm.layers.norm_act.FrozenBatchNormAct2d",
 }
+_NOT_OVER_IMAGES = (nn.Linear, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d)
 _SMP_EFFICIENTNET = "segmentation_models_pytorch.encoders._efficientnet"
 _SAME_CONV = {"timm.layers.conv2d_same.Conv2dSame", f"{_SMP_EFFICIENTNET}.Conv2dDynamicSamePadding"}
 _STATIC_SAME_CONV = {f"{_SMP_EFFICIENTNET}.Conv2dStaticSamePadding"}
@@ -65,6 +66,20 @@ def kind_of(layer: nn.Module) -> Kind | None:
     if isinstance(layer, nn.Linear) and name not in _READ_BY_OTHERS:
         return "linear"
     return None
+
+
+def not_over_images(model: nn.Module) -> set[int]:
+    """The ids of SyncBatchNorms over vectors, sequences or volumes: those behind a layer for such in the same module,
+    since they do not say it themselves, as the BatchNorm1d or 3d that they were made from did."""
+    found: set[int] = set()
+    for owner in model.modules():
+        before: nn.Module | None = None
+        for child in owner.children():
+            if isinstance(child, nn.SyncBatchNorm) and isinstance(before, _NOT_OVER_IMAGES):
+                found.add(id(child))
+            if next(child.parameters(), None) is not None:  # no activation or the like
+                before = child
+    return found
 
 
 def read_by_owner(model: nn.Module) -> set[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from norm import calibration
-from norm.adapters import class_name, kind_of
+from norm.adapters import class_name, kind_of, not_over_images
 from norm.plan import Overrides, Swap, plan
 from norm.products import FEW_STEPS
 from norm.registry import Recipe, recipe
@@ -105,7 +105,8 @@ def convert(
     chosen = recipe(name, **options)
     swaps = plan(model, chosen, overrides or {})
     _warn_of_rounded_products(swaps)
-    left = Counter(type(one).__name__ for one in model.modules() if _is_left(one))
+    others = not_over_images(model)
+    left = Counter(type(one).__name__ for one in model.modules() if _is_left(one) or id(one) in others)
     observed = None
     if calibrate is not None:
         observed = calibration.observe(model, swaps, calibrate)
@@ -187,6 +188,12 @@ def _work_out_of_place(model: nn.Module) -> None:
             module.inplace = False  # type: ignore[assignment]
 
 
+def computing_hooks(layer: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Those that compute a weight of the layer before each forward."""
+    hooks = layer._forward_pre_hooks.items()
+    return {key: hook for key, hook in hooks if type(hook).__module__.startswith(_COMPUTED)}
+
+
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
     """Hooks that something (a feature extractor, say) put on the old layer see the new one, and its handles work on.
 
@@ -195,8 +202,7 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
     for name in vars(old):
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name:
             setattr(new, name, getattr(old, name))
-    computing = [key for key, hook in old._forward_pre_hooks.items() if type(hook).__module__.startswith(_COMPUTED)]
-    if computing:
+    if computing := computing_hooks(old):
         new._forward_pre_hooks = OrderedDict(
             (key, hook) for key, hook in old._forward_pre_hooks.items() if key not in computing
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from norm.channel_deconv import ChannelDeconv
 from norm.checks import NormError
-from norm.conversion import replace, share_hooks
+from norm.conversion import computing_hooks, replace, share_hooks
 from norm.folded_conv import like
 from norm.inputs import check_network
 from norm.layers import Delinear, FastDeconv
@@ -58,6 +58,9 @@ def fold(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _folded(layer: nn.Module, name: str) -> nn.Module | None:
     """The plain layer; None for a layer that is not the norm's."""
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        for hook in computing_hooks(layer).values():  # weights loaded since the last forward are not in it yet
+            hook(layer, ())
     if isinstance(layer, Whitening) and not all(bool(held.isfinite().all()) for held in layer.buffers(recurse=False)):
         raise NormError(
             f"{name}: its running statistics are not finite, since a batch overflowed in the training; "

@@ -198,7 +198,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         weight, bias = self.folded()
         dtype = weight.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
         weight, bias = folded_conv.like(self.weight, weight, dtype), bias.to(dtype)
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return folded_conv.plain(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def _warn_of_few(self, x: Tensor, windows: Windows, share: Share) -> None:
         """Where the patches of x are too few; with `every` in the first step."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from norm.adapters import Kind, Rebuild, class_name, kind_of, probe, read_by_owner, take_apart
+from norm.adapters import Kind, Rebuild, class_name, kind_of, not_over_images, probe, read_by_owner, take_apart
 from norm.checks import NormError
 from norm.inputs import check_network
 from norm.other_layers import Padded
@@ -234,8 +234,8 @@ def _check_effect(chosen: Recipe, overrides: Overrides, swaps: list[Swap]) -> No
 def layers_by_name(model: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
     """Every layer that recipes act on, once, with all its names, in order of registration."""
     found: dict[int, tuple[nn.Module, list[str]]] = {}
-    read = read_by_owner(model)
+    kept = read_by_owner(model) | not_over_images(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        if kind_of(module) is not None and id(module) not in read:
+        if kind_of(module) is not None and id(module) not in kept:
             found.setdefault(id(module), (module, []))[1].append(name)
     return found

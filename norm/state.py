@@ -44,6 +44,11 @@ class Whitening(nn.Module):
     """Rows and columns of the matrices whose inverse roots are taken."""
     rewound: bool
     """Who computes again has put the statistics back to what the first computation found, so that they move as then."""
+    _calls = 0
+    """Since a call was last computed again."""
+    _recomputed = False
+    _latest: Tensor | None = None
+    """The mean of the latest call's patches."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -75,10 +80,28 @@ class Whitening(nn.Module):
     def _again(self) -> bool:
         """Whether this call only computes for a backward what a call before it has computed.
 
-        With `every`, or where a frozen layer begins to hold, that is the latest call: several calls inside one
-        checkpoint are not told apart.
+        With `every`, or where a frozen layer begins to hold, that has to be the latest call (`_check_latest`).
         """
         return not self.rewound and torch._C._current_graph_task_id() != -1
+
+    @torch.no_grad()
+    def _check_latest(self, mean: Tensor, again: bool) -> None:
+        """Raises NormError where a call is computed again that is not the latest one, by the mean of its patches: the
+        shape that it had is gone. Looks only where there were several calls, since a GPU makes the host wait for it.
+        """
+        if not again:
+            self._calls = 1 if self._recomputed else self._calls + 1
+            self._recomputed, self._latest = False, mean.detach()
+            return
+        self._recomputed = True
+        if self._calls > 1 and self._latest is not None and self._latest.shape == mean.shape:
+            off, size = (torch.linalg.vector_norm(each) for each in (mean - self._latest, self._latest))
+            if bool(off > 1e-3 * size):
+                raise NormError(
+                    f"{type(self).__name__} was called more than once, and torch.utils.checkpoint computes an earlier "
+                    "call again: the cheap method (every, deconv_fast) holds what the latest one needs. Call backward "
+                    "after each call, do not checkpoint this layer, or take deconv (every=0)"
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._check_wide(
@@ -290,6 +313,7 @@ class Deconvolving(Whitening):
             return x, self._held_copies()
         if self.every:
             x, mean, scale = whitening.mean_and_scale(x, sampler, self.eps, self._joint())
+            self._check_latest(mean, again)
             if again:
                 return x, self._averages().copied().statistics(mean, scale)
             pace, steps, move_mean, move_scale = self._pace(), self._steps - 1, mean, scale

@@ -51,6 +51,33 @@ def test_torchs_checkpointing_changes_nothing(recipe: str, options: dict[str, An
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_several_calls_before_a_checkpoints_backward(reentrant: bool) -> None:
+    """The exact method computes each again; the cheap one holds the shape of the latest alone, and says so."""
+
+    def loss(model: nn.Module, again: bool) -> Tensor:
+        first, second = images(1).requires_grad_(), images(2).mul(3).requires_grad_()
+        outs = [checkpoint(model, x, use_reentrant=reentrant) if again else model(x) for x in (first, second)]
+        return (outs[0] - outs[1]).square().mean()
+
+    found = []
+    for again in (False, True):
+        model = network("deconv", fc_block=8, stem_freeze=False)
+        loss(model, again).backward()
+        found.append([each.grad for each in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    cheap = network("deconv_fast", fc_block=8)
+    with pytest.raises(
+        norm.NormError, match=r"FastDeconv was called more than once|Delinear was called more than once"
+    ):
+        loss(cheap, True).backward()
+    cheap = network("deconv_fast", fc_block=8)
+    with torch.no_grad():
+        cheap(images(3))  # a look at the loss before: the call after it is the latest
+    checkpoint(cheap, images(1).requires_grad_(), use_reentrant=reentrant).sum().backward()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize(("recipe", "options"), RECIPES)
 def test_one_batch_that_overflows_does_not_end_a_training(recipe: str, options: dict[str, Any], bad: float) -> None:

@@ -383,6 +383,21 @@ def test_a_network_that_would_stay_as_it_is_is_refused(layers: list[nn.Module], 
         norm.convert(nn.Sequential(*layers), "deconv_fast", **options)
 
 
+@pytest.mark.parametrize("recipe", ["deconv", "gn", "in", "none"])
+def test_synchronised_norms_over_vectors_stay_as_those_that_they_were_made_from(recipe: str):
+    head = [nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8)]
+    body = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    volume = nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(*body, nn.Sequential(*head), volume))
+    report = norm.convert(model, recipe)
+    assert [type(model[4][each]) for each in (1, 5)] == [nn.SyncBatchNorm] * 2
+    assert type(model[5][1]) is nn.SyncBatchNorm and type(model[1]) is not nn.SyncBatchNorm
+    assert "SyncBatchNorm" in str(report)
+    if recipe == "deconv":
+        with pytest.raises(norm.NormError, match="matches no layer"):
+            norm.convert(model, "deconv", overrides={"4.1": {"n_iter": 1}})
+
+
 def test_synchronised_norms_stay_so():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4))
     norm.convert(model, "bn", momentum=0.01)

@@ -181,14 +181,16 @@ def test_it_stays_float32_in_float16s_small_range():
     ("channels", "groups", "kernel", "dilation", "every"),
     [(32, 32, 3, 2, 0), (32, 32, 5, 2, 0), (32, 32, 3, 6, 4), (64, 8, 3, 2, 0), (24, 1, 3, 2, 0)],
 )
+@pytest.mark.parametrize("training", [True, False])
 def test_the_gradient_of_dilated_layers_in_channels_last(
-    channels: int, groups: int, kernel: int, dilation: int, every: int
+    channels: int, groups: int, kernel: int, dilation: int, every: int, training: bool
 ):
     """torch's own is noise where a CPU has instructions for bfloat16 (`folded_conv.misled`)."""
     torch.manual_seed(0)
     around = dilation * (kernel // 2)
     layer = FastDeconv(channels, channels, kernel, padding=around, dilation=dilation, groups=groups, every=every)
     x = torch.randn(2, channels, 23, 30)
+    layer.train(training)
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
         twin = copy.deepcopy(layer).to(memory_format=layout)  # type: ignore[call-overload]

@@ -83,6 +83,28 @@ def test_layers_keep_the_memory_format(kernel: int) -> None:
     assert norm.fold(network)[0].weight.stride() == layer.weight.stride()
 
 
+@pytest.mark.parametrize("computed", ["pruned", "weight_norm"])
+def test_weights_that_hooks_compute_are_those_loaded_since(computed: str):
+    torch.manual_seed(0)
+
+    def network() -> nn.Sequential:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+        norm.convert(model, "deconv", fc_block=16)
+        for layer in (model[0], model[4]):
+            prune.l1_unstructured(layer, "weight", 0.5) if computed == "pruned" else nn.utils.weight_norm(layer)
+        return model
+
+    trained, other, x = network(), network(), torch.randn(4, 3, 8, 8)
+    other.eval()
+    with torch.no_grad():
+        trained(x), other(x)
+    other.load_state_dict(trained.state_dict())
+    plain = norm.fold(other)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), other(x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(plain(x), network().eval()(x), rtol=1e-2, atol=1e-2)
+
+
 def test_pruned_layers_fold():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())

@@ -52,13 +52,13 @@ def test_layers_in_plain_lists_are_those_that_were_converted_and_folded() -> Non
     torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t"])
+@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t", "swin3d_t"])
 def test_linear_layers_that_their_owner_reads_stay(name: str) -> None:
     model = torchvision.models.get_model(name, num_classes=3)
     norm.convert(model, "deconv", fc_block=32)
     found = {type(layer): key for key, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     assert set(found) == {nn.Linear, Delinear} and found[nn.Linear].endswith("attn.proj")
-    model(torch.randn(1, 3, 64, 64)).sum().backward()
+    model(torch.randn(1, 3, *([4] if "3d" in name else []), 64, 64)).sum().backward()
 
 
 @pytest.mark.parametrize("delinear", [True, False])
