@@ -94,15 +94,15 @@ def misled(
     return device.type == "cpu" and (noise or beyond)
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
+def plain(x: Tensor, weight: Tensor, bias: Tensor, how: Geometry) -> Tensor:
     """F.conv2d, whose gradient of the weight is right in channels_last too."""
-    arguments = (bias, stride, padding, dilation, groups)
+    arguments = (bias, how.stride, how.padding, how.dilation, how.groups)
     dtype = torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
     last = x.is_contiguous(memory_format=torch.channels_last) and torch.is_grad_enabled()
-    if not (last and misled(dtype, x.device, weight, stride, dilation)):
+    if not (last and misled(dtype, x.device, weight, how.stride, how.dilation)):
         return F.conv2d(x, weight, *arguments)
-    usual = (each.clone(memory_format=torch.contiguous_format) for each in (x, weight))  # see `_gradients`
-    return F.conv2d(*usual, *arguments).contiguous(memory_format=torch.channels_last)
+    x, weight = (each.clone(memory_format=torch.contiguous_format) for each in (x, weight))  # see `_gradients`
+    return F.conv2d(x, weight, *arguments).contiguous(memory_format=torch.channels_last)
 
 
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, how: Geometry, wanted: list[bool]) -> list[Tensor]:

@@ -192,13 +192,16 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             if not torch.compiler.is_compiling():
                 self._warn_of_few(x, windows, share)
             x, found = self._training_statistics(x, windows)
-            stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
-            how = Geometry(stride, padding, dilation, self.groups, self.grouping)
+            how = self._geometry(padding)
             return folded_conv.conv(x, self.effective_weight(), self.bias, found, how, self._refolds(x, how))
         weight, bias = self.folded()
         dtype = weight.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
         weight, bias = folded_conv.like(self.weight, weight, dtype), bias.to(dtype)
-        return folded_conv.plain(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return folded_conv.plain(x, weight, bias, self._geometry(padding))
+
+    def _geometry(self, padding: Pair) -> Geometry:
+        stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
+        return Geometry(stride, padding, dilation, self.groups, self.grouping)
 
     def _warn_of_few(self, x: Tensor, windows: Windows, share: Share) -> None:
         """Where the patches of x are too few; with `every` in the first step."""
