@@ -1,12 +1,14 @@
 """The one exception for what a user can put right, and how programs end with it."""
 
+import contextlib
+import errno
 import functools
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import ParamSpec, TextIO
 
 from engine.signals import Interrupted
 
@@ -15,6 +17,7 @@ _QUIET = {"OPENCV_LOG_LEVEL": "SILENT", "OPENCV_FFMPEG_LOGLEVEL": "-8"}
 """What OpenCV takes from the environment when it is imported: one error of ours tells what is wrong with a file."""
 
 
+_FULL = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT)
 _ROOMS = ("norm", "engine", "seg", "classify", "tools")
 
 
@@ -82,10 +85,17 @@ def _missing(module: str) -> str:
     )
 
 
+def silence(stream: TextIO) -> None:
+    """Drop what is printed there from now on: it cannot be written, and the end of the program would fail for it."""
+    with contextlib.suppress(OSError):  # a stream of no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def program(main: Callable[P, int]) -> Callable[P, int]:
     """Decorator for a program's `main`: a UserError and `Interrupted` become one line and their status, Ctrl-C 130.
 
-    A library that is not installed is told of in one line too.
+    A library that is not installed is told of in one line too, and so is a standard output that takes no more; where
+    nobody reads it any more (`| head`), the status is that of other programs, 141.
 
     OpenCV, which `main` imports, is told to be silent, unless the environment says otherwise.
     """
@@ -95,7 +105,9 @@ def program(main: Callable[P, int]) -> Callable[P, int]:
         for name, level in _QUIET.items():
             os.environ.setdefault(name, level)
         try:
-            return main(*args, **kwargs)
+            status = main(*args, **kwargs)
+            sys.stdout.flush()
+            return status
         except UserError as error:
             rank = os.environ.get("RANK")  # of several processes, the one that has the error
             print(f"error{f' (process {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
@@ -104,6 +116,14 @@ def program(main: Callable[P, int]) -> Callable[P, int]:
             if error.name is None or error.name.partition(".")[0] in _ROOMS:
                 raise
             print(f"error: {_missing(error.name)}", file=sys.stderr, flush=True)
+            return UserError.status
+        except OSError as error:
+            if error.filename is not None or error.errno not in _FULL:  # what files are written says so itself
+                raise
+            silence(sys.stdout)
+            if isinstance(error, BrokenPipeError):
+                return 128 + signal.SIGPIPE
+            print(f"error: the standard output takes no more: {error.strerror}", file=sys.stderr, flush=True)
             return UserError.status
         except KeyboardInterrupt as error:
             print(error if isinstance(error, Interrupted) else "interrupted", file=sys.stderr, flush=True)

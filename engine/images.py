@@ -362,10 +362,12 @@ def _key(path: Path) -> Path:
 
 
 def check_results_writable(checkpoint: Path, out: Path | None, json_file: Path | None) -> None:
-    """`check_writable` for the scores of a checkpoint, which lie beside it where nothing else is said."""
+    """`check_writable` for the scores of a checkpoint, which lie beside it where nothing else is said, the JSON in
+    `out`."""
     if json_file is not None:
         check_file(json_file)
-    for folder in (out or checkpoint.parent, json_file.parent if json_file else checkpoint.parent):
+    out = out or checkpoint.parent
+    for folder in (out, json_file.parent if json_file else out):
         if folder != checkpoint.parent or folder.is_dir():  # a checkpoint that is missing has an error of its own
             check_writable(folder)
 

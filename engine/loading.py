@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from engine.config import ExperimentConfig
 from engine.errors import UserError
@@ -89,7 +89,24 @@ def stack(items: list[Any]) -> dict[str, Any] | UserError:
     if isinstance(good, UserError):
         return good
     batch: dict[str, Any] = {key: torch.stack([item[key] for item in good]) for key in ("image", "target")}
+    if get_worker_info() is not None and (error := _shared(batch)) is not None:
+        return error
     return {**batch, "name": [item["name"] for item in good]}
+
+
+def _shared(batch: dict[str, torch.Tensor]) -> UserError | None:
+    """Move a batch to shared memory, as its way to another process does in a thread whose errors nobody sees: the
+    training would wait for ever."""
+    size = sum(tensor.nbytes for tensor in batch.values())
+    try:
+        for tensor in batch.values():
+            tensor.share_memory_()
+    except (RuntimeError, OSError) as error:
+        return UserError(
+            f"/dev/shm: no room for a batch of {size / 2**20:.0f} MiB from a loader ({error}); give it more "
+            "(docker run --shm-size=8g), take fewer runtime.workers, or runtime.workers=0"
+        )
+    return None
 
 
 def checked(result: Any) -> Any:

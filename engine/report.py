@@ -20,7 +20,7 @@ import torch
 
 from engine import distributed
 from engine.config import ReportConfig
-from engine.errors import UserError
+from engine.errors import UserError, silence
 from engine.images import show
 
 METRICS = "metrics.jsonl"
@@ -98,9 +98,15 @@ class Log:
         self.close()
 
     def message(self, text: str) -> None:
-        """Print lines."""
-        if self._on:
+        """Print lines. Where they cannot be printed any more (a pipe that nobody reads, a full disk), it goes on."""
+        if not self._on:
+            return
+        try:
             print(text, file=self._stream, flush=True)
+        except OSError as error:
+            silence(self._stream)
+            told = f"note: cannot print any more ({error.strerror}); {self._dir / METRICS} has what follows"
+            print(told, file=sys.stderr, flush=True)
 
     def attach(self, name: str, text: str) -> None:
         """Write a text file into the work directory."""

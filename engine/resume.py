@@ -78,19 +78,23 @@ def find_resume(work_dir: str | Path, resume: str | Path | None, config: Experim
         raise UserError(
             f"{path}: was trained with another configuration:\n  "
             + "\n  ".join(differing)
-            + "\n  choose another --work-dir, or resume with the same configuration (length, runtime.* and report.* "
-            "may differ)"
+            + "\n  choose another --work-dir, or resume with the same configuration (length, report.*, where the data "
+            "are and runtime.* but for runtime.seed may differ)"
         )
-    best = folder / BEST
-    if path.resolve().parent == folder.resolve() and best.exists() and path.name not in (BEST, LAST):
-        step = checkpoint.load(best)["step"]
-        if step > state["step"]:
-            raise UserError(
-                f"{path}: is of step {state['step']}, and {best} of step {step}, which another training from there "
-                "would overwrite; choose another --work-dir for it, or go on with --resume auto"
-            )
+    if path.resolve().parent == folder.resolve() and path.name != LAST:
+        _check_latest(path, state["step"])
     state["path"] = str(path)
     return state
+
+
+def _check_latest(path: Path, step: int) -> None:
+    """Raises UserError where a later checkpoint lies beside this one, which is of this step."""
+    for other in (path.parent / BEST, path.parent / LAST):
+        if other.name != path.name and other.exists() and (later := checkpoint.load(other)["step"]) > step:
+            raise UserError(
+                f"{path}: is of step {step}, and {other} of step {later}, which another training from there "
+                "would overwrite; choose another --work-dir for it, or go on with --resume auto"
+            )
 
 
 def complete(stored: Mapping[str, Any], schema: type[ExperimentConfig]) -> Mapping[str, Any]:

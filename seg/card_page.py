@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.images import check_writable, write_bytes
+from engine.images import check_file, check_writable, write_bytes
 from engine.score_files import scores_folder
 from seg import draw
 from seg.averaging import Views, predictor_of
@@ -63,6 +63,8 @@ def write_card(
     with predicting(cfg.runtime) as device:
         split = split or cfg.data.val_split
         out = out or scores_folder(path, split)
+        if json_file is not None:
+            check_file(json_file)
         for folder in (out, json_file.parent if json_file else out):
             check_writable(folder)
         samples = labelled(eval_batches(cfg, split).samples, cfg.data, split)

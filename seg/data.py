@@ -47,6 +47,10 @@ from seg.rare import class_weights as class_weights
 Rgb = npt.NDArray[np.uint8]
 
 
+_ORIENTED = (b"Raw profile type ", b"XML:com.adobe.xmp")
+"""Names of texts in a PNG that may hold a camera's orientation; OpenCV knows that of eXIf alone."""
+
+
 def read_rgb(path: Path) -> Rgb:
     """An image of the data set as RGB uint8 (H, W, 3), the same as from `engine.images.read_image`, but opaque RGB PNGs
     take a fast way.
@@ -57,7 +61,7 @@ def read_rgb(path: Path) -> Rgb:
     if path.suffix.lower() == ".png":
         data = read_bytes(path)
         opaque = b"tRNS" not in data[: max(0, data.find(b"IDAT"))]  # which names the colour that is transparent
-        if png_header(path, data) == (8, 2) and opaque:
+        if png_header(path, data) == (8, 2) and opaque and not any(word in data for word in _ORIENTED):
             bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
             if bgr is None:
                 raise damaged(path)

@@ -18,7 +18,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import NotFiniteError, UserError
-from engine.images import check_results_writable, write_png
+from engine.images import check_results_writable, write_bytes, write_png
 from engine.score_files import described, scores_folder, written
 from seg import draw
 from seg.averaging import Views, predictor_of
@@ -168,11 +168,11 @@ def evaluate_and_report(
     result = evaluate_checkpoint(path, overrides, split, allow_imports=allow_imports, views=views)
     if result is not None:  # None on all but the first of several processes
         scores, pictures, split = result
-        if views is not None:
-            print(f"predictions averaged over: {views}")
         out = out or scores_folder(path, split)
         json_file = json_file or out / "scores.json"
         report(scores, pictures, json_file, out, described(path, split, overrides, views))
+        if views is not None:
+            print(f"predictions averaged over: {views}")
         print(written(json_file, out))
 
 
@@ -265,12 +265,12 @@ def report(
     out: Path | None = None,
     about: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Print the table and write the files asked for, the JSON with what is told `about` it."""
-    print(scores.table())
+    """Write the files asked for, the JSON with what is told `about` it, and then print the table."""
     if json_file:
         write_json(scores, json_file, about)
     if out:
         write_pictures(scores, pictures, out)
+    print(scores.table())
 
 
 def write_json(scores: Scores, path: Path | str, about: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -278,13 +278,7 @@ def write_json(scores: Scores, path: Path | str, about: Mapping[str, Any] = Mapp
 
     Raises UserError when the file can't be written.
     """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**about, **scores.to_json()}, indent=1, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+    write_bytes(path, (json.dumps({**about, **scores.to_json()}, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_pictures(scores: Scores, pictures: Mapping[str, Rgb], out: Path | str) -> None:

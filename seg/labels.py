@@ -94,6 +94,24 @@ def scored_table(cfg: DataConfig, meta: Mapping[str, Any], source: Path | str) -
     return ours
 
 
+def check_unchanged(cfg: DataConfig, meta: Mapping[str, Any], source: Path | str) -> None:
+    """Raises UserError where the training of the checkpoint `source`, with this meta data, would go on with other
+    labels: other classes, or an id that is trained as another one (names and colours of single ids may change)."""
+    tables = table_of(meta), scored_table(cfg, meta, source)
+    then, now = ({one.id: one.train_id for one in each.labels} for each in tables)
+    differing = [id for id in sorted({**then, **now}) if then.get(id, IGNORE) != now.get(id, IGNORE)]
+    if differing:
+
+        def told(train_id: int) -> str:
+            return "ignored" if train_id == IGNORE else f"of {tables[0].classes[train_id]!r}"
+
+        shown = [f"id {id} was {told(then.get(id, IGNORE))}, now {told(now.get(id, IGNORE))}" for id in differing[:5]]
+        raise UserError(
+            f"{source}: was trained with other labels: {', '.join(shown)}{', ...' if len(differing) > 5 else ''}; put "
+            f"those of {tables[1].name} back as they were, or start anew in another --work-dir"
+        )
+
+
 def to_train_ids(label_ids: Ids, path: Path | str) -> Ids:
     """`LabelTable.to_train_ids` of Cityscapes."""
     return CITYSCAPES.to_train_ids(label_ids, path)

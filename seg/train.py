@@ -19,7 +19,7 @@ from seg import losses, models, weights
 from seg.config import SegConfig
 from seg.data import EvalBatches, TrainBatches, eval_batches, train_batches
 from seg.evaluate import check_scorable, evaluate_model
-from seg.labels import scored_table, table
+from seg.labels import check_unchanged, table
 
 
 def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = None) -> Result:
@@ -43,7 +43,7 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
         check_scorable(cfg.data)
         with open_work_dir(work_dir, loaded, resume) as state, Log(work_dir, cfg.report, resume=state) as log:
             if state:
-                scored_table(cfg.data, state["meta"], state["path"])  # the file of labels may have changed meanwhile
+                check_unchanged(cfg.data, state["meta"], state["path"])  # the file of labels may have changed
             model = models.build(cfg.model, labels.num_classes, pretrained=state is None)
             images = models.blank_images() if state else (batch["image"] for batch in training.epoch(0))
             prepared = prepare(model, cfg, images=images, blank=models.blank_images()[0])

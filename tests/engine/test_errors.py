@@ -82,3 +82,40 @@ def test_under_torchrun_itself() -> None:
     assert done.returncode == 1 and done.stdout == ""  # torchrun's own status
     assert done.stderr.count("error (process") == 1
     assert "error (process 0): tools/inspect.py: works in one process, and torchrun has started 2" in done.stderr
+
+
+PRINTING = """
+import sys
+from engine.errors import program
+
+@program
+def main():
+    for _ in range(int(sys.argv[1])):
+        print("words " * 20)
+    return 0
+
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 3000])
+def test_an_output_that_takes_no_more_is_one_line(lines: int) -> None:
+    command = [sys.executable, "-c", PRINTING, str(lines)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == "error: the standard output takes no more: No space left on device\n"
+    assert done.returncode == UserError.status
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_error_of_the_system_is_not_taken_for_it() -> None:
+    @program
+    def main() -> int:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        main()

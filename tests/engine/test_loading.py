@@ -112,3 +112,28 @@ def test_a_worker_leaves_signals_to_the_loop_and_has_one_thread() -> None:
         assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     finally:
         cv2.setNumThreads(threads)
+
+
+class Large(Dataset[Any]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, key: int) -> dict[str, Any]:
+        return {"image": torch.zeros(3, 8, 8), "target": torch.zeros(8, 8), "name": str(key)}
+
+
+def test_a_batch_that_shared_memory_does_not_hold_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would fail in a thread of the worker, and the training wait for ever."""
+
+    def full(self: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    assert len(list(loading.loader(Large(), config(workers=1), batch_size=2, collate_fn=loading.stack))) == 2
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    for workers in (0, 1):
+        batches = iter(loading.loader(Large(), config(workers=workers), batch_size=2, collate_fn=loading.stack))
+        if workers:
+            with pytest.raises(UserError, match=r"/dev/shm: no room for a batch of 0 MiB .* runtime.workers=0"):
+                loading.checked(next(batches))
+        else:  # nothing is shared
+            assert loading.checked(next(batches))["image"].shape == (2, 3, 8, 8)

@@ -168,3 +168,15 @@ def test_work_dir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "curves.png").mkdir()
     with pytest.raises(UserError, match=r"curves.png: cannot write: Is a directory"):
         run(tmp_path)
+
+
+def test_an_output_that_nobody_reads_does_not_end_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream, Log(tmp_path, QUIET, stream=stream) as log:
+        log.begin(total_steps=10, steps_per_epoch=10, images_per_step=8)
+        for step in (1, 2):
+            log.train(step, 1.0, {"main": 1.0}, {"lr": 0.1})
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "cannot print any more (Broken pipe)" in told and "metrics.jsonl" in told

@@ -68,8 +68,8 @@ def test_another_configuration(tmp_path: Path) -> None:
         "  optim.lr: was 0.1, now 0.05",
         "  norm.name: was deconv, now bn",
         "  norm.block: was 32, now not set",
-        "  choose another --work-dir, or resume with the same configuration (length, runtime.* and report.* may "
-        "differ)",
+        "  choose another --work-dir, or resume with the same configuration (length, report.*, where the data are and "
+        "runtime.* but for runtime.seed may differ)",
     ]
 
 
@@ -99,6 +99,17 @@ def test_another_course_does_not_overwrite_a_later_best(tmp_path: Path) -> None:
     assert find_resume(tmp_path, tmp_path / "best.pt", config()) is not None
     checkpoint.save(tmp_path / "best.pt", {**later, "step": 7})
     assert find_resume(tmp_path, early, config()) is not None
+    checkpoint.save(tmp_path / "last.pt", {**later, "step": 8})
+    for name in ("best.pt", "step-00000003.pt"):
+        with pytest.raises(UserError, match=rf"{name}: is of step 7, and .*last.pt of step 8, which another"):
+            find_resume(tmp_path, tmp_path / name, config())
+    assert find_resume(tmp_path / "new", tmp_path / "best.pt", config()) is not None
+
+
+def test_the_error_names_no_key_that_it_refuses(tmp_path: Path) -> None:
+    put(tmp_path, config())
+    with pytest.raises(UserError, match=r"runtime.seed: was 0, now 1(.|\n)*runtime.\* but for runtime.seed may differ"):
+        find_resume(tmp_path, "auto", config(runtime__seed=1))
 
 
 def test_what_may_differ(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import images
 from engine.errors import UserError
 from engine.images import check_results_writable
 from engine.score_files import described, scores_folder
@@ -32,3 +33,14 @@ def test_what_is_said_of_them() -> None:
 def test_a_folder_in_place_of_a_file_is_told_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder; name a file in it"):
         check_results_writable(tmp_path / "best.pt", None, tmp_path)
+
+
+def test_where_all_goes_to_other_folders_the_checkpoints_own_need_not_be_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(images, "check_writable", asked.append)
+    check_results_writable(tmp_path / "best.pt", tmp_path / "out", None)
+    check_results_writable(tmp_path / "best.pt", tmp_path / "out", tmp_path / "other/s.json")
+    check_results_writable(tmp_path / "best.pt", None, None)
+    assert [path.name for path in asked] == ["out", "out", "out", "other", tmp_path.name, tmp_path.name]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from engine.errors import UserError
 from engine.images import read_image
@@ -280,6 +281,25 @@ def test_a_transparent_colour_is_white_as_in_every_prediction(tmp_path: Path) ->
     Image.fromarray(pixels).save(tmp_path / "x.png", transparency=tuple(pixels[1, 2].tolist()))
     image = data.read_rgb(tmp_path / "x.png")
     assert image[1, 2].tolist() == [255, 255, 255] and (image == read_image(tmp_path / "x.png")).all()
+
+
+@pytest.mark.parametrize("where", ["eXIf", "raw profile", "xmp", "none"])
+def test_an_orientation_turns_an_image_wherever_it_is_written(tmp_path: Path, where: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    info = PngInfo()
+    if where == "raw profile":  # as ImageMagick writes it
+        data_ = b"Exif\0\0" + exif.tobytes()[6:]
+        info.add_text("Raw profile type exif", f"\nexif\n{len(data_):8}\n{data_.hex()}\n", zip=True)
+    elif where == "xmp":
+        xmp = '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+        info.add_itxt("XML:com.adobe.xmp", xmp)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    more = {"exif": exif} if where == "eXIf" else {}
+    Image.fromarray(pixels).save(tmp_path / "x.png", pnginfo=info, **more)
+    image = data.read_rgb(tmp_path / "x.png")
+    assert image.shape == ((40, 60, 3) if where == "none" else (60, 40, 3))
+    assert (image == read_image(tmp_path / "x.png")).all()
 
 
 def test_channels_are_rgb_not_bgr(tmp_path: Path) -> None:

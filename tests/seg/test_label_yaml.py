@@ -9,7 +9,9 @@ import pytest
 
 from engine.errors import UserError
 from seg import label_yaml
+from seg.config import DataConfig
 from seg.label_tables import Label
+from seg.labels import check_unchanged
 
 GOOD = """
 - {id: 9, name: void, color: [0, 0, 0], ignore: true}
@@ -119,3 +121,22 @@ def test_a_stored_table_that_is_none(plain: object, text: str) -> None:
     assert label_yaml.stored_table({"name": "x", "labels": [ROW]}, "best.pt").classes == ("road",)
     with pytest.raises(UserError, match=f"best.pt: its label table: .*{text}"):
         label_yaml.stored_table(plain, "best.pt")
+
+
+def test_a_training_goes_on_with_the_labels_it_began_with(tmp_path: Path) -> None:
+    """Names and colours may change, what an id is trained as may not."""
+    extra = "- {id: 8, name: van, color: [1, 0, 142], train_id: 1}\n"
+    meta = {"labels": read(tmp_path, GOOD + extra).to_plain()}
+    cfg = DataConfig(name="folder", root=tmp_path)
+    check_unchanged(cfg, meta, "last.pt")
+    read(tmp_path, GOOD + extra.replace("van", "truck").replace("142", "143"))
+    check_unchanged(cfg, meta, "last.pt")
+    read(tmp_path, GOOD + extra.replace("train_id: 1", "ignore: true"))
+    with pytest.raises(UserError, match=r"last.pt: was trained with other labels: id 8 was of 'car', now ignored; put"):
+        check_unchanged(cfg, meta, "last.pt")
+    read(tmp_path, GOOD)
+    with pytest.raises(UserError, match=r"id 8 was of 'car', now ignored"):
+        check_unchanged(cfg, meta, "last.pt")
+    read(tmp_path, GOOD.replace("name: car", "name: bus"))
+    with pytest.raises(UserError, match=r"the first that differs is 'car', here 'bus'"):
+        check_unchanged(cfg, meta, "last.pt")
