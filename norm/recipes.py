@@ -387,3 +387,6 @@ class DeconvFast(Deconv):
     """
 
     every: int = 4
+    stem_n_iter: int = 5
+    """Newton-Schulz steps of the first convolution; the paper's 15 amplify the noise of images and cost accuracy
+    (docs/results.md)."""

@@ -297,6 +297,8 @@ def test_the_report_reads_as_a_table():
     lines = str(norm.convert(model, "deconv", block=4)).splitlines()
     assert lines[0].split() == ["layer", "|", "from", "|", "to", "|", "why"]
     assert "FastDeconv(block=3, n_iter=15)" in lines[1] and lines[1].endswith("first")
+    cheap = str(norm.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "deconv_fast"))
+    assert "FastDeconv(block=3, n_iter=5)" in cheap, "its own default, not the paper's"
     assert lines[-1].startswith("Deconv(block=4") and lines[-1].endswith("3 of 3 layers replaced")
 
 
