@@ -27,7 +27,7 @@ from engine.optim import build_optimizer
 from engine.precision import autocast
 from engine.prepare import convert_norm
 from norm.calibration import tensors
-from norm.state import skip_fresh_steps
+from norm.state import in_step, skip_fresh_steps
 
 _WARM_UP = (1, 4)
 """Rounds on a CPU, on a GPU, where `norm.recorded` records what it has seen some times."""
@@ -159,6 +159,7 @@ def trace(case: Case, variant: Variant, settings: Settings, path: Path) -> None:
     """
     work = _Work(case, variant, settings)
     work.step()
+    work.align()
     quiet_profiler()
     with torch.profiler.profile(record_shapes=True) as profile:
         for number in range(settings.steps):
@@ -273,6 +274,11 @@ class _Work:
         self.images.grad = None
         return sum(kept.values())
 
+    def align(self) -> None:
+        """Step until a round holds all that a norm does."""
+        while not in_step(self.model, self.settings.steps):
+            self.step()
+
     def whole_round(self) -> None:
         """Steps enough for all that a norm does: some compute in every few what they leave out in others."""
         for _ in range(self.settings.steps):
@@ -280,10 +286,12 @@ class _Work:
 
     def flops(self) -> int:
         """Of a step, the mean over a round."""
+        self.align()
         return round(flops.count(self.whole_round) / self.settings.steps)
 
     def peak(self) -> int:
         """Of the largest step of a round."""
+        self.align()
         return allocated(self.whole_round, self.settings.device).peak
 
     def evaluated(self) -> nn.Module:

@@ -230,7 +230,9 @@ class _Work:
         self.scale = 0.0
         self.rates: dict[str, float] = {}
         self.asked_before: Tensor | None = None
-        self.parameters = [one for group in state.optimizer.param_groups for one in group["params"]]
+        groups = state.optimizer.param_groups
+        self.parameters = [one for group in groups for one in group["params"]]
+        self.moving = [one for group in groups if group.get("initial_lr", group["lr"]) > 0 for one in group["params"]]
 
     def begin(self, resume: Mapping[str, Any] | None) -> None:
         """Everything before the first step."""
@@ -334,7 +336,7 @@ class _Work:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype))
         if self.cfg.optim.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.cfg.optim.clip_norm)
+            nn.utils.clip_grad_norm_(self.moving, self.cfg.optim.clip_norm)  # not those with a rate of 0
         state.scaler.step(optimizer)
         state.scaler.update()
         self.rates = learning_rates(optimizer)

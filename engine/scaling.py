@@ -25,7 +25,7 @@ from engine.plan import Workload
 from engine.prepare import convert_norm, prepare, session
 from engine.processes import in_processes
 from engine.steps import training_step
-from norm.state import skip_fresh_steps
+from norm.state import in_step, skip_fresh_steps
 
 _MACHINE = 8
 """GPUs in a machine."""
@@ -134,6 +134,8 @@ class _Work:
     def row(self, world: int) -> Row:
         """The times so far, and what is sent in a few further steps."""
         repeat = max(getattr(module, "every", 1) or 1 for module in self.prepared.raw.modules())  # see norm.every
+        while not in_step(self.prepared.raw, repeat):
+            self.step(self.batch)
         distributed.barrier()
         before = loopback()
         with traffic.Counting() as counting:

@@ -411,6 +411,12 @@ class Deconvolving(Whitening):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def in_step(model: nn.Module, steps: int) -> bool:
+    """Whether the next `steps` training steps, a multiple of each layer's `every`, renew each running shape equally
+    often: once in each run of `every` steps from the first one on (`Pace.due`)."""
+    return not any(int(one.steps) % steps for one in model.modules() if isinstance(one, Deconvolving) and one.every)
+
+
 def skip_fresh_steps(model: nn.Module) -> None:
     """Begin with the steps that come after them, to measure what those take."""
     for layer in model.modules():

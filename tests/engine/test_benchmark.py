@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,6 +153,21 @@ def test_the_peak_is_that_of_the_largest_step_of_a_round():
     settings = Settings(rounds=1, evaluation=False)
     (row,) = benchmark.measure(Case("x", one, (32, 16, 8, 8)), variants("deconv_fast"), settings)
     assert row.peak is not None and row.peak > 32 * 8 * 8 * 16 * 9 * 4
+
+
+def test_memory_and_operations_are_those_of_a_round_however_many_come_before(tmp_path: Path):
+    def two() -> nn.Module:
+        layers = [nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+
+    case, (variant,) = Case("x", two, (4, 16, 16, 16)), variants("deconv_fast")
+    found = set()
+    for rounds in (1, 2, 3, 4):
+        (row,) = benchmark.measure(case, [variant], Settings(rounds=rounds, evaluation=False))
+        found.add((row.flops, row.saved, row.peak))
+    assert len(found) == 1
+    benchmark.trace(case, variant, Settings(rounds=1), tmp_path / "trace.json")
+    assert (tmp_path / "trace.json").read_text().count('"aten::linalg_cholesky_ex"') == 2 * 2, "a renewal a layer"
 
 
 def test_rows_tell_their_input():

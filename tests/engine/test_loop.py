@@ -81,6 +81,16 @@ def test_clipping_bounds_the_update(tmp_path: Path) -> None:
     assert 0.0099 < float(moved) < 0.0101
 
 
+def test_a_rate_of_zero_does_not_count_in_the_clipping(tmp_path: Path) -> None:
+    """As where the backbone asks for no gradient."""
+    cfg = config(steps=1, optim__lr=1.0, optim__clip_norm=0.01, optim__weight_decay=0.0, optim__backbone_lr_factor=0.0)
+    before: dict[str, Tensor] = {}
+    train(cfg, tmp_path, hook=lambda net: before.update({k: v.clone() for k, v in net.state_dict().items()}))
+    moved = {name: float((one - before[name]).norm()) for name, one in weights(tmp_path).items()}
+    assert 0.0099 < sum(each**2 for name, each in moved.items() if name.startswith("head")) ** 0.5 < 0.0101
+    assert not any(each for name, each in moved.items() if name.startswith("backbone"))
+
+
 def test_logged_loss_is_the_mean_over_the_interval(tmp_path: Path) -> None:
     cfg = config(steps=4, optim__lr=1e-12, report__log_every=Length(4, "steps"))
     net: list[nn.Module] = []

@@ -65,7 +65,7 @@ class Reference:
                 centred = (rows - mean).detach()
                 eye = torch.eye(layer.features, dtype=D64)
                 now = (centred.t() @ centred / len(rows) + layer.eps * eye) / scale.detach()
-                since = (t - layer.fresh_steps) // layer.every
+                since = sum(s % layer.every == (s // layer.every) % layer.every for s in range(layer.fresh_steps, t))
                 rate = 1 if t < layer.fresh_steps else max(1 - (1 - layer.momentum) ** layer.every, 1 / (since + 1))
                 self.covariance[g] = (1 - rate) * self.covariance[g] + rate * now
                 self.shape[g] = inverse_root(self.covariance[g], layer.n_iter)
