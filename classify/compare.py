@@ -39,9 +39,10 @@ def compare(folders: Sequence[Path], names: Sequence[str], picture: Path) -> str
     width = max(3, *(len(name) for name in names))
     lines = [f"{'run':<{width}}  best top-1  at step  last top-1  training"]
     for name, folder, top, found in zip(names, folders, best, rows, strict=True):
-        last = runs.evaluations(folder)[-1]
+        score = runs.last_evaluation(folder)["score"]
+        last = "not finite" if score is None else f"{100 * score:.2f}%"
         seconds = f"{found[-1]['seconds']:.0f} s" if "seconds" in found[-1] else "-"
-        figures = f"{100 * top['score']:>9.2f}%  {top['step']:>7}  {100 * last['score']:>9.2f}%  {seconds:>8}"
+        figures = f"{100 * top['score']:>9.2f}%  {top['step']:>7}  {last:>10}  {seconds:>8}"
         lines.append(f"{name:<{width}}  {figures}")
     return "\n".join([*lines, f"drawn in {picture}"])
 

@@ -90,7 +90,7 @@ class ModelConfig(Section):
     """Arguments of the network besides its classes and channels, such as width: 0.5."""
     weights: HomeText | None = None
     """Weights to start from: null (random), 'pretrained' (torchvision's or timm's, downloaded), or a path to a file. A
-    classifier with another number of classes starts anew. A checkpoint of tools/train.py fits if it was trained with
+    classifier of other classes starts anew. A checkpoint of tools/train.py fits if it was trained with
     batch norm, or with the very `norm` section of this config, but for precise_batches and calibrate_batches."""
     init: Literal["default", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform", "orthogonal"] = (
         "default"

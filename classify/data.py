@@ -143,8 +143,13 @@ def _check_options(cfg: DataConfig) -> None:
             )
     if cfg.randaugment == 0 and cfg.randaugment_magnitude != default.randaugment_magnitude:
         raise UserError("data.randaugment_magnitude: has no effect without data.randaugment; set it, such as 2.")
-    if is_folder and cfg.eval_resize is not None and cfg.eval_resize < (cfg.size or folder.DEFAULT_SIZE):
+    check_crop(cfg)
+
+
+def check_crop(cfg: DataConfig) -> None:
+    """Raises UserError where evaluation would crop more than there is, and pad it with black."""
+    size = cfg.size or folder.DEFAULT_SIZE
+    if cfg.name == "folder" and cfg.eval_resize is not None and cfg.eval_resize < size:
         raise UserError(
-            f"data.eval_resize: {cfg.eval_resize} is less than data.size, the {cfg.size or folder.DEFAULT_SIZE} pixels "
-            "that are cropped from it."
+            f"data.eval_resize: {cfg.eval_resize} is less than data.size, the {size} pixels that are cropped from it."
         )

@@ -61,7 +61,8 @@ def evaluate_model(
                 matrix += torch.bincount(target * count + first[:, 0], minlength=count * count)
                 sums += torch.stack([(first == target[:, None]).sum().double(), each(logits, target).double().sum()])
                 if mistakes:
-                    kept = _surest([*kept, *_mistakes(batch, image, target, logits, info, mistakes)], mistakes)
+                    probable = losses.probabilities(logits, cfg.loss)
+                    kept = _surest([*kept, *_mistakes(batch, image, target, probable, info, mistakes)], mistakes)
     finally:
         model.train(training)
     matrix, sums = distributed.all_reduce_sum(matrix), distributed.all_reduce_sum(sums)
@@ -167,9 +168,9 @@ def draw(scores: Scores, out: Path) -> None:
 
 
 def _mistakes(
-    batch: dict[str, Any], image: Tensor, target: Tensor, logits: Tensor, info: DataInfo, most: int
+    batch: dict[str, Any], image: Tensor, target: Tensor, probabilities: Tensor, info: DataInfo, most: int
 ) -> list[Mistake]:
-    probability, predicted = logits.softmax(1).max(1)
+    probability, predicted = probabilities.max(1)
     wrong = torch.nonzero(predicted != target)[:, 0]
     wrong = wrong[probability[wrong].argsort(descending=True)][:most]
     mean, std = (torch.tensor(values, device=image.device).view(-1, 1, 1) for values in (info.mean, info.std))

@@ -28,6 +28,19 @@ def criterion(cfg: LossConfig) -> Callable[[Tensor, Tensor], Tensor]:
     return {"ce": cross_entropy, "l2": l2}[cfg.name]
 
 
+def probabilities(logits: Tensor, cfg: LossConfig) -> Tensor:
+    """Those of the classes, float32 (N, K), of the outputs of a network that was trained with this loss.
+
+    With l2 the outputs are themselves estimates of them: their positive parts, over the sum; with ce a softmax.
+    """
+    shares = logits.float().softmax(1)
+    if cfg.name == "ce":
+        return shares
+    positive = logits.float().clamp(min=0)
+    total = positive.sum(1, keepdim=True)
+    return torch.where(total > 0, positive / total, shares)  # whose largest is that of the outputs too
+
+
 def build(cfg: LossConfig) -> Callable[[nn.Module, Batch], Loss]:
     """The loss of a network on a batch, for `engine.loop.fit`; reports the share of right answers beside it (of mixed
     images, the class with the greatest share is the right one)."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import norm
 from classify import models
 from classify.config import ClassifyConfig, ModelConfig
-from classify.data import DataInfo, as_trained
+from classify.data import DataInfo, as_trained, check_crop
 from engine import checkpoint
 from engine.config import NormConfig, from_dict
 from engine.errors import UserError
@@ -67,16 +67,22 @@ def fill(model: nn.Module, cfg: ModelConfig, info: DataInfo) -> str:
     tensors = {_unwrapped(key): value for key, value in found.items()}
     here = model.state_dict()
     tensors = {key: v for key, v in tensors.items() if key in here or not key.lower().startswith("aux")}  # extra heads
-    own = [
-        name
-        for name in models.classifier_names(model)
-        if name in here and (name not in tensors or tensors[name].shape != here[name].shape)
-    ]
+    names = [name for name in models.classifier_names(model) if name in here]
+    own = [name for name in names if name not in tensors or tensors[name].shape != here[name].shape]
     if own and all(name.endswith("bias") for name in own):
         own = []  # the same classes: a file without the bias is another network
+    why = "another number of classes"
+    if not own and (classes := _classes(state)) is not None and classes != info.classes:
+        own, why = names, "other classes"
     checkpoint.load_weights(model, {**tensors, **{name: here[name] for name in own}}, source)
-    anew = f"; {', '.join(own)} start anew (another number of classes)" if own else ""
+    anew = f"; {', '.join(own)} start anew ({why})" if own else ""
     return f"weights of {source}{anew}{note}"
+
+
+def _classes(state: Any) -> tuple[str, ...] | None:
+    """Those that a checkpoint of ours predicts, in its order."""
+    meta = state.get("meta") if isinstance(state, dict) and "config" in state else None
+    return tuple(meta["classes"]) if isinstance(meta, dict) and "classes" in meta else None
 
 
 def _normalised_otherwise(model: nn.Module, info: DataInfo) -> str:
@@ -161,6 +167,7 @@ def from_checkpoint(
     cfg = from_dict(content["config"], overrides, ClassifyConfig, str(path), allow_imports).config
     info = from_facts(content["meta"])
     data = as_trained(cfg.data, info, content["config"]["data"]["name"])
+    check_crop(data)
     cfg = cfg.model_copy(update={"data": data})
     info = replace(info, size=data.size or info.size, mean=data.mean or info.mean, std=data.std or info.std)
     for key, values in (("mean", info.mean), ("std", info.std)):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from classify.augment import Normalize, evaluation_steps
-from classify.config import ClassifyConfig
+from classify.config import ClassifyConfig, LossConfig
 from classify.data import DataInfo
+from classify.losses import probabilities
 from engine.errors import UserError
 from engine.images import MAX_PIXELS, Array, Found, check_writable, find_images, read_image, show, write_bytes
 
@@ -32,6 +33,8 @@ class Predictor:
     transform: Callable[[Array], Tensor]
     """An image, RGB uint8 (H, W, 3) of any size -> float32 (C, size, size), as in the validation."""
     device: torch.device
+    loss: LossConfig
+    """What the network was trained with, which says what its outputs are."""
     channels_last: bool = False
 
     @classmethod
@@ -46,7 +49,7 @@ class Predictor:
             pixels = torch.from_numpy(image).permute(2, 0, 1)
             return normalize(steps(rgb_to_grayscale(pixels) if info.channels == 1 else pixels))
 
-        return cls(model.eval(), transform, device, last)
+        return cls(model.eval(), transform, device, cfg.loss, last)
 
     @torch.no_grad()
     def predict(self, images: Sequence[Array]) -> Tensor:
@@ -58,10 +61,10 @@ class Predictor:
         batch = torch.stack([self.transform(image) for image in images]).to(self.device)
         if self.channels_last:
             batch = batch.to(memory_format=torch.channels_last)
-        probabilities: Tensor = self.model(batch).float().softmax(1).cpu()
-        if not torch.isfinite(probabilities).all():
+        outputs: Tensor = self.model(batch).float().cpu()
+        if not torch.isfinite(outputs).all():
             raise UserError("the network's output is not finite")
-        return probabilities
+        return probabilities(outputs, self.loss)
 
 
 @dataclass

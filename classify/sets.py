@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,7 +227,8 @@ def class_names(cfg: DataConfig) -> tuple[str, ...]:
         raise UserError(f"{path}: cannot be read ({error}); expected lines such as 'n02119789 1 kit_fox'.") from None
     if sorted(names) != list(range(1, len(classes) + 1)) or len(rows) != len(classes):
         raise UserError(f"{path}: expected each of the classes 1 ... {len(classes)} once; correct or remove it.")
-    return tuple(names[number] for number in sorted(names))
+    often = Counter(names.values())  # two classes are a crane, a bird and a machine
+    return tuple(f"{name} ({number})" if often[name] > 1 else name for number, name in sorted(names.items()))
 
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -34,14 +34,23 @@ def make(wanted: Request) -> bool:
     """
     todo = cells(wanted, wanted.networks)
     known = {cell.key: _known(cell) for cell in todo}
-    shown = replace(wanted, variants=(*wanted.variants, *table_files.other_variants(wanted)))
+    others = table_files.other_networks(wanted)
+    shown = replace(
+        wanted,
+        variants=(*wanted.variants, *table_files.other_variants(wanted)),
+        networks=(*wanted.networks, *others),
+    )
     for variant in shown.variants:
-        for name in table_files.rows(wanted):
+        for name in table_files.rows(shown):
             if variant not in wanted.variants or name not in wanted.networks:
                 earlier = _earlier(replace(wanted, variants=(variant,)), name)
                 known.update({found.cell.key: found for found in earlier})
-    there = {key[1] for key, found in known.items() if found.state != "open"}
-    shown = replace(shown, variants=tuple(one for one in shown.variants if one in wanted.variants or one.slug in there))
+    there = {part for key, found in known.items() if found.state != "open" for part in key[:2]}
+    shown = replace(
+        shown,
+        variants=tuple(one for one in shown.variants if one in wanted.variants or one.slug in there),
+        networks=tuple(one for one in shown.networks if one in wanted.networks or one in there),
+    )
     with session(todo[0].loaded.config.runtime):
         known, shown = distributed.gather((known, shown))[0]  # all must train the same cells, whatever each has read
         if grid.train_missing(todo, known, _train, partial(_write, shown, known), _say):

@@ -21,7 +21,13 @@ from engine.resume import BEST, LAST
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "classify"
 Key = tuple[str, str, int]
 """Network, the variant's slug, seed."""
-_OWN = {"length": "--epochs", "runtime.seed": "--seeds", "norm.name": "--variants"}
+_OWN = {
+    "length": "--epochs",
+    "runtime.seed": "--seeds",
+    "norm.name": "--variants",
+    "data.name": "--data",
+    "model.name": "--networks",
+}
 
 
 @dataclass(frozen=True)

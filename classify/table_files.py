@@ -51,6 +51,18 @@ def other_variants(wanted: Request) -> list[Variant]:
     return [one for one in found if one.slug not in {mine.slug for mine in wanted.variants}]
 
 
+def other_networks(wanted: Request) -> list[str]:
+    """The networks in the table.json of an earlier start that this table would not have. Raises as `other_variants`."""
+    path = wanted.folder / "table.json"
+    try:
+        there = [str(one["network"]) for one in json.loads(path.read_bytes())["rows"]] if path.exists() else []
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: not a table that this program has written; move it away, or choose another --out"
+        ) from None
+    return [one for one in dict.fromkeys(there) if one not in rows(wanted)]
+
+
 def rows(wanted: Request) -> list[str]:
     """The networks of the table: the paper's in its order, then others that were asked for."""
     return list(dict.fromkeys([*paper.networks(wanted.data), *wanted.networks]))

@@ -149,7 +149,11 @@ def look(cell: C) -> Outcome[C]:
             f"{cell.run}: was trained with another configuration:\n  " + "\n  ".join(wrong) + "\n  give the same "
             "settings, or choose another --out"
         )
-    rows = runs.timed(read_metrics(cell.run / METRICS), int(stored["batch_size"]))
+    everything = read_metrics(cell.run / METRICS)
+    ended = [row for row in everything if row.get("kind") == "eval" and row[key] >= length.value]
+    if final is None and ended:
+        return Outcome(cell, "failed", reason="the outputs of its last evaluation are not finite, so it has no score")
+    rows = runs.timed(everything, int(stored["batch_size"]))
     reached: dict[str, Any] = max(rows, key=lambda row: row["step"], default={})
     top = runs.best_evaluation(cell.run) if scored else None
     return Outcome(

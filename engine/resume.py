@@ -32,6 +32,7 @@ FREE = (  # may differ when a run goes on ...
     "data.download",
     "data.check_files",
     "data.eval_batch_size",
+    "data.on_error",
 )
 BOUND = ("runtime.seed",)  # ... and among them those that decide which data comes next
 ENDED = (*BOUND, "runtime.amp", "runtime.matmul_precision")  # of a run that has ended: another result

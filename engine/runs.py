@@ -61,6 +61,12 @@ def evaluations(run: Path) -> list[Row]:
     return [row for row in read_metrics(run / METRICS) if row.get("kind") == "eval" and row.get("score") is not None]
 
 
+def last_evaluation(run: Path) -> Row:
+    """The last one; without a score where the network's outputs were not finite. Raises UserError as `scored`."""
+    scored(run)
+    return [row for row in read_metrics(run / METRICS) if row.get("kind") == "eval"][-1]
+
+
 def scored(run: Path) -> list[Row]:
     """As `evaluations`. Raises UserError if there is none."""
     rows = evaluations(run)

@@ -53,6 +53,10 @@ def test_the_table_and_the_picture(tmp_path: Path, kept: list[Figure]):
     assert lines[1].split() == ["bn", "40.00%", "4", "30.00%", "4", "s"]
     assert lines[2].split() == ["deconvolution", "60.00%", "4", "45.00%", "20", "s"]
     assert len({len(line) for line in lines[:3]}) == 1 and lines[3] == f"drawn in {tmp_path / 'c.png'}"
+    metrics = runs[1] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"score": 0.45', '"score": null'))
+    lines = compare(runs, ["bn", "deconvolution"], tmp_path / "c.png").splitlines()
+    assert lines[2].split() == ["deconvolution", "60.00%", "4", "not", "finite", "20", "s"]
     axes = {one.get_title().partition("\n")[0]: one for one in kept[0].axes}
     assert set(axes) == {
         "Top-1 accuracy on the validation split",

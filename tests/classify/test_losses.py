@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from classify import losses
 from classify.config import LossConfig
 from classify.losses import build, criterion
 
@@ -42,3 +43,11 @@ def test_the_loss_sums_and_counts():
 def test_the_loss_is_computed_in_float32():
     loss = build(LossConfig())(nn.Identity(), {"image": LOGITS.bfloat16(), "target": TARGET})
     assert loss.total.dtype is torch.float32
+
+
+def test_probabilities_are_what_the_loss_trains():
+    outputs = torch.tensor([[1.03, -0.07, -0.01], [0.3, 0.0, 0.1], [-0.5, -0.2, -0.9]])
+    found = losses.probabilities(outputs, LossConfig(name="l2"))
+    torch.testing.assert_close(found[:2], torch.tensor([[1.0, 0, 0], [0.75, 0, 0.25]]))
+    assert found[2].argmax() == 1 and found[2].sum() == pytest.approx(1), "none is positive: as good as any"
+    torch.testing.assert_close(losses.probabilities(outputs, LossConfig()), outputs.softmax(1))

@@ -128,3 +128,12 @@ def test_images_enter_as_in_the_validation(name: str, channels: int, size: int):
     found = predictor.predict(images)
     assert seen[0].shape == (3, channels, size, size) and torch.allclose(seen[0], torch.tensor(2.0), atol=0.02)
     torch.testing.assert_close(found, torch.full((3, 3), 1 / 3))
+    cfg = ClassifyConfig.model_validate({"length": "1 epoch", "batch_size": 1, "data": data, "loss": {"name": "l2"}})
+
+    class Sure(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.tensor([[0.9, 0.0, -0.1]])
+
+    torch.testing.assert_close(
+        Predictor.from_config(Sure(), cfg, info, torch.device("cpu")).predict(images[:1]), torch.eye(3)[:1]
+    )

@@ -126,6 +126,10 @@ def test_names_of_the_downsampled_imagenet(tmp_path: Path) -> None:
     (tmp_path / "map_clsloc.txt").write_text("\n".join(reversed(lines)))
     assert sets.class_names(cfg)[999] == "thing_1000"
     assert sets.class_names(section(tmp_path, "cifar10"))[0] == "airplane"
+    cranes = [line.replace("thing_429", "crane").replace("thing_518", "crane") for line in lines]
+    (tmp_path / "map_clsloc.txt").write_text("\n".join(cranes))
+    names = sets.class_names(cfg)
+    assert (names[428], names[517]) == ("crane (429)", "crane (518)") and len(set(names)) == 1000
     (tmp_path / "map_clsloc.txt").write_text("\n".join(lines[1:]))
     with pytest.raises(UserError, match=r"map_clsloc.txt: expected each of the classes 1 ... 1000 once"):
         sets.class_names(cfg)

@@ -221,6 +221,20 @@ def test_variants_of_earlier_starts_stay_in_the_table(ask: Any, trained: list[st
     assert "| ours: deconv_fast |\n" in (folder / "table.md").read_text()
 
 
+def test_networks_of_earlier_starts_stay_too(ask: Any, trained: list[str]):
+    """Those that the paper's table does not have."""
+    folder = ask().folder
+    assert table.make(ask("vgg11", variants=["bn"])) and table.make(ask(variants=["bn"]))
+    assert trained == ["vgg11_bn", "vgg16_bn"]
+    scores = [f"{100 * last_score(folder / name):.2f}" for name in trained]
+    text = (folder / "table.md").read_text()
+    assert [row(text, name)[-1] for name in ("VGG-11", "VGG-16")] == scores
+    names = [one["network"] for one in json.loads((folder / "table.json").read_text())["rows"]]
+    assert names[-1] == "vgg11" and len(set(names)) == len(names)
+    assert table.make(ask(variants=["deconv"], overrides=["batch_size=10"]))
+    assert "VGG-11" not in (folder / "table.md").read_text(), "made with other settings"
+
+
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"rows": 3}', '{"rows": [{"ours": [4]}]}', '{"rows": [{"ours": {"": 1}}]}']
 )
@@ -247,6 +261,9 @@ def test_a_table_json_of_another_program(ask: Any, trained: list[str], content: 
         ({"seeds": [1, 1]}, "--seeds: 1 is there twice"),
         ({"overrides": ["length=3 epochs"]}, "--set: length differs .* set it with --epochs"),
         ({"overrides": ["runtime.seed=3"]}, "set it with --seeds"),
+        ({"overrides": ["data.name=mnist"]}, "set it with --data"),
+        ({"overrides": ["model.name=resnet18"]}, "set it with --networks"),
+        ({"variants": ["bn:model.name=resnet18"]}, "set it with --networks"),
     ],
 )
 def test_requests_that_make_no_sense(tmp_path: Path, options: dict[str, Any], said: str):

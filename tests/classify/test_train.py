@@ -105,6 +105,26 @@ def test_a_folder_of_images_with_a_broken_one(image_root: Path, tmp_path: Path, 
     assert scores is not None and scores[0].images == 8 and len(scores[0].problems) == 1
 
 
+def test_what_the_error_of_a_broken_image_advises_goes_on(image_root: Path, tmp_path: Path):
+    root = Path(shutil.copytree(image_root, tmp_path / "images"))
+    options = dict(name="folder", val_split="val", size=32)
+    train.run(loaded(root, "batch_size=6", "length=1 epoch", **options), tmp_path / "run")
+    (root / "train/bus/2.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="data.on_error=skip goes on without such images"):
+        train.run(loaded(root, "batch_size=6", "length=3 epochs", **options), tmp_path / "run", "auto")
+    skip = loaded(root, "batch_size=6", "length=3 epochs", "data.on_error=skip", **options)
+    done = train.run(skip, tmp_path / "run", "auto")
+    assert not done.stopped and (tmp_path / "run/best.pt").exists()
+
+
+def test_a_crop_larger_than_the_image_is_an_error_for_predictions_too(image_root: Path, tmp_path: Path):
+    options = ["batch_size=6", "length=1 step", "data.size=32", "data.eval_resize=40"]
+    train.run(loaded(image_root, *options, name="folder", val_split="val"), tmp_path)
+    from_checkpoint(tmp_path / "best.pt", ["data.size=40"])
+    with pytest.raises(UserError, match="data.eval_resize: 40 is less than data.size, the 64 pixels"):
+        from_checkpoint(tmp_path / "best.pt", ["data.size=64"])
+
+
 def test_files_that_vanish_meanwhile_are_named_and_the_checkpoint_stays(
     image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -142,6 +162,13 @@ def test_weights_of_another_number_of_classes_start_the_classifier_anew(
     capsys.readouterr()
     train.run(loaded(image_root, *options, name="folder", val_split="val"), tmp_path / "second")
     assert "fc.weight, fc.bias start anew (another number of classes)" in capsys.readouterr().out
+    root = Path(shutil.copytree(image_root, tmp_path / "images"))
+    for split in ("train", "val"):
+        (root / split / "tram").rename(root / split / "a tram")
+    options[-1] = f"model.weights={tmp_path / 'second/best.pt'}"
+    train.run(loaded(root, *options, name="folder", val_split="val"), tmp_path / "third")
+    said = capsys.readouterr().out
+    assert "fc.weight, fc.bias start anew (other classes)" in said, "as many, but in another order"
     stored = checkpoint.load(tmp_path / "first/best.pt")["model"]
     cfg = loaded(cifar_root, f"model.weights={tmp_path / 'first/best.pt'}").config
     from classify.data import describe

@@ -1,12 +1,13 @@
 """Grids of trainings: variants, what folders tell, and going on."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine import grid
+from engine import grid, runs
 from engine.config import Length, Loaded
 from engine.errors import UserError
 from engine.grid import Outcome
@@ -77,6 +78,21 @@ def test_a_folder_tells_what_was_done(tmp_path: Path):
     assert grid.listing([longer, cell(tmp_path, "b")]) == (
         f"a: partly, epoch 0.80  {one.run}\nb: open  {tmp_path / 'b'}"
     )
+
+
+def test_an_end_without_a_score_has_failed_and_says_why(tmp_path: Path):
+    one = cell(tmp_path, steps=4, report__eval_every=Length(2, "steps"))
+    train(one)
+    path = one.run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [2, 4]
+    for row in rows:
+        if row["kind"] == "eval" and row["step"] == 4:
+            row["score"] = None
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = grid.look(one)
+    assert found.state == "failed" and "last evaluation are not finite" in found.reason
+    assert runs.last_evaluation(one.run)["score"] is None and runs.evaluations(one.run)[-1]["step"] == 2
 
 
 def test_a_length_in_epochs(tmp_path: Path):
