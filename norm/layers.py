@@ -18,7 +18,7 @@ from norm.folded_conv import Geometry
 from norm.processes import ALONE, Share
 from norm.sampling import Rows, Windows
 from norm.state import Deconvolving
-from norm.strides import Grouping, Pair, dense_strides, output_size, resolve_block, thin_out
+from norm.strides import Grouping, Pair, dense_strides, list_covers, middles, output_size, resolve_block, thin_out
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -40,8 +40,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         eps: added to the diagonal of the covariance.
         momentum: rate of the running averages.
         sampling_stride: the statistics use every `sampling_stride`-th window of the convolution in each direction; of
-            a 1x1 kernel, without dense_small_maps and max_rows, as the authors' code does: every (sampling_stride x
-            stride)^2-th pixel of the list of all, padded or not.
+            a 1x1 kernel, as in the authors' code, every (sampling_stride x stride)^2-th pixel of the list of all,
+            padded or not, unless dense_small_maps and max_rows make of it single columns (`strides.list_covers`).
         freeze: update the statistics only in the first `freeze_iter` of every 10 `freeze_iter` training steps, and use
             the running averages in between (for the first layer, whose input does not change). A step is a call of
             the layer in training mode: one a step of the optimiser, without accumulation.
@@ -165,8 +165,12 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             images, strides = thin_out(total, blocks, positions, strides, self.max_rows)
         step = (strides[0] * stride[0], strides[1] * stride[1])
         how = (kernel_size, step, padding, dilation, self.features, self.groups, self.grouping)
-        listed = kernel_size == (1, 1) and not (self.dense_small_maps or self.max_rows)
-        return Windows(*how, images, before=share.rank * shape[0], listed=listed)
+        as_authors = not (self.dense_small_maps or self.max_rows)
+        listed = kernel_size == (1, 1) and (as_authors or list_covers(shape[3], step))
+        start = (0, 0)
+        if kernel_size == (1, 1) and padding == (0, 0) and not listed:
+            start = middles(positions, strides, stride)
+        return Windows(*how, images, share.rank * shape[0], listed, start)
 
     def patches(self, x: Tensor, padding: Pair) -> Tensor:
         """The sampled patches of the (padded) input, (F, rows) or (groups, F, rows), in the dtype of `x`."""

@@ -73,7 +73,9 @@ class Windows:
     before: int = 0
     """Images that other processes have before these: all of them are counted together, to take every so many-th."""
     listed: bool = False
-    """Of a 1x1 kernel: as the authors take them. A list's every 64th pixel is one column of a map 64 wide."""
+    """Of a 1x1 kernel: as the authors take them (`strides.list_covers`)."""
+    start: Pair = (0, 0)
+    """Where the grid of a 1x1 kernel that is not listed begins."""
 
     def gather(self, x: Tensor) -> Tensor:
         whole = self.listed or self._of_pixels(x) or self.interleaved(x.shape[1]) or x.device.type != "cpu"
@@ -86,7 +88,7 @@ class Windows:
         if self.listed:
             return self._pixels(x)
         if self._grid():
-            picked = x[:, :, :: self.strides[0], :: self.strides[1]]
+            picked = self._picked(x)
             return picked.permute(0, 2, 3, 1).flatten(1, 2).mT if self._of_pixels(x) else picked.flatten(2)
         if x.device.type != "cpu" and not torch.compiler.is_compiling() and len(x) > 4:
             padded = math.prod(side + 2 * p for side, p in zip(x.shape[2:], self.padding, strict=True))
@@ -145,9 +147,11 @@ class Windows:
             each = each.view(-1, channels, pixels) if apart else each.view(channels, taken, pixels).transpose(0, 1)
             found = each.reshape(taken, channels, height, width)
         elif self._grid():
-            each = pieces.reshape(taken, channels, *self._counts((height, width)))
-            each = _every(each, self.strides[1])[..., :width]
-            found = _every(each.mT, self.strides[0])[..., :height].mT
+            counts, (top, left) = self._counts((height, width)), self.start
+            each = _every(pieces.reshape(taken, channels, *counts), self.strides[1])
+            each = F.pad(each, (left, width - left - each.shape[-1]))
+            each = _every(each.mT, self.strides[0])
+            found = F.pad(each, (top, height - top - each.shape[-1])).mT
         else:
             found = F.fold(pieces, (height, width), self.kernel_size, self.dilation, self.padding, self.strides)
         return _every(found.movedim(0, -1), self.images)[..., :images].movedim(-1, 0)
@@ -159,7 +163,7 @@ class Windows:
             self._add_pixels(x, pieces)
             return
         if self._grid():
-            x = x[:, :, :: self.strides[0], :: self.strides[1]]
+            x = self._picked(x)
             x.add_(pieces.view(x.shape))
             return
         if x.device.type != "cpu" and x.numel() <= _LARGE:  # fewer kernels to start
@@ -193,7 +197,7 @@ class Windows:
         found, counts = [], self._counts(size)
         for axis in (0, 1):
             places = _count(self.kernel_size[axis], device)[:, None] * self.dilation[axis]
-            offsets = _count(size[axis], device) - (places - self.padding[axis])
+            offsets = _count(size[axis], device) - (places - self.padding[axis] + self.start[axis])
             step = self.strides[axis]
             found.append(((offsets % step == 0) & (offsets >= 0) & (offsets < counts[axis] * step)).to(dtype))
         return found[0], found[1]
@@ -238,7 +242,12 @@ class Windows:
         return self.grouping == "published" and self.groups == 1 and self.channels(channels) < channels
 
     def _counts(self, size: Pair) -> Pair:
-        return output_size(size, self.kernel_size, self.strides, self.padding, self.dilation)
+        left = (size[0] - self.start[0], size[1] - self.start[1])
+        return output_size(left, self.kernel_size, self.strides, self.padding, self.dilation)
+
+    def _picked(self, x: Tensor) -> Tensor:
+        """The pixels of a grid, a view."""
+        return x[:, :, self.start[0] :: self.strides[0], self.start[1] :: self.strides[1]]
 
     def _grid(self) -> bool:
         """Whether the windows are pixels of the map, all of them at `strides`."""
@@ -254,7 +263,7 @@ class Windows:
         """For each place in the kernel: which windows have it inside the map, and which pixels of the map those are."""
         step, dilation = self.strides[axis], self.dilation[axis]
         for place in range(self.kernel_size[axis]):
-            offset = place * dilation - self.padding[axis]
+            offset = place * dilation - self.padding[axis] + self.start[axis]
             first = max(0, -(offset // step))  # the first window whose pixel is not in the padding before the map
             last = min(count, (side - 1 - offset) // step + 1)
             if first < last:

@@ -34,6 +34,22 @@ def dense_strides(positions: Pair, most: int) -> Pair:
     return height, width
 
 
+def list_covers(width: int, strides: Pair) -> bool:
+    """Whether every n-th pixel of the list of all, n the product of the strides, lies all over maps of this width.
+
+    The columns that it visits are gcd(n, width) apart, for every 64th pixel of a map 64 wide as far as there is no
+    other than the first; a grid's are the root of n apart. Else the list is better, since it shifts from row to row.
+    """
+    return math.gcd(strides[0] * strides[1], width) ** 2 <= strides[0] * strides[1]
+
+
+def middles(positions: Pair, strides: Pair, stride: Pair) -> Pair:
+    """Where a grid begins, in pixels, that takes the middle of each cell of `strides` positions, which are `stride`
+    pixels apart: beginning with the first row and column it would see the borders too often."""
+    down, across = ((min(s, n) - 1) // 2 * t for s, n, t in zip(strides, positions, stride, strict=True))
+    return down, across
+
+
 def thin_out(images: int, blocks: int, positions: Pair, strides: Pair, most_rows: int) -> tuple[int, Pair]:
     """(take every so many-th image, sampling strides) that leave about `most_rows` rows, less than twice as many on
     small maps.

@@ -29,6 +29,8 @@ CASES: dict[str, Sampler] = {
     "pixels": windows((1, 1), (1, 1), (0, 0)),
     "padded pixels": windows((1, 1), (1, 1), (1, 1)),
     "some pixels": windows((1, 1), (2, 2), (0, 0)),
+    "from the middle of cells": windows((1, 1), (4, 3), (0, 0), start=(1, 0)),
+    "all pixels but the first row": windows((1, 1), (1, 1), (0, 0), start=(1, 0)),
     "every fourth of a list": windows((1, 1), (2, 2), (0, 0), listed=True),
     "interleaved": windows((3, 3), (2, 2), (1, 1), blocks=2, grouping="published"),
 }

@@ -1,5 +1,6 @@
 """Layers with options drawn at random against the formulas, in float64: patches picked by index, no library unfolds."""
 
+import math
 import random
 from typing import Any
 
@@ -86,11 +87,17 @@ def sampled(layer: FastDeconv, x: Tensor, everything: Tensor) -> Tensor:
     if layer.max_rows:
         blocks = layer.in_channels // layer.groups // layer.block
         images, strides = thin_out(len(x), blocks, positions, strides, layer.max_rows)
-    if layer.kernel_size == (1, 1) and not layer.dense_small_maps and not layer.max_rows:
-        explicit = layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    plain = not layer.dense_small_maps and not layer.max_rows
+    every = strides[0] * strides[1] * layer.stride[0] * layer.stride[1]
+    explicit = layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    width = padded(layer, x).shape[3] if explicit else x.shape[3]
+    down, across = 0, 0
+    if layer.kernel_size == (1, 1) and (plain or math.gcd(every, width) ** 2 <= every):
         pixels = (padded(layer, x) if explicit else x)[::images].permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1)
-        return pixels[:: strides[0] * strides[1] * layer.stride[0] * layer.stride[1]]
-    return everything[::images, :: strides[0], :: strides[1]].flatten(0, 2)
+        return pixels[::every]
+    if layer.kernel_size == (1, 1) and (explicit or layer.padding == (0, 0)):
+        down, across = ((min(each) - 1) // 2 for each in zip(strides, positions, strict=True))
+    return everything[::images, down :: strides[0], across :: strides[1]].flatten(0, 2)
 
 
 def formulas(layer: FastDeconv, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,6 +46,20 @@ def test_pixels_are_every_ninth_of_the_flattened_list(size, stride, memory_forma
     assert torch.equal(got.t(), want)
 
 
+def test_a_grid_of_pixels_lies_in_the_middle_of_its_cells():
+    """Where the list would be columns; a convolution with a stride sees no others than those."""
+    for side, stride, want in ((64, 1, 3), (128, 2, 6)):
+        layer = FastDeconv(8, 8, 1, stride, dense_small_maps=True, max_rows=600)  # eight positions apart
+        windows = layer.windows(torch.Size((8, 8, side, side)), (0, 0))
+        assert windows.strides == (8 * stride,) * 2 and windows.start == (want, want) and not windows.listed
+        for last in (False, True):
+            x = torch.arange(float(side)).expand(8, 8, side, side)
+            patches = windows.gather(x.contiguous(memory_format=torch.channels_last) if last else x)
+            assert patches.shape == (8, 512) and patches[0].unique().tolist() == list(range(want, side, 8 * stride))
+        assert layer.windows(torch.Size((8, 8, side - 1, side - 1)), (0, 0)).listed
+    assert strides.middles((92, 1), (18, 2), (1, 1)) == (8, 0) and strides.middles((5, 9), (3, 2), (2, 3)) == (2, 0)
+
+
 def test_dense_strides_take_every_window_of_small_maps():
     def dense(size, kernel=3, stride=1, padding=1, dilation=1, most=3):
         pairs = ((each,) * 2 for each in (kernel, stride, padding, dilation))
@@ -92,10 +106,10 @@ def test_windows_lie_all_over_the_map(side, stride, kernel, images):
     place = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
     x = place.expand(images, 2, side, side).repeat(1, 2, 1, 1).float()
     pixels = layer.patches(x, (kernel // 2, kernel // 2)).view(4, kernel**2, -1)[:2, kernel**2 // 2].unique(dim=1)
-    rows, columns = (each.unique() for each in pixels)
-    assert len(rows) >= 4 and torch.equal(rows, columns) and pixels.shape[1] == len(rows) ** 2
-    steps = rows.diff().unique()
-    assert len(steps) == 1 and rows[0] == 0 and rows[-1] + steps[0] > side - stride
+    step = layer.windows(x.shape, (kernel // 2, kernel // 2)).strides[0]
+    for places in (each.unique() for each in pixels):
+        assert places.diff().max() <= step and places[0] < step and places[-1] >= side - step
+        assert len(places) >= 4 and (kernel == 3 or not set(places.tolist()) <= {0, side - stride})
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -123,12 +137,15 @@ def test_ungrouping_inverts_grouping(groups, grouping):
         Windows((1, 1), (1, 1), (1, 1), (1, 1), 4, images=2),
         Windows((1, 1), (2, 2), (1, 1), (1, 1), 4, images=3, listed=True),
         Windows((1, 1), (4, 4), (0, 0), (1, 1), 2, groups=2),
+        Windows((1, 1), (4, 3), (0, 0), (1, 1), 4, images=2, start=(1, 0)),
         Windows((1, 1), (3, 3), (0, 0), (1, 1), 2, groups=2, listed=True),
     ],
     ids=str,
 )
 def test_scattering_is_the_adjoint_of_gathering(windows, size, memory_format):
     """Against autograd's own gradient of the gathering, added to what was there before."""
+    if min(size) <= max(windows.start):
+        pytest.skip("the grid begins behind the map")
     x = torch.randn(5, 4, *size, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
     try:
         patches = windows.gather(x)
@@ -136,6 +153,7 @@ def test_scattering_is_the_adjoint_of_gathering(windows, size, memory_format):
         pytest.skip("the kernel is larger than the padded map")
     upstream = torch.randn_like(patches)
     (want,) = torch.autograd.grad(patches, x, upstream)
+    torch.testing.assert_close(windows.spread(upstream, x.shape), want, rtol=1e-12, atol=1e-12)
     for layout in (torch.contiguous_format, torch.channels_last):
         before = torch.randn(5, 4, *size, dtype=torch.float64).to(memory_format=layout)
         got = before.clone()
