@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import os
+import select
 import signal
 import sys
 import traceback
@@ -91,6 +92,13 @@ def silence(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _unread(stream: TextIO) -> bool:
+    """Whether it is a pipe whose reader has gone."""
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return any(state & select.POLLERR for _, state in poll.poll(0))
+
+
 def program(main: Callable[P, int]) -> Callable[P, int]:
     """Decorator for a program's `main`: a UserError and `Interrupted` become one line and their status, Ctrl-C 130.
 
@@ -120,9 +128,12 @@ def program(main: Callable[P, int]) -> Callable[P, int]:
         except OSError as error:
             if error.filename is not None or error.errno not in _FULL:  # what files are written says so itself
                 raise
-            silence(sys.stdout)
             if isinstance(error, BrokenPipeError):
+                if not _unread(sys.stdout):  # another pipe
+                    raise
+                silence(sys.stdout)
                 return 128 + signal.SIGPIPE
+            silence(sys.stdout)
             print(f"error: the standard output takes no more: {error.strerror}", file=sys.stderr, flush=True)
             return UserError.status
         except KeyboardInterrupt as error:

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -106,7 +106,8 @@ class Log:
         except OSError as error:
             silence(self._stream)
             told = f"note: cannot print any more ({error.strerror}); {self._dir / METRICS} has what follows"
-            print(told, file=sys.stderr, flush=True)
+            with suppress(OSError):  # which may be the same file
+                print(told, file=sys.stderr, flush=True)
 
     def attach(self, name: str, text: str) -> None:
         """Write a text file into the work directory."""

@@ -166,10 +166,11 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         step = (strides[0] * stride[0], strides[1] * stride[1])
         how = (kernel_size, step, padding, dilation, self.features, self.groups, self.grouping)
         as_authors = not (self.dense_small_maps or self.max_rows)
-        listed = kernel_size == (1, 1) and (as_authors or list_covers(shape[3], step))
-        start = (0, 0)
-        if kernel_size == (1, 1) and padding == (0, 0) and not listed:
-            start = middles(positions, strides, stride)
+        start, listed = (0, 0), False
+        if kernel_size == (1, 1) and (step != (1, 1) or padding != (0, 0)):  # else the two are one
+            listed = as_authors or list_covers(shape[3], step)
+            if padding == (0, 0) and not listed:
+                start = middles(positions, strides, stride)
         return Windows(*how, images, share.rank * shape[0], listed, start)
 
     def patches(self, x: Tensor, padding: Pair) -> Tensor:

@@ -124,9 +124,7 @@ class Pace(NamedTuple):
         """What the step's own covariance then counts. The average starts as the mean of what it has seen."""
         if steps < self.fresh_steps:
             return 1.0
-        first = (
-            self.fresh_steps // self.every
-        )  # in which run of `every` steps the first renewal after the fresh ones is
+        first = self.fresh_steps // self.every  # the run of `every` steps with the first renewal that is averaged
         if first * self.every + first % self.every < self.fresh_steps:
             first += 1
         return max(1 - (1 - self.momentum) ** self.every, 1 / (steps // self.every - first + 1))

@@ -98,6 +98,17 @@ sys.exit(main())
 """
 
 
+OTHER_PIPE = """
+from engine.errors import program
+
+@program
+def main():
+    raise BrokenPipeError(32, "of a loader")
+
+main()
+"""
+
+
 @pytest.mark.parametrize("lines", [1, 3000])
 def test_an_output_that_takes_no_more_is_one_line(lines: int) -> None:
     command = [sys.executable, "-c", PRINTING, str(lines)]
@@ -119,3 +130,7 @@ def test_another_error_of_the_system_is_not_taken_for_it() -> None:
 
     with pytest.raises(OSError, match="Input/output"):
         main()
+
+    # another pipe than the output, whose reader is there
+    done = subprocess.run([sys.executable, "-c", OTHER_PIPE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "BrokenPipeError: [Errno 32] of a loader" in done.stderr
