@@ -52,7 +52,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         max_rows: leave out images, or make the grid of large maps coarser, until the statistics come from about so many
             patches (`strides.thin_out`); 0: take all that the strides leave.
         every: 0: the exact method. n: the shape of D comes from a running covariance, has no gradient, and is renewed
-            in every n-th step; mean and scale stay the batch's (`norm.state.Deconvolving`).
+            once in n steps; mean and scale stay the batch's (`norm.state.Deconvolving`).
         fresh_steps: with `every`, in the first training steps the shape is that of each batch; a frozen layer has none.
         rank: with `every`, the leading directions that are whitened, all others get one gain (`norm.leading`); at most
             2 rank features are all whitened.

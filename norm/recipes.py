@@ -222,8 +222,8 @@ class Deconv(Recipe):
     which then keeps its default; 0: `block` channels. The gcd rule leaves 16 of 80 or 112 channels together, and a 1x1
     layer 64 features."""
     every: int = 0
-    """0: the exact method. n: the shape of D comes from a running covariance, without gradient, renewed in every n-th
-    step; mean and scale stay the batch's, with gradients."""
+    """0: the exact method. n: the shape of D comes from a running covariance, without gradient, renewed once in n
+    steps; mean and scale stay the batch's, with gradients."""
     rank: int = 64
     """With `every`: the leading directions that are whitened; all others get one gain."""
     fresh_steps: int = FRESH_STEPS
@@ -379,7 +379,7 @@ class Deconv(Recipe):
 @dataclass(frozen=True, kw_only=True)
 class DeconvFast(Deconv):
     """Network deconvolution at about batch norm's price: `deconv` with a running shape that has no gradient, whose
-    leading directions are renewed in every fourth step. Another method than the paper's; docs/performance.md compares
+    leading directions are renewed once in four steps. Another method than the paper's; docs/performance.md compares
     them.
 
     It needs about as many patches as a block has features: with two images of 64x64 pixels, whose last maps are 2x2,

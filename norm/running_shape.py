@@ -1,4 +1,4 @@
-"""The running averages of the cheap method: mean and scale move in every training step, the shape of D in every n-th;
+"""The running averages of the cheap method: mean and scale move in every training step, the shape of D once in n;
 in the first steps, when weights change fast, it is that of each batch.
 
 One batch that overflows must not end a training, whose optimiser may have left its step out (`torch.amp.GradScaler`):

@@ -117,7 +117,7 @@ class Deconvolving(Whitening):
 
     With `every` = 0, the method as published, D and its gradient are the batch's, and `running_deconv` averages D. With
     `every` = n, D = S / sqrt(s): mean and scale s are the batch's, with gradients; the shape S, without gradient, is
-    the inverse root of a running covariance, renewed in every n-th step; of more than 2 `rank` features it has only
+    the inverse root of a running covariance, renewed once in n steps; of more than 2 `rank` features it has only
     `rank` leading directions (see `leading`). In the first `fresh_steps` it is that of each batch alone, but not in a
     frozen layer, whose input does not change with the weights.
     """
