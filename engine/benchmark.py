@@ -276,7 +276,9 @@ class _Work:
 
     def align(self) -> None:
         """Step until a round holds all that a norm does."""
-        while not in_step(self.model, self.settings.steps):
+        for _ in range(self.settings.steps):
+            if in_step(self.model, self.settings.steps):
+                return
             self.step()
 
     def whole_round(self) -> None:

@@ -134,8 +134,9 @@ class _Work:
     def row(self, world: int) -> Row:
         """The times so far, and what is sent in a few further steps."""
         repeat = max(getattr(module, "every", 1) or 1 for module in self.prepared.raw.modules())  # see norm.every
-        while not in_step(self.prepared.raw, repeat):
-            self.step(self.batch)
+        for _ in range(repeat):
+            if not in_step(self.prepared.raw, repeat):
+                self.step(self.batch)
         distributed.barrier()
         before = loopback()
         with traffic.Counting() as counting:
