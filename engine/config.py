@@ -122,7 +122,7 @@ class OptimConfig(Section):
     warmup_factor: Fraction = 0.1
     """The share of lr with which the warm-up begins."""
     clip_norm: Positive | None = None
-    """Largest L2 norm of the gradient of all that has a rate above 0; larger ones are scaled down. null: no clipping."""
+    """Largest L2 norm of the gradient of what has a rate above 0; larger ones are scaled down. null: no clipping."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of the exponential moving average of the weights, which is then what is evaluated. null: no average."""
 
