@@ -209,8 +209,13 @@ def records(metrics: Path | str | Sequence[Record]) -> list[Record]:
 
 
 def cycle(count: int) -> list[str]:
-    """Colours of `count` runs."""
-    return [_RUN_COLORS[i % len(_RUN_COLORS)] for i in range(count)]
+    """Colours of `count` runs, of up to 200 no two alike."""
+    if count <= len(_RUN_COLORS):
+        return list(_RUN_COLORS[:count])
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(color) for color in colormaps["turbo"](np.linspace(0.05, 0.95, count))]
 
 
 def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

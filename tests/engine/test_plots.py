@@ -51,6 +51,12 @@ def test_curves_of_several_runs(tmp_path: Path, kept: list[Figure]):
     assert len(kept) == 1 and opened(tmp_path / "c.png").shape == (480, 960, 3)
 
 
+def test_many_runs_have_a_colour_each():
+    assert plots.cycle(6)[:2] == plots.cycle(2)
+    for count in (6, 7, 20, 200):
+        assert len(set(plots.cycle(count))) == count
+
+
 def test_curves_over_another_key_leave_out_rows_without_it(tmp_path: Path):
     found = [{"step": 1, "score": 0.1}, {"step": 2, "time": 5.0, "score": 0.2}, {"time": 7.0, "score": math.nan}]
     with plots.figure(tmp_path / "c.png", (4, 4)) as drawn:
