@@ -72,8 +72,8 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
-"""A path in which ~ is the home folder, as a shell leaves it in data.root=~/x."""
+HomePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+"""A path in which ~ is the home folder, as a shell leaves it in data.root=~/x; that of an unknown user stays."""
 HomeText = Annotated[str, AfterValidator(os.path.expanduser)]
 """The same for a path that may also be a word, such as `pretrained`."""
 

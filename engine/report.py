@@ -186,7 +186,8 @@ class Log:
         if self._board is not None:
             with _told(self._dir):
                 for name, image in found.images.items():
-                    self._board.add_image(name if "/" in name else f"images/{name}", image, step, dataformats="HWC")
+                    tag = show(name if "/" in name else f"images/{name}")
+                    self._board.add_image(tag, image, step, dataformats="HWC")
 
     def curves(self) -> None:
         """Draw loss, rates and score over the steps, from all rows of the metrics file, into `curves.png`."""

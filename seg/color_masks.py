@@ -1,4 +1,4 @@
-"""Masks that show labels as colours, turned into masks of label ids."""
+"""Masks that show labels as colours, or hold label ids in each of several channels, turned into masks of label ids."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.images import check_writable, find_images, read_image, write_png
-from seg.labels import LabelTable, colors_to_ids
+from seg.labels import Ids, LabelTable, channel_of_ids, colors_to_ids, png_header, read_bytes, read_label_ids
+
+_SEVERAL = (2, 4, 6)
+"""PNG's colour types with several channels: RGB, grey and alpha, RGBA."""
 
 
-def convert_masks(masks: Path, out: Path, table: LabelTable) -> int:
+def convert_masks(masks: Path, out: Path, table: LabelTable, ids: bool = False) -> int:
     """Write a PNG of label ids for each colour image below `masks`, at the same place below `out`; how many there are.
+    With `ids` their channels are no colours but hold the label ids.
 
     Raises:
-        UserError: no images, a colour that the table doesn't have (its file is named), `out` can't be written or is the
-            folder of the masks itself.
+        UserError: no images, a colour or id that the table doesn't have (its file is named), `out` can't be written or
+            is the folder of the masks itself.
     """
     if not masks.is_dir():
         raise UserError(f"{masks}: no such folder; expected one with colour masks.")
@@ -25,6 +29,21 @@ def convert_masks(masks: Path, out: Path, table: LabelTable) -> int:
         raise UserError("; ".join(problems) or f"{masks}: no image in it.")
     check_writable(out)
     for item in found:
-        colors = read_image(item.path, opaque=True)  # what lies below transparent pixels is their label, not white
-        write_png(out / f"{item.name}.png", colors_to_ids(colors, table, item.path), inside=out)
+        if ids:
+            converted = _channel(item.path, table)
+        else:  # what lies below transparent pixels is their label, not white
+            converted = colors_to_ids(read_image(item.path, opaque=True), table, item.path)
+        write_png(out / f"{item.name}.png", converted, inside=out)
     return len(found)
+
+
+def _channel(path: Path, table: LabelTable) -> Ids:
+    """The label ids of a PNG, which may hold them in each of its channels."""
+    header = png_header(path, read_bytes(path))
+    if header is None or (header[0] != 8 and header[1] in _SEVERAL):
+        raise UserError(f"{path}: is no PNG of 8 bits a channel, as --ids wants it; save the ids in such a one.")
+    if header[1] in _SEVERAL:
+        return channel_of_ids(read_image(path, opaque=True), table, path)
+    ids = read_label_ids(path)
+    table.to_train_ids(ids, path)  # which looks for unknown ones
+    return ids

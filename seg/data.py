@@ -104,15 +104,15 @@ def normalize(image: Rgb, cfg: DataConfig) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div_(255).sub_(mean).div_(std)
 
 
-def _check_scales(sample: Sample, size: tuple[int, ...], cfg: DataConfig) -> None:
+def check_scales(image: Path, size: tuple[int, ...], cfg: DataConfig) -> None:
     """Raises UserError for an image that the random scaling would reduce to nothing, or to more than can be held."""
     base = cfg.base_size / min(size) if cfg.base_size else 1.0
     thin, pixels = min(size) * base * cfg.scale[0] < 1, size[0] * size[1] * (base * cfg.scale[1]) ** 2
     if thin or pixels > images.MAX_PIXELS:
         raise UserError(
-            f"{sample.image}: has {size[1]} x {size[0]} pixels, too {'thin' if thin else 'many'} to be scaled to a "
+            f"{image}: has {size[1]} x {size[0]} pixels, too {'thin' if thin else 'many'} to be scaled to a "
             f"shorter side of {cfg.base_size or min(size)} times {cfg.scale[0]:g} to {cfg.scale[1]:g} (data.base_size, "
-            "data.scale); take it out of the training split"
+            "data.scale); change these, or take it out of the training split"
         )
 
 
@@ -137,7 +137,8 @@ def augment(
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     import albumentations as A
 
-    base = cfg.base_size / min(mask.shape) if cfg.base_size else 1.0
+    # RandomScale cuts off what is not whole, without the millionth a pixel of the shorter side where it is rounded down
+    base = (cfg.base_size + 1e-6) / min(mask.shape) if cfg.base_size else 1.0
     scale = A.RandomScale(
         (base * cfg.scale[0] - 1, base * cfg.scale[1] - 1),
         cv2.INTER_LINEAR,
@@ -197,7 +198,7 @@ class SegDataset(Dataset[dict[str, Any]]):
         sample = self.samples[index % len(self.samples)]
         image, label = read_pair(sample)
         target = self.labels.to_train_ids(label, str(sample.label))
-        _check_scales(sample, image.shape[:2], self.cfg)
+        check_scales(sample.image, image.shape[:2], self.cfg)
         image, target = augment(image, target, self.cfg, (1, self.seed, epoch, index), self.shares)
         return {
             "image": normalize(image, self.cfg),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,19 +61,21 @@ def parts(split: str) -> list[str]:
 
 
 def samples(cfg: DataConfig, split: str) -> list[Sample]:
-    """The files of a split, or of several joined by +, in a fixed order, every image with its label.
+    """The files of a split, or of several joined by +, in a fixed order, every image with its label. Images of one name
+    in several splits are called by split and name.
 
     Raises:
         UserError: folders or files are missing; the message says what was found, what is expected, how to get it. Or
             splits that are joined have an image in common.
     """
-    found = [sample for part in parts(split) for sample in _samples(cfg, part)]
-    if twice := len(found) - len({sample.image for sample in found}):
+    found = [(part, sample) for part in parts(split) for sample in _samples(cfg, part)]
+    if twice := len(found) - len({sample.image for _, sample in found}):
         raise UserError(
             f"{cfg.root} (data.root): the splits {split} of {cfg.name} have {twice} of their images in common, which "
             "would count twice; name splits without common ones."
         )
-    return found
+    often = Counter((one.city, one.name) for _, one in found)
+    return [replace(one, name=f"{part}/{one.name}") if often[one.city, one.name] > 1 else one for part, one in found]
 
 
 def _samples(cfg: DataConfig, split: str) -> list[Sample]:

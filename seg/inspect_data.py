@@ -20,9 +20,10 @@ from engine.errors import UserError
 from engine.images import stored_orientation
 from seg.cityscapes import Key, Listing
 from seg.config import DataConfig
-from seg.data import read_rgb
+from seg.data import check_scales, read_rgb
 from seg.datasets import listing, near, parts, splits
 from seg.labels import LabelTable, read_instance_ids, read_label_ids, table
+from seg.metrics import instance_label
 from seg.per_image import told
 
 RARE = 0.001
@@ -132,7 +133,13 @@ def inspect(data: DataConfig, say: Callable[[str], None] = print) -> Inspection:
     labels = table(data)
 
     def look(entry: Entry) -> Entry:
-        return _look(entry, labels)
+        _look(entry, labels)
+        if entry.image is not None and entry.size is not None and entry.split in parts(data.train_split):
+            try:
+                check_scales(entry.image, entry.size, data)
+            except UserError as error:
+                entry.problems.append(Problem("image that cannot be scaled", str(error)))
+        return entry
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         seen = list(told(pool.map(look, entries), len(entries), "files", say))
@@ -188,20 +195,14 @@ def _paired(entry: Entry, key: Key, found: Listing) -> Entry:
     return entry
 
 
-def _look(entry: Entry, labels: LabelTable) -> Entry:
+def _look(entry: Entry, labels: LabelTable) -> None:
     """Read the files of an entry and note what is wrong with them."""
     if entry.image is not None:
         _look_at_image(entry, entry.image)
     if entry.label is not None:
         _look_at_label(entry, entry.label, labels)
     if entry.instance is not None:
-        try:
-            instances = read_instance_ids(entry.instance)
-        except UserError as error:
-            entry.problems.append(Problem("unreadable instance ids", str(error)))
-        else:
-            _compare_size(entry, "instance ids", entry.instance, (instances.shape[0], instances.shape[1]))
-    return entry
+        _look_at_instances(entry, entry.instance)
 
 
 def _look_at_image(entry: Entry, path: Path) -> None:
@@ -235,6 +236,20 @@ def _look_at_label(entry: Entry, path: Path, labels: LabelTable) -> None:
     strange = {int(i): int(entry.counts[i]) for i in np.flatnonzero((entry.counts > 0) & (labels.places < 0))}
     if strange:
         entry.problems.append(Problem("unknown label ids", str(labels.unknown_ids(path, strange))))
+
+
+def _look_at_instances(entry: Entry, path: Path) -> None:
+    try:
+        instances = read_instance_ids(path)
+    except UserError as error:
+        entry.problems.append(Problem("unreadable instance ids", str(error)))
+        return
+    _compare_size(entry, "instance ids", path, (instances.shape[0], instances.shape[1]))
+    try:
+        for instance in np.unique(instances[instances > 1000]).tolist():
+            instance_label(instance, str(path))
+    except UserError as error:
+        entry.problems.append(Problem("wrong instance ids", str(error)))
 
 
 def _compare_size(entry: Entry, what: str, path: Path, size: tuple[int, int]) -> None:

@@ -146,8 +146,8 @@ def colors_to_ids(colors: npt.NDArray[np.uint8], table: LabelTable, path: Path |
         shown = f"({code >> 16}, {code >> 8 & 255}, {code & 255})"
         if not found:
             remedy = (
-                "But the mask is grey and all of its values are ids of that table: it seems to hold label ids already, "
-                "which need no conversion."
+                "But the mask is grey and all of its values are ids of that table: it seems to hold label ids already. "
+                "In a PNG of one channel they need no conversion; if it has several, add --ids to take one of them."
                 if _like_ids(present, table)
                 else "Enter it in the label table; colours between two others come from a mask that was resized "
                 "smoothly or saved as JPEG."
@@ -163,6 +163,19 @@ def colors_to_ids(colors: npt.NDArray[np.uint8], table: LabelTable, path: Path |
             )
         ids[place] = meant.id
     return ids[inverse].reshape(colors.shape[:2])
+
+
+def channel_of_ids(channels: npt.NDArray[np.uint8], table: LabelTable, path: Path | str) -> Ids:
+    """Label ids, uint8 (H, W), of a mask whose channels all hold them, uint8 (H, W, 3).
+
+    Raises:
+        UserError: channels that differ, or ids that the table doesn't have; `path` is named.
+    """
+    ids = np.ascontiguousarray(channels[..., 0])
+    if (channels != ids[..., None]).any():
+        raise UserError(f"{path}: has colours, so its channels do not all hold label ids; leave out --ids.")
+    table.to_train_ids(ids, path)
+    return ids
 
 
 def _like_ids(codes: npt.NDArray[np.uint32], table: LabelTable) -> bool:
@@ -251,7 +264,7 @@ def _read_png(path: Path) -> npt.NDArray[Any]:
         raise UserError(
             f"{path}: holds {kind}; expected one channel of label ids. Colour pictures (_color.png) can't be used "
             "here. Convert masks that show labels as colours: `python tools/convert_masks.py MASKS OUT --labels "
-            "labels.yaml`."
+            "labels.yaml`, with --ids such whose channels all hold the label ids."
         )
     if color == 0 and depth >= 8:
         ids = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

@@ -323,17 +323,29 @@ def _instances(pred: Tensor, instances: Tensor, name: str) -> Tensor:
         raise UserError(f"{name}: instance ids of {_size(instances)} pixels for a label of {_size(pred)}.")
     totals = np.zeros((NUM_LABELS, 4))
     for instance, row in _instance_rows(pred, instances):
-        label = instance // 1000
-        if label >= NUM_LABELS:
-            raise UserError(f"{name}: unknown instance id {instance}; expected label id (0-33) * 1000 + number.")
-        if label not in _EVALUATED:
+        label = instance_label(instance, name)
+        if label is None:
             continue
-        if label not in _CATEGORY_OF:
-            raise UserError(f"{name}: instance id {instance}, but the class {LABEL_NAMES[label]!r} has no instances.")
         size, hits, near = row.sum(), row[label], row[_CATEGORY_OF[label]].sum()
         weight = INSTANCE_SIZE[LABEL_NAMES[label]] / float(size)
         totals[label] += np.array([hits, size - hits, near, size - near]) * weight
     return torch.from_numpy(totals).to(pred.device)
+
+
+def instance_label(instance: int, name: str) -> int | None:
+    """The label of an instance id above 1000; None if it is not evaluated.
+
+    Raises:
+        UserError: no such label, or one that has no instances; `name` is named.
+    """
+    label = instance // 1000
+    if label >= NUM_LABELS:
+        raise UserError(f"{name}: unknown instance id {instance}; expected label id (0-33) * 1000 + number.")
+    if label not in _EVALUATED:
+        return None
+    if label not in _CATEGORY_OF:
+        raise UserError(f"{name}: instance id {instance}, but the class {LABEL_NAMES[label]!r} has no instances.")
+    return label
 
 
 def _instance_rows(pred: Tensor, instances: Tensor) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:

@@ -85,6 +85,8 @@ def pair_samples(predictions: Path, samples: Sequence[Sample], data: DataConfig,
     for path in sorted(_pngs(predictions)):
         possible = owners.get(path.stem, [])
         if len(possible) > 1:
+            possible = _as_written(path.relative_to(predictions), possible, samples) or possible
+        if len(possible) > 1:
             possible = _nearest(path.relative_to(predictions).parent, possible, samples, data.root)
         if len(possible) > 1:
             raise UserError(
@@ -109,6 +111,13 @@ def _names(sample: Sample) -> set[str]:
     """What a prediction of the sample may be called, without suffix and folders."""
     files = [Path(sample.name).name, sample.image.stem, *([sample.label.stem] if sample.label else [])]
     return {name + ending for name in files for ending in ("", _WRITTEN)}
+
+
+def _as_written(path: Path, possible: Sequence[int], samples: Sequence[Sample]) -> list[int]:
+    """Those of the samples whose name with its folders is the prediction's, as tools/predict.py writes them, in its
+    folder `labels` or as that folder."""
+    name = path.with_suffix("").as_posix().removesuffix(_WRITTEN)
+    return [place for place in possible if samples[place].name in (name, name.removeprefix("labels/"))]
 
 
 def _nearest(folder: Path, possible: Sequence[int], samples: Sequence[Sample], root: Path) -> list[int]:

@@ -1,9 +1,11 @@
-"""Turn masks that show labels as colours into the PNGs of label ids that training reads.
+"""Turn masks that show labels as colours, or hold label ids in three equal channels, into the PNGs of label ids that
+training reads.
 
 python tools/convert_masks.py color_masks/train OUT/masks/train --labels OUT/labels.yaml
 python tools/convert_masks.py VOC_colours OUT --table voc
 
-Each colour must be that of one label in the table; one that isn't is an error that names file and colour.
+Each colour, with --ids each value, must be that of one label in the table; one that isn't is an error that names file
+and colour.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ def main() -> int:
     table = parser.add_mutually_exclusive_group(required=True)
     table.add_argument("--labels", type=Path, help="a labels.yaml (see seg/label_yaml.py)")
     table.add_argument("--table", choices=TABLES, help="the table of a data set")
+    parser.add_argument("--ids", action="store_true", help="the channels are equal and hold label ids, not colours")
     args = parser.parse_args()
     from seg import label_tables, label_yaml
     from seg.color_masks import convert_masks
 
     labels = label_tables.TABLES[args.table] if args.table else label_yaml.read_table(args.labels)
-    print(f"{convert_masks(args.masks, args.out, labels)} masks converted, in {args.out}")
+    print(f"{convert_masks(args.masks, args.out, labels, args.ids)} masks converted, in {args.out}")
     return 0
 
 

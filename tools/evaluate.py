@@ -100,9 +100,14 @@ def main() -> int:
 
 
 def _score_folder(args: argparse.Namespace) -> None:
+    from engine.images import check_file, check_writable
     from seg.config import data_config
     from seg.evaluate import evaluate_folder, evaluate_predictions, report
 
+    if args.json:
+        check_file(args.json)
+    for folder in filter(None, (args.out, args.json and args.json.parent)):
+        check_writable(folder)
     if args.words:
         scores = evaluate_predictions(args.predictions, data_config(args.words), args.split)
     else:

@@ -129,6 +129,18 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert events.Scalars("score")[0].value == pytest.approx(0.4321)
 
 
+def test_tensorboard_takes_pictures_of_names_that_are_no_text(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    name = os.fsdecode(b"stra\xdfe")
+    with Log(tmp_path, ReportConfig(), stream=io.StringIO()) as log:
+        log.begin(total_steps=10, steps_per_epoch=10, images_per_step=1)
+        log.evaluation(1, Evaluation(0.5, {}, {name: np.zeros((4, 4, 3), np.uint8)}), seconds=1, best=True)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [one.startswith("images/stra") for one in events.Tags()["images"]] == [True]
+
+
 def test_curves(tmp_path: Path) -> None:
     run(tmp_path)
     picture = imread(tmp_path / "curves.png")

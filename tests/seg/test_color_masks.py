@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -75,6 +76,37 @@ def test_masks_that_hold_ids_already(tmp_path: Path, mode: str) -> None:
         colors_to_ids(np.full((2, 2, 3), 34, np.uint8), CITYSCAPES, "m.png")
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "LA", "RGBA"])
+def test_ids_in_each_channel(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "in").mkdir()
+    ids = np.array([[0, 7], [7, 33]], np.uint8)
+    Image.fromarray(ids).convert("L" if mode == "P" else mode).save(tmp_path / "in/a.png")
+    if mode == "P":
+        indices = Image.fromarray(ids)
+        indices.putpalette([value for i in range(256) for value in (255 - i, i, 9)])
+        indices.save(tmp_path / "in/a.png")
+    assert convert_masks(tmp_path / "in", tmp_path / "out", CITYSCAPES, ids=True) == 1
+    assert np.array_equal(read_label_ids(tmp_path / "out/a.png"), ids)
+
+
+def test_ids_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    made = {
+        "has colours, so its channels do not all hold label ids": (Image.new("RGB", (2, 2), (7, 7, 8)), "a.png"),
+        "unknown label ids 34": (Image.new("RGB", (2, 2), (34, 34, 34)), "a.png"),
+        "unknown label ids 99": (Image.new("L", (2, 2), 99), "a.png"),
+        "is no PNG of 8 bits a channel": (Image.new("RGB", (8, 8), (7, 7, 7)), "a.jpg"),
+    }
+    for text, (mask, name) in made.items():
+        mask.save(tmp_path / "in" / name)
+        with pytest.raises(UserError, match=f"{name}: {text}"):
+            convert_masks(tmp_path / "in", tmp_path / "out", CITYSCAPES, ids=True)
+        (tmp_path / "in" / name).unlink()
+    cv2.imwrite(str(tmp_path / "in/a.png"), np.full((2, 2, 3), 7, np.uint16))
+    with pytest.raises(UserError, match="is no PNG of 8 bits a channel"):
+        convert_masks(tmp_path / "in", tmp_path / "out", CITYSCAPES, ids=True)
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_pixels_have_the_colour_that_the_file_holds(tmp_path: Path, mode: str) -> None:
     (tmp_path / "in").mkdir()
@@ -111,5 +143,7 @@ def test_the_program(tmp_path: Path) -> None:
     done = programs.run("convert_masks", *folders, "--labels", tmp_path / "labels.yaml")
     assert done.returncode == 0 and done.stdout == f"1 masks converted, in {tmp_path / 'out'}\n"
     assert (read_label_ids(tmp_path / "out/a.png") == 5).all()
+    done = programs.run("convert_masks", *folders, "--table", "voc", "--ids")
+    assert done.returncode == 0 and (read_label_ids(tmp_path / "out/a.png") == 9).all()
     done = programs.run("convert_masks", *folders, "--table", "voc")
     assert done.returncode == 2 and "a.png: 16 pixels have the colour (9, 9, 9)" in done.stderr

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from engine.errors import UserError
 from engine.images import read_image
 from seg import data
-from seg.config import SegConfig
+from seg.config import DataConfig, SegConfig
 from seg.labels import IGNORE
 
 HOW = "csDownload leftImg8bit_trainvaltest.zip"
@@ -223,6 +223,11 @@ def test_truncated_jpeg(tmp_path: Path) -> None:
         data.read_rgb(files[0])
 
 
+def test_the_home_folder_and_that_of_a_user_who_is_not_known() -> None:
+    assert DataConfig(root="~/x").root == Path.home() / "x"
+    assert DataConfig(root="~no-such-user/x").root == Path("~no-such-user/x")
+
+
 def test_instance_ids_of_another_size(tmp_path: Path) -> None:
     files = write(tmp_path, "val", 1)
     path = Path(str(label_of(files[0])).replace("labelIds", "instanceIds"))
@@ -251,6 +256,16 @@ def test_training_images_that_scaling_would_spoil(
     with pytest.raises(UserError, match=text) as error:
         list(data.train_batches(config(tmp_path, batch_size=1, data=options)).epoch(0))
     assert str(error.value).startswith(f"{path}: has ")
+
+
+@pytest.mark.parametrize("size", [(374, 1238), (375, 1242), (1238, 374), (720, 1280), (123, 457)])
+@pytest.mark.parametrize("base", [100, 128, 512])
+def test_the_shorter_side_is_brought_to_the_base_size(size: tuple[int, int], base: int) -> None:
+    """And not to one pixel less, so that a crop of that size would have a row of padding."""
+    cfg = DataConfig(base_size=base, scale=(1.0, 1.0), crop=(base, base), flip=0.0, color_jitter=0.0)
+    image, mask = np.full((*size, 3), 9, np.uint8), np.zeros(size, np.uint8)
+    image, mask = data.augment(image, mask, cfg, (1,))
+    assert (image == 9).all() and (mask == 0).all()
 
 
 def test_fewer_images_than_a_batch(tmp_path: Path) -> None:

@@ -166,6 +166,22 @@ def test_a_training_on_several_splits(name: str, tmp_path: Path, sample_root: Pa
             config(name, root, train_split=wrong)
 
 
+def test_images_of_one_name_in_joined_splits_are_told_apart(tmp_path: Path) -> None:
+    folder(tmp_path)
+    data = config("folder", tmp_path).data
+    first = datasets.samples(data, "train")[0]
+    assert first.label is not None
+    for path in (first.image, first.label):
+        shutil.copy(path, Path(str(path).replace("/train/", "/val/")))
+    names = [one.name for one in datasets.samples(data, "train+val")]
+    assert {f"train/{first.name}", f"val/{first.name}"} <= set(names) and len(set(names)) == len(names)
+    assert first.name in {one.name for one in datasets.samples(data, "train")} & {
+        one.name for one in datasets.samples(data, "val")
+    }
+    for one in datasets.samples(data, "train+val"):
+        assert one.name.removeprefix("train/").removeprefix("val/") in str(one.image)
+
+
 def test_splits_that_have_images_in_common(tmp_path: Path) -> None:
     kitti(tmp_path)
     with pytest.raises(UserError, match=r"the splits train\+trainval of kitti have \d+ of their images in common"):

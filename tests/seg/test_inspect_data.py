@@ -208,6 +208,24 @@ def test_damaged_instance_ids(copy: Path) -> None:
     assert texts["instance ids of another size than its image"] == f"{second}: 100 x 64, its image 128 x 64"
 
 
+def test_instance_ids_that_scoring_refuses(copy: Path) -> None:
+    first, second, *_ = sorted((copy / "gtFine" / "train").glob("*/*_instanceIds.png"))
+    for path, wrong in ((first, 7001), (second, 34001)):
+        ids = read_instance_ids(path)
+        ids[0, 0] = wrong
+        Image.fromarray(ids).save(path)
+    texts = [problem.text for problem in inspect(copy).problems if problem.kind == "wrong instance ids"]
+    assert texts[0] == f"{first}: instance id 7001, but the class 'road' has no instances."
+    assert texts[1].startswith(f"{second}: unknown instance id 34001") and len(texts) == 2
+
+
+def test_training_images_that_scaling_would_spoil(copy: Path) -> None:
+    too_many = {"base_size": 30000}
+    texts = [one.text for one in inspect(copy, **too_many).problems if one.kind == "image that cannot be scaled"]
+    assert texts[0].startswith(f"{image_files(copy)[0]}: has 128 x 64 pixels, too many to be scaled to a shorter side")
+    assert len(texts) == len(image_files(copy))  # those of val are not scaled at random
+
+
 def test_coarse_labels_are_looked_at_if_training_takes_them(copy: Path) -> None:
     for path in image_files(copy):
         name = path.name.removesuffix("_leftImg8bit.png")

@@ -151,6 +151,34 @@ def test_images_of_one_name_need_their_folders(tmp_path: Path) -> None:
         pair_samples(tmp_path / "b", every, cfg, "val")
 
 
+def test_a_prediction_in_the_images_own_folder_is_that_images(tmp_path: Path) -> None:
+    layouts.folder(tmp_path / "data")
+    cfg = DataConfig(name="folder", root=tmp_path / "data")
+    first = samples(cfg, "val")[0]
+    assert first.label is not None
+    for place in ("", "a", "b", "b/a"):
+        for path in (first.image, first.label):
+            (path.parents[1] / place).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, path.parents[1] / place / path.name)
+    every, name = samples(cfg, "val"), flat(first)
+    assert {f"{place}{name}" for place in ("", "a/", "b/", "b/a/")} <= {one.name for one in every}
+    for place in ("out", "out/labels"):
+        for i, one in enumerate(every):
+            layouts.put(tmp_path / place / f"{one.name}_labelIds.png", np.full((4, 4), i, np.uint8))
+        paths = pair_samples(tmp_path / "out", every, cfg, "val")
+        assert [int(read_label_ids(path)[0, 0]) for path in paths] == list(range(len(every)))
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_where_scores_go_is_looked_at_first(tmp_path: Path) -> None:
+    """Not after minutes of scoring; here there is nothing to score, which would be the error otherwise."""
+    (tmp_path / "file").touch()
+    for option in (["--out", tmp_path / "file"], ["--json", tmp_path / "file" / "x.json"], ["--json", tmp_path]):
+        done = programs.run("evaluate", "--predictions", tmp_path, "--ground-truth", tmp_path / "none", *option)
+        assert done.returncode == 2 and str(option[1]).removesuffix("/x.json") in done.stderr
+        assert "is a folder" in done.stderr or "cannot write there" in done.stderr
+
+
 def test_wrong_predictions_and_splits_without_labels(tmp_path: Path) -> None:
     layouts.folder(tmp_path / "data")
     cfg = DataConfig(name="folder", root=tmp_path / "data")
