@@ -177,6 +177,11 @@ def _collate(items: list[Any]) -> tuple[Any, list[UserError]]:
     return loading.stack(good) if good else None, [item for item in items if isinstance(item, UserError)]
 
 
+def _digest(files: Files, data: DataConfig) -> str:
+    start = len(os.fsencode(data.root))
+    return loading.digest(len(files.labels), (path[start:] for path in files.paths.tolist()))
+
+
 class FolderTrainBatches:
     """One rank's micro-batches of each epoch: {"image" float32 (N, C, size, size), "target" int64 (N,) or, with mixup
     or cutmix, float32 (N, classes), "name" list[str]}, on the CPU.
@@ -200,6 +205,7 @@ class FolderTrainBatches:
     ) -> None:
         where = f"the split {cfg.data.train_split!r} in {cfg.data.root}"
         self.order = loading.Order(len(files.labels), cfg, world, rank, where)
+        self.digest = _digest(files, cfg.data)
         self.seed, self.mixing, self.rank = cfg.runtime.seed, mixing, rank
         self._problems, self._plan = _Problems(cfg.data), loading.Plan()
         dataset = loading.Reporting(FolderDataset(files, cfg.data, normalize, self.seed, train=True))
@@ -242,6 +248,7 @@ class FolderEvalBatches:
 
     def __init__(self, files: Files, cfg: ClassifyConfig, normalize: augment.Normalize, world: int, rank: int) -> None:
         numbers = range(len(files.labels))[rank::world]
+        self.digest = _digest(files, cfg.data)
         self._problems = _Problems(cfg.data)
         self._loader = loading.loader(
             loading.Reporting(FolderDataset(files, cfg.data, normalize, cfg.runtime.seed, train=False)),

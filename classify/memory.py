@@ -21,7 +21,7 @@ from classify import augment, sets
 from classify.config import ClassifyConfig
 from classify.readers import Arrays
 from engine.errors import UserError
-from engine.loading import Order
+from engine.loading import Order, digest
 from engine.memory import show_bytes
 
 Table = npt.NDArray[np.int64]
@@ -113,6 +113,7 @@ class MemoryTrainBatches:
         self.randaugment, self.erasing = augment.randaugment(cfg.data), augment.erasing(cfg.data)
         where = f"the split {cfg.data.train_split!r} of {cfg.data.name}"
         self.order = Order(len(data.labels), cfg, world, rank, where)
+        self.digest = digest(len(data.labels), [data.labels.tobytes()])
         self.padded = F.pad(torch.from_numpy(data.images), (cfg.data.crop_padding,) * 4).to(device)
         self.labels = torch.from_numpy(data.labels).to(device)
         values = self.order.micro_batch * data.images[0].size
@@ -169,6 +170,7 @@ class MemoryEvalBatches:
         self.problems: list[str] = []
         self.normalize, self.size, self.prefix = normalize, cfg.data.eval_batch_size, f"{cfg.data.name}/{split}/"
         self.numbers = range(len(data.labels))[rank::world]
+        self.digest = digest(len(data.labels), [data.labels.tobytes()])
         self.images, self.labels = (torch.from_numpy(array[rank::world]).to(device) for array in data)
 
     def __len__(self) -> int:

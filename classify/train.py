@@ -18,7 +18,7 @@ from engine.loop import Evaluation, Result, fit
 from engine.optim import parameter_groups
 from engine.prepare import prepare, session
 from engine.report import Log
-from engine.resume import open_work_dir
+from engine.resume import check_data, open_work_dir
 
 
 def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None = None) -> Result:
@@ -33,6 +33,8 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
         training = train_batches(cfg, device, distributed.world_size(), distributed.rank())
         validation = eval_batches(cfg, device, world=distributed.world_size(), rank=distributed.rank())
         with open_work_dir(work_dir, loaded, resume) as state, Log(work_dir, cfg.report, resume=state) as log:
+            images_of = {"train": training.digest, "val": validation.digest}
+            check_data(images_of, state)
             if state is not None:  # a class folder that was renamed would give the others' images to other outputs
                 check_classes(network.from_facts(state["meta"]), info, state["path"])
             later = state is None and network.fits_converted(cfg)
@@ -63,5 +65,5 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
                 log=log,
                 work_dir=work_dir,
                 resume=state,
-                meta=network.facts(info),
+                meta={**network.facts(info), "data": images_of},
             )

@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from engine import runs, yaml_layers
 from engine.config import Length, Loaded
 from engine.errors import UserError
+from engine.optim import other_length
 from engine.report import METRICS, read_metrics
 from engine.resume import BEST, BOUND, ENDED, LAST, complete, differences
 
@@ -138,6 +139,8 @@ def look(cell: C) -> Outcome[C]:
     stored = runs.config(cell.run)
     asked = cell.loaded.config.model_dump(mode="json")
     wrong = differences(complete(stored, type(cell.loaded.config)), asked, BOUND if final is None else ENDED)
+    if final is None and (note := _other_schedule(cell, Length.parse(stored["length"]))):
+        wrong.append(note)
     if final is not None:
         was = Length.parse(stored["length"])
         if scored[-1]["step"] > final["step"] or (was.unit == length.unit and was.value > length.value):
@@ -168,6 +171,17 @@ def look(cell: C) -> Outcome[C]:
         seconds=reached.get("seconds"),
         memory=max((row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row), default=None),
     )
+
+
+def _other_schedule(cell: Cell, was: Length) -> str | None:
+    """What to say where a training that has begun with the length `was` would end with another schedule than a new one
+    has; None if not, or if it has logged nothing yet."""
+    row = next((row for row in read_metrics(cell.run / METRICS) if row.get("epoch")), None)
+    per_epoch = 1 if row is None else round(row["step"] / row["epoch"])
+    optim, now = cell.loaded.config.optim, cell.loaded.config.length
+    if (row is None and was.unit != now.unit) or not other_length(optim, was, now, per_epoch):
+        return None
+    return f"length: was {was}, now {now}, and the {optim.schedule} schedule of a new one is another"
 
 
 def listing(todo: Sequence[C]) -> str:

@@ -20,7 +20,15 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import distributed, precision
 from engine.config import ExperimentConfig, Length
 from engine.errors import NotFiniteError, UserError
-from engine.optim import build_ema, build_optimizer, build_schedule, late_milestones, learning_rates, other_length
+from engine.optim import (
+    build_ema,
+    build_optimizer,
+    build_schedule,
+    late_milestones,
+    learning_rates,
+    other_length,
+    rates_at,
+)
 from engine.prepare import Prepared, lost_processes, seed_all
 from engine.report import Evaluation, Log
 from engine.resume import BEST, LAST
@@ -165,7 +173,7 @@ def _plan(cfg: ExperimentConfig, batches: Batches) -> _Plan:
     split = cfg.split(world)
     lengths = distributed.gather(len(batches))
     if len(set(lengths)) > 1:
-        raise ValueError(f"the processes have unequal numbers of batches: {lengths}")
+        raise UserError(f"the processes have {lengths} batches; give all of them the same images")
     per_epoch = len(batches) // split.accumulation
     if per_epoch == 0:
         raise UserError(
@@ -242,6 +250,7 @@ class _Work:
             path = Path(resume.get("path", "checkpoint"))
             remark = state.restore(resume, str(path))
             self.watch.restore(resume.get("unreported"))
+            self.rates = rates_at(state.scheduler, max(0, state.step - 1))  # of a row that is still to come
             if path.resolve().parent != self.dir.resolve():
                 # its best.pt is elsewhere; this folder gets one of its own, even of a training that is finished
                 state.best_score, state.best_step, state.score = None, 0, None
@@ -262,8 +271,10 @@ class _Work:
         if self.evaluate is not None and state.step < plan.total:
             self.evaluation(SANITY_BATCHES)  # an error in the evaluation shows now, not after an epoch
         self.log.begin(total_steps=plan.total, steps_per_epoch=plan.per_epoch, images_per_step=cfg.batch_size)
+        if resume is not None and state.step == plan.total:
+            self.report()  # a signal came before the last row ...
         if resume is not None and state.score is None and plan.due(state.step, cfg.report.eval_every):
-            self.evaluate_and_keep()  # a signal came between the step and its evaluation ...
+            self.evaluate_and_keep()  # ... or between the step and its evaluation ...
         if resume is not None and plan.due(state.step, cfg.report.checkpoint_every):
             missing = [path for path in self.kept() if not path.exists()]  # ... and before this
             if missing:
@@ -379,7 +390,7 @@ class _Work:
         """Never over a good checkpoint with a bad one: first the losses up to here, then the weights."""
         self.watch.check(advice=self.advice())
         self.check_weights()
-        self.state.unreported = self.watch.unreported()
+        self.state.unreported, self.state.elapsed = self.watch.unreported(), self.log.elapsed(self.state.step)
         distributed.at(f"saving step {self.state.step}")
         with self.log.pause():
             self.state.save(*paths)

@@ -63,7 +63,16 @@ def build_optimizer(groups: list[dict[str, Any]], cfg: OptimConfig) -> Optimizer
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """The current rate of each part, by name; `{"lr": rate}` if all are equal."""
-    rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+    return _named({group["name"]: float(group["lr"]) for group in optimizer.param_groups})
+
+
+def rates_at(schedule: LambdaLR, step: int) -> dict[str, float]:
+    """`learning_rates` in the step of this number, counted from 0."""
+    groups = zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True)
+    return _named({group["name"]: float(group["initial_lr"] * factor(step)) for group, factor in groups})
+
+
+def _named(rates: dict[str, float]) -> dict[str, float]:
     return {"lr": next(iter(rates.values()))} if len(set(rates.values())) == 1 else rates
 
 

@@ -47,7 +47,8 @@ class Log:
     """The reports of one run; on all ranks but the first it does nothing.
 
     A `with` block around the training closes the files. `stream` takes the console lines. `resume` is the checkpoint
-    from which the run goes on (of which "step" and "score" are read): what it will do again is taken out of the files.
+    from which the run goes on (of which "step", "score" and "elapsed", see `elapsed`, are read): what it will do
+    again is taken out of the files.
 
     Raises:
         UserError: the work directory cannot be written.
@@ -66,7 +67,9 @@ class Log:
         self._stream = stream or sys.stdout
         self._total = self._per_epoch = self._images_per_step = 0
         resume_step = resume["step"] if resume else 0
-        self._step = self._first_step = resume_step
+        carried = (resume and resume.get("elapsed")) or {}  # older checkpoints lack it
+        self._step, self._first_step = resume_step - int(carried.get("steps", 0)), resume_step
+        self._carried = float(carried.get("seconds", 0.0))
         self._began = self._last = time.monotonic()
         self._paused = 0.0
         self._board: Any = None
@@ -74,7 +77,8 @@ class Log:
             return
         try:
             self._dir.mkdir(parents=True, exist_ok=True)
-            _drop_rows_past(self._dir / METRICS, resume_step, evaluated=bool(resume and resume["score"] is not None))
+            evaluated = bool(resume and resume["score"] is not None)
+            _drop_rows_past(self._dir / METRICS, resume_step, evaluated=evaluated)
             self._metrics = open(self._dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise UserError(f"{self._dir}: cannot write the work directory: {error.strerror}") from None
@@ -82,12 +86,16 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             try:
-                self._board = SummaryWriter(str(self._dir), purge_step=resume_step + 1)
+                self._board = SummaryWriter(str(self._dir), purge_step=resume_step + evaluated)
             except UnicodeEncodeError:
                 raise UserError(
                     f"{self._dir}: TensorBoard writes into no folder whose name is not UTF-8; choose another "
                     "--work-dir, or set report.tensorboard=false"
                 ) from None
+            if not evaluated:  # with an evaluation of this step, which comes again, its losses went
+                for row in read_metrics(self._dir / METRICS):
+                    if row["step"] == resume_step and row["kind"] == "train":
+                        self._plot(resume_step, _scalars(row))
 
     def __enter__(self) -> Log:
         return self
@@ -119,7 +127,11 @@ class Log:
         """Tell the size of the run and start the clock of the throughput and of the time left."""
         self._total, self._per_epoch, self._images_per_step = (total_steps, steps_per_epoch, images_per_step)
         self._began = self._last = time.monotonic()
-        self._paused = 0.0
+        self._paused = -self._carried  # what the last start of this run had computed since its last row
+
+    def elapsed(self, step: int) -> dict[str, float]:
+        """Steps and seconds since the last row, for the checkpoint."""
+        return {"steps": step - self._step, "seconds": time.monotonic() - self._last - self._paused}
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -146,22 +158,18 @@ class Log:
         words += [f"{name if name == 'lr' else 'lr ' + name} {rate:.3g}" for name, rate in rates.items()]
         words += [f"{speed:.1f} img/s", f"{memory / 2**30:.1f} GiB", f"left {_clock(left)}"]
         self.message("  ".join(words))
-        self._write(
-            {
-                "kind": "train",
-                "step": step,
-                "epoch": step / self._per_epoch,
-                "loss": loss,
-                "parts": dict(parts),
-                "rates": dict(rates),
-                "images_per_second": speed,
-                "peak_memory_bytes": memory,
-            }
-        )
-        scalars = {"loss/total": loss, "speed/images_per_second": speed, "memory/peak_GiB": memory / 2**30}
-        scalars.update({f"loss/{name}": value for name, value in parts.items()})
-        scalars.update({f"rate/{name}": value for name, value in rates.items()})
-        self._plot(step, scalars)
+        row = {
+            "kind": "train",
+            "step": step,
+            "epoch": step / self._per_epoch,
+            "loss": loss,
+            "parts": dict(parts),
+            "rates": dict(rates),
+            "images_per_second": speed,
+            "peak_memory_bytes": memory,
+        }
+        self._write(row)
+        self._plot(step, _scalars(row))
         self._step, self._last, self._paused = step, now, 0.0
 
     def evaluation(self, step: int, found: Evaluation, *, seconds: float, best: bool) -> None:
@@ -211,11 +219,23 @@ class Log:
             self._metrics.write(json.dumps(_finite(row)) + "\n")
             self._metrics.flush()
 
-    def _plot(self, step: int, scalars: Mapping[str, float]) -> None:
+    def _plot(self, step: int, scalars: Mapping[str, float | None]) -> None:
         if self._board is not None:
             with _told(self._dir):  # tensorboard's thread hands its errors to whoever writes next
                 for name, value in scalars.items():
-                    self._board.add_scalar(name, value, step)
+                    if value is not None:  # as a file of metrics says that it is not finite
+                        self._board.add_scalar(name, value, step)
+
+
+def _scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """What TensorBoard gets of a row of the training."""
+    return {
+        "loss/total": row["loss"],
+        "speed/images_per_second": row["images_per_second"],
+        "memory/peak_GiB": row["peak_memory_bytes"] / 2**30,
+        **{f"loss/{name}": value for name, value in row["parts"].items()},
+        **{f"rate/{name}": value for name, value in row["rates"].items()},
+    }
 
 
 @contextmanager

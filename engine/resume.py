@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from engine import checkpoint, distributed
 from engine.config import ExperimentConfig, Loaded
 from engine.errors import UserError
+from engine.report import METRICS, read_metrics
 
 LAST = "last.pt"
 BEST = "best.pt"
@@ -45,11 +46,16 @@ def find_resume(work_dir: str | Path, resume: str | Path | None, config: Experim
     or of a folder that holds `last.pt`. The path comes back as the key `path`.
 
     Raises:
-        UserError: the work directory holds a run and `resume` does not name it; no such checkpoint; it is of another
-            configuration (the differing keys are listed).
+        UserError: the work directory holds a run and `resume` does not name it, or the scores of one without
+            checkpoints; no such checkpoint; it is of another configuration (the differing keys are listed).
     """
     folder = Path(work_dir)
     there = sorted(folder.glob("*.pt")) if folder.is_dir() else []
+    if not there and any(row.get("kind") == "eval" for row in read_metrics(folder / METRICS)):
+        raise UserError(
+            f"{folder}: holds the scores of a run ({METRICS}), which would be overwritten, and no checkpoint; "
+            "choose another --work-dir, or move that file away"
+        )
     if resume is None:
         if there:
             raise UserError(
@@ -128,6 +134,44 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def check_data(splits: Mapping[str, str], state: Mapping[str, Any] | None) -> None:
+    """Whether all processes have the same images, and the checkpoint `state`, if there is one, was trained on them.
+
+    Args:
+        splits: "train" and "val", each with its `engine.loading.digest`.
+        state: what `find_resume` found; those of earlier versions do not say.
+
+    Raises:
+        UserError: they differ.
+    """
+    everywhere = distributed.gather(dict(splits))
+    for name, here in splits.items():
+        found = [each[name] for each in everywhere]
+        if other := next((rank for rank, one in enumerate(found) if one != found[0]), 0):
+            raise UserError(
+                f"the processes have different images: of {name!r} process 0 has {found[0]}, process {other} "
+                f"{found[other]} (a number of the names follows that of the images); complete the data on its machine"
+            )
+        then = here if state is None else state["meta"].get("data", {}).get(name, here)
+        if state is not None and then != here:
+            raise UserError(
+                f"{state['path']}: was trained with other images: of {name!r} it had {then}, now there are {here} (a "
+                "number of the names follows that of the images); put them back as they were, or start anew in another "
+                "--work-dir"
+            )
+
+
+def _check_alike(folder: Path, state: Mapping[str, Any] | None) -> None:
+    """Raises UserError unless all processes go on from the same step: else some would spoil what the others know."""
+    steps = distributed.gather(None if state is None else int(state["step"]))
+    if other := next((rank for rank, step in enumerate(steps) if step != steps[0]), 0):
+        told = ["no checkpoint" if step is None else f"one of step {step}" for step in (steps[0], steps[other])]
+        raise UserError(
+            f"{folder}: process 0 finds {told[0]} to go on from there, process {other} {told[1]}; give a --work-dir "
+            "that all machines share, and look whether it is mounted on each"
+        )
+
+
 @contextmanager
 def open_work_dir(
     work_dir: str | Path, loaded: Loaded[Any], resume: str | Path | None
@@ -137,7 +181,8 @@ def open_work_dir(
     The directory belongs to this run alone until the `with` block ends.
 
     Raises:
-        UserError: as `find_resume`; another run works in it; it cannot be made or written.
+        UserError: as `find_resume`; another run works in it; it cannot be made or written; not all processes find the
+            same checkpoint in it.
     """
     folder = Path(work_dir)
     with ExitStack() as held:
@@ -147,6 +192,7 @@ def open_work_dir(
                 held.enter_context(_alone_in(folder))  # before its last.pt is read
         distributed.barrier()
         state = find_resume(folder, resume, loaded.config)
+        _check_alike(folder, state)
         if distributed.is_main():
             with _told(folder):
                 temporary = folder / f".{CONFIG}.tmp"

@@ -80,8 +80,8 @@ class Row:
 def measure(
     workload: Callable[[Any], Workload], variants: Sequence[Variant], processes: Sequence[int], rounds: int = 5
 ) -> list[Row]:
-    """Medians over `rounds` of training steps of all variants in turn, in each number of processes. Every process has a
-    micro-batch of its own and one thread.
+    """Medians over `rounds` of training steps of all variants in turn, in each number of processes; a round has as many
+    steps as a norm needs for all that it does (`norm.every`). Each process has one thread and a micro-batch of its own.
 
     Args:
         workload: a function of a module that gives the work of a config, such as `seg.plan.workload`.
@@ -123,17 +123,19 @@ class _Work:
             skip_fresh_steps(self.prepared.raw)
             self.step = training_step(self.prepared, self.cfg, workload.groups(self.prepared.raw), workload.loss)
             self.batch, self.images = workload.batch(micro), micro
+        self.repeat = max(getattr(module, "every", 1) or 1 for module in self.prepared.raw.modules())  # see norm.every
 
     def once(self, keep: bool) -> None:
         distributed.barrier()
         start = time.perf_counter()
-        self.step(self.batch)
+        for _ in range(self.repeat):
+            self.step(self.batch)
         if keep:
-            self.times.append(time.perf_counter() - start)
+            self.times.append((time.perf_counter() - start) / self.repeat)
 
     def row(self, world: int) -> Row:
         """The times so far, and what is sent in a few further steps."""
-        repeat = max(getattr(module, "every", 1) or 1 for module in self.prepared.raw.modules())  # see norm.every
+        repeat = self.repeat
         for _ in range(repeat):
             if not in_step(self.prepared.raw, repeat):
                 self.step(self.batch)

@@ -74,6 +74,8 @@ class TrainingState:
     best_step: int = 0
     unreported: dict[str, float] | None = None
     """Sums over the steps since the last row of the log, see `engine.watch`."""
+    elapsed: dict[str, float] | None = None
+    """How many steps these are, and the seconds that they took, see `engine.report`."""
     saved: str = field(default="no checkpoint has been written yet")
 
     @property
@@ -111,7 +113,8 @@ class TrainingState:
             "score": self.score,
             "best_score": self.best_score,
             "best_step": self.best_step,
-            "unreported": self.unreported,  # not among the KEYS that a checkpoint must have: older ones lack it
+            "unreported": self.unreported,  # this and the next are not among the KEYS: older checkpoints lack them
+            "elapsed": self.elapsed,
         }
         for path in paths:
             checkpoint.save(path, content)

@@ -223,6 +223,10 @@ class EvalDataset(Dataset[dict[str, Any]]):
         return {"image": image, "label": label, "instance": instance, "sample": sample}
 
 
+def _digest(samples: Sequence[Sample]) -> str:
+    return loading.digest(len(samples), (os.fsencode(f"{one.city}/{one.name}") for one in samples))
+
+
 class TrainBatches:
     """One rank's micro-batches of each epoch: {"image" (N, 3, h, w), "target" (N, h, w), "name" list[str]}.
 
@@ -249,7 +253,7 @@ class TrainBatches:
         cache: Path | None = None,
     ) -> None:
         where = f"the split {cfg.data.train_split!r} in {cfg.data.root}"
-        self.samples = samples
+        self.samples, self.digest = samples, _digest([*samples, *coarse])
         self._order = loading.Order(len(samples), cfg, world, rank, where)
         self.accumulation = self._order.accumulation
         self._plan = loading.Plan()
@@ -287,7 +291,7 @@ class EvalBatches:
     `data.eval_batch_size` items of EvalDataset."""
 
     def __init__(self, samples: Sequence[Sample], cfg: SegConfig, world: int, rank: int) -> None:
-        self.samples = list(samples[rank::world])
+        self.samples, self.digest = list(samples[rank::world]), _digest(samples)
         self._loader = loading.loader(
             loading.Reporting(EvalDataset(self.samples)),
             cfg,

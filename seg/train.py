@@ -14,7 +14,7 @@ from engine.loop import Evaluation, Result, fit
 from engine.optim import parameter_groups
 from engine.prepare import prepare, session
 from engine.report import Log
-from engine.resume import open_work_dir
+from engine.resume import check_data, open_work_dir
 from seg import losses, models, weights
 from seg.config import SegConfig
 from seg.data import EvalBatches, TrainBatches, eval_batches, train_batches
@@ -42,6 +42,8 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
         validation = eval_batches(cfg, world=world_size(), rank=rank())
         check_scorable(cfg.data)
         with open_work_dir(work_dir, loaded, resume) as state, Log(work_dir, cfg.report, resume=state) as log:
+            images_of = {"train": training.digest, "val": validation.digest}
+            check_data(images_of, state)
             if state:
                 check_unchanged(cfg.data, state["meta"], state["path"])  # the file of labels may have changed
             model = models.build(cfg.model, labels.num_classes, pretrained=state is None)
@@ -69,7 +71,7 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
                 log=log,
                 work_dir=work_dir,
                 resume=state,
-                meta={"classes": list(labels.classes), "labels": labels.to_plain()},
+                meta={"classes": list(labels.classes), "labels": labels.to_plain(), "data": images_of},
             )
 
 

@@ -65,7 +65,7 @@ def test_a_thing_named_twice():
 
 
 def test_a_folder_tells_what_was_done(tmp_path: Path):
-    one = cell(tmp_path, steps=4)
+    one = cell(tmp_path, steps=4, optim__schedule="constant")
     assert grid.look(one).state == "open"
     train(one)
     found = grid.look(one)
@@ -73,11 +73,22 @@ def test_a_folder_tells_what_was_done(tmp_path: Path):
     assert found.last is not None and found.best is not None and found.best >= found.last
     assert found.seconds is not None and found.memory is not None and found.memory > 1e7
     assert "IoU/road" in found.scalars
-    longer = cell(tmp_path, steps=8)
+    longer = cell(tmp_path, steps=8, optim__schedule="constant")
     assert grid.look(longer).state == "partly"
     assert grid.listing([longer, cell(tmp_path, "b")]) == (
         f"a: partly, epoch 0.80  {one.run}\nb: open  {tmp_path / 'b'}"
     )
+
+
+@pytest.mark.parametrize("schedule", ["poly", "cosine"])
+def test_a_shorter_schedule_is_not_the_beginning_of_a_longer_one(tmp_path: Path, schedule: str):
+    train(cell(tmp_path, steps=4, optim__schedule=schedule))
+    with pytest.raises(UserError, match=f"length: was 4 steps, now 8 steps, and the {schedule} schedule of a new one"):
+        grid.look(cell(tmp_path, steps=8, optim__schedule=schedule))
+    asked = cell(tmp_path, steps=4, optim__schedule=schedule).loaded.config
+    epochs = asked.model_copy(update={"length": Length(2, "epochs")})
+    with pytest.raises(UserError, match="length: was 4 steps, now 2 epochs"):
+        grid.look(Cell("a", tmp_path / "a", Loaded(epochs, {}, "")))
 
 
 def test_an_end_without_a_score_has_failed_and_says_why(tmp_path: Path):

@@ -338,6 +338,24 @@ def test_signal_saves_and_ends_and_the_rest_is_as_if_nothing_had_happened(
     assert not differing(checkpoint.load(tmp_path / "whole" / "last.pt"), checkpoint.load(folder / "last.pt"))
 
 
+def test_a_signal_in_the_last_step_costs_its_row_nothing(tmp_path: Path) -> None:
+    cfg = config(steps=5)
+    train(cfg, tmp_path / "whole")
+    calls: list[int] = []
+
+    def interrupted(model: nn.Module, batch: Batch) -> Loss:
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return toy.loss(model, batch)
+
+    assert train(cfg, tmp_path / "stopped", loss=interrupted).step == 5
+    train(cfg, tmp_path / "stopped", resume=find_resume(tmp_path / "stopped", "auto", cfg))
+    whole, stopped = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "stopped"))
+    assert all(row.pop("images_per_second") > 1 and row.pop("peak_memory_bytes") for row in [*whole[:3], *stopped[:3]])
+    assert whole == stopped and whole[2]["rates"] and [row["kind"] for row in whole[2:]] == ["train", "eval"]
+
+
 @pytest.mark.parametrize("where", ["step", "evaluation"])
 def test_a_signal_costs_no_checkpoint_that_is_to_be_kept(tmp_path: Path, where: str) -> None:
     every = Length(2, "steps")

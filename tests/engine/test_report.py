@@ -101,6 +101,48 @@ def test_resume_drops_what_is_done_again(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
+def test_a_resumed_run_knows_what_its_last_start_had_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the speed of the steps since the resume would stand for all since the last row."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    sizes = {"total_steps": 1000, "steps_per_epoch": 100, "images_per_step": 8}
+    with Log(tmp_path, QUIET, stream=io.StringIO()) as log:
+        log.begin(**sizes)
+        now[0] += 20
+        log.train(20, 1.0, {}, {"lr": 0.1})
+        now[0] += 15
+        with log.pause():
+            now[0] += 1000
+        elapsed = log.elapsed(35)
+    assert elapsed == {"steps": 15, "seconds": 15.0}
+    now[0] += 9999
+    with Log(tmp_path, QUIET, resume={"step": 35, "score": None, "elapsed": elapsed}, stream=io.StringIO()) as log:
+        log.begin(**sizes)
+        now[0] += 9
+        log.train(40, 1.0, {}, {"lr": 0.1})
+    speeds = [row["images_per_second"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert speeds == pytest.approx([8, 8 * 20 / 24])
+
+
+def test_tensorboard_has_an_evaluation_once_that_a_kill_made_come_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resume in (None, {"step": 4, "score": None}, {"step": 4, "score": 0.5}):
+        with Log(tmp_path, ReportConfig(), resume=resume, stream=io.StringIO()) as log:
+            log.begin(total_steps=10, steps_per_epoch=10, images_per_step=8)
+            if resume is None:
+                log.train(4, 1.5, {"main": 1.5}, {"lr": 0.1})
+            if resume is None or resume["score"] is None:
+                log.evaluation(4, Evaluation(0.5), seconds=1, best=True)
+            log.train(5, 1.0, {"main": 1.0}, {"lr": 0.1})
+        time.sleep(1.1)  # files are read in the order of the seconds in their names
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [one.step for one in events.Scalars("score")] == [4]
+    assert [(one.step, one.value) for one in events.Scalars("loss/main")] == [(4, 1.5), (5, 1.0)]
+    assert [one.step for one in events.Scalars("rate/lr")] == [4, 5]
+
+
 def test_tensorboard_forgets_what_a_run_without_a_checkpoint_wrote(tmp_path: Path) -> None:
     """As metrics.jsonl does: else a run that was killed and starts anew is drawn twice."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from engine import checkpoint
+from engine import checkpoint, loading
 from engine.checkpoint import KEYS
 from engine.config import Loaded
 from engine.errors import UserError
-from engine.resume import differences, find_resume, open_work_dir
+from engine.resume import check_data, differences, find_resume, open_work_dir
 from tests.engine.toy import ToyConfig, config
 
 
@@ -52,6 +52,59 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
         UserError, match=r"holds the checkpoints of a run \(best.pt\), and --resume names .*other/last.pt"
     ):
         find_resume(tmp_path, other, config())
+
+
+def test_scores_whose_checkpoints_are_gone_are_not_overwritten(tmp_path: Path) -> None:
+    rows = ['{"kind": "train", "step": 1, "loss": 1.0}\n', '{"kind": "eval", "step": 2, "score": 0.5}\n']
+    (tmp_path / "metrics.jsonl").write_text(rows[0])  # killed before its first checkpoint: nothing is lost
+    assert find_resume(tmp_path, None, config()) is None and find_resume(tmp_path, "auto", config()) is None
+    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    for resume in (None, "auto", put(tmp_path / "other", config())):
+        with pytest.raises(UserError, match=r"holds the scores of a run \(metrics.jsonl\), which would be overwritten"):
+            find_resume(tmp_path, resume, config())
+    put(tmp_path, config())
+    assert find_resume(tmp_path, "auto", config()) is not None
+
+
+def on_two(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """As if there were another process, whose part in what is gathered is what `change` makes of this one's."""
+    monkeypatch.setattr("engine.distributed.gather", lambda value: [value, change(value)])
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_all_processes_go_on_from_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str | None
+) -> None:
+    """A folder that is not mounted everywhere would average a trained network with a fresh one."""
+    loaded = Loaded(config(), {}, "")
+    on_two(monkeypatch, lambda value: value)
+    with open_work_dir(tmp_path, loaded, resume) as state:
+        assert state is None
+    put(tmp_path, config())
+    with open_work_dir(tmp_path, loaded, "auto") as state:
+        assert state is not None
+    for other, told in ((None, "no checkpoint"), (3, "one of step 3")):
+        on_two(monkeypatch, lambda value, other=other: other)
+        with (
+            pytest.raises(UserError, match=f"process 0 finds one of step 7 to go on from there, process 1 {told};"),
+            open_work_dir(tmp_path, loaded, "auto"),
+        ):
+            raise AssertionError("it went on")
+
+
+def test_the_images_are_the_same_everywhere_and_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = {"train": loading.digest(3, [b"a", b"b", b"c"]), "val": loading.digest(1, [b"d"])}
+    state = {"path": "x/last.pt", "meta": {"data": dict(splits)}}
+    for known in (None, state, {**state, "meta": {}}):
+        check_data(splits, known)
+    other = {**splits, "val": loading.digest(1, [b"e"])}
+    assert other["val"] != splits["val"] and other["val"].startswith("1 images, ")
+    assert loading.digest(2, [b"ab", b"c"]) != loading.digest(2, [b"a", b"bc"])
+    with pytest.raises(UserError, match=r"x/last.pt: was trained with other images: of 'val' it had 1 images, "):
+        check_data(other, state)
+    on_two(monkeypatch, lambda value: {**value, "train": "2 images, 0"})
+    with pytest.raises(UserError, match=r"of 'train' process 0 has 3 images, \w+, process 1 2 images, 0 "):
+        check_data(splits, None)
 
 
 def test_missing_checkpoint(tmp_path: Path) -> None:

@@ -75,6 +75,23 @@ def test_two_processes_send_what_was_said(tmp_path: Path) -> None:
     assert len(table.splitlines()) == 1 + 2 * len(scaling.NETWORKS) and "1024 GPUs" in table
 
 
+def test_a_round_is_all_that_a_norm_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`deconv_fast` renews in one step of four, which the median of single steps would leave out."""
+    fast = config(norm__name="deconv_fast", norm__stem_freeze=False, norm__rank=8, batch=4)
+    work = scaling._Work(workload(fast), scaling.Variant("fast", fast))
+    now, done = [0.0], []
+
+    def step(batch: object) -> None:
+        done.append(1)
+        now[0] += 5.0 if len(done) % 4 == 0 else 1.0
+
+    monkeypatch.setattr(scaling.time, "perf_counter", lambda: now[0])
+    work.step = step
+    for keep in (False, True, True):
+        work.once(keep)
+    assert work.times == [2.0, 2.0] and len(done) == 12
+
+
 def test_bytes_that_a_machine_sent_to_itself(tmp_path: Path) -> None:
     text = "Inter-|   Receive\n face |bytes\n    lo: 11 1 0 0 0 0 0 0 5678 1 0 0 0 0 0 0\n"
     (tmp_path / "dev").write_text(text)
