@@ -34,9 +34,9 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
         validation = eval_batches(cfg, device, world=distributed.world_size(), rank=distributed.rank())
         with open_work_dir(work_dir, loaded, resume) as state, Log(work_dir, cfg.report, resume=state) as log:
             images_of = {"train": training.digest, "val": validation.digest}
-            check_data(images_of, state)
             if state is not None:  # a class folder that was renamed would give the others' images to other outputs
                 check_classes(network.from_facts(state["meta"]), info, state["path"])
+            check_data(images_of, state)
             later = state is None and network.fits_converted(cfg)
             model, weights = network.build(cfg.model, info, pretrained=state is None and not later)
             images = network.blank_images(info) if state else (batch["image"] for batch in training.epoch(0))

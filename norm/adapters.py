@@ -36,6 +36,8 @@ _STATIC_SAME_CONV = {f"{_SMP_EFFICIENTNET}.Conv2dStaticSamePadding"}
 _STANDARDISED = {"timm.layers.std_conv.StdConv2d", "timm.layers.std_conv.ScaledStdConv2d"}
 _STANDARDISED_SAME = {f"{name}Same" for name in _STANDARDISED}
 """Standardised, and padded as Conv2dSame where `same_pad` says so (DeepMind's NFNets, hybrid transformers)."""
+_PLAIN_LINEAR = {"timm.layers.linear.Linear"}
+"""They compute what torch's does, but when they are scripted under autocast."""
 # Linear layers whose weight another module reads: replacing them would change nothing or break it.
 _READ_BY_OTHERS = {"torch.nn.modules.linear.NonDynamicallyQuantizableLinear"}
 _READERS = {
@@ -104,7 +106,7 @@ def take_apart(layer: nn.Module, kind: Kind) -> tuple[nn.Module, Rebuild]:
     name = class_name(layer)
     if "forward" in vars(layer):
         raise NormError("has a forward of its own, set on the layer, which would be lost")
-    if type(layer) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d):
+    if type(layer) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d) or name in _PLAIN_LINEAR:
         return layer, _as_it_is
     if type(layer) is nn.SyncBatchNorm:
         return _plain_norm(layer), _synchronised

@@ -8,7 +8,7 @@ from torch import Tensor
 from norm import processes, whitening
 from norm.checks import NormError, check_options
 from norm.processes import Traffic
-from norm.products import product
+from norm.products import product, without_autocast
 from norm.sampling import Rows
 from norm.state import Whitening
 from norm.strides import Grouping
@@ -96,7 +96,7 @@ class ChannelDeconv(Whitening):
         if x.numel() == 0 and not (self.training and self._joint()):
             return x  # no image, no statistics, as in the layers
         whole = x.shape[1] - x.shape[1] % self.block
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with without_autocast(x.device):
             wide = x if x.dtype == torch.float64 else x.float()
             parts = [self._whiten(wide[:, :whole])]
             if whole < x.shape[1]:
@@ -136,9 +136,10 @@ class ChannelDeconv(Whitening):
             sampled = rows[:, :: self._every(x)].t()
             _, mean, deconv = whitening.statistics(sampled, Rows(self.block), self.eps, self.n_iter, self._joint())
             self._move((self.running_mean, mean), (self.running_deconv, deconv))
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() or torch.jit.is_tracing():
             deconv = deconv.clone()  # which a training step may move before the gradient is taken
-        white = product(deconv, rows - mean[:, None]).view(blocks.shape)
+        times = product if self.training else torch.matmul  # whose gradients have gradients
+        white = times(deconv, rows - mean[:, None]).view(blocks.shape)
         if self.grouping == "channel":
             white = white.transpose(0, 1)
         return white.reshape(channels.shape).transpose(0, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from norm import calibration
 from norm.adapters import class_name, kind_of, not_over_images
+from norm.checks import NormError
 from norm.plan import Overrides, Swap, plan
 from norm.products import FEW_STEPS
 from norm.registry import Recipe, recipe
@@ -24,6 +25,7 @@ _COMPUTED = "torch.nn.utils."
 """Where the hooks live that set a layer's weight before each call."""
 
 
+_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """What torch keeps in each module: its children, parameters, hooks."""
 
@@ -156,7 +158,17 @@ def _warn_of_rounded_products(swaps: Iterable[Swap]) -> None:
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put `replacements[id(layer)]` wherever `layer` stands below `model`, in plain lists of its modules too."""
+    """Put `replacements[id(layer)]` wherever `layer` stands below `model`, in plain lists of its modules too.
+
+    Raises:
+        NormError: a layer that is compiled by itself.
+    """
+    for name, parent in model.named_modules():
+        if class_name(parent) == _COMPILED and any(id(child) in replacements for child in parent.children()):
+            raise NormError(
+                f"{name or 'the network'}: torch.compile(layer) goes on with the layer that it was given; convert and "
+                "fold layers before they are compiled"
+            )
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child is not None and id(child) in replacements:

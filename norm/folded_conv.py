@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from norm import whitening
-from norm.products import full_precision
+from norm.products import autocasts, full_precision, without_autocast
 from norm.strides import Grouping, Pair
 from norm.whitening import Statistics
 
@@ -42,17 +42,16 @@ def worth_it(products: int, images: int, positions: Pair) -> bool:
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, found: Statistics, how: Geometry, anew: bool) -> Tensor:
     """The convolution of x (N, C, H, W) with the weight and bias of `whitening.fold_weight`, in the dtype that
     F.conv2d has under autocast; folded `anew` in the backward, or kept for it."""
-    device = x.device.type
     if _autocast(x):
-        x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    with without_autocast(x.device):
         y: Tensor = _FoldedConv.apply(x, weight, bias, *found, how, anew)  # type: ignore[no-untyped-call]
         return y
 
 
 def _autocast(x: Tensor) -> bool:
     """Whether autocast has a say in what a layer computes with x: it leaves float64 as it is."""
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return autocasts(x.device) and x.dtype != torch.float64
 
 
 def product_dtype(autocast: torch.dtype) -> torch.dtype | None:

@@ -16,6 +16,7 @@ from norm import folded_conv, processes
 from norm.checks import FRESH_STEPS, NormError, check_options
 from norm.folded_conv import Geometry
 from norm.processes import ALONE, Share
+from norm.products import autocasts
 from norm.sampling import Rows, Windows
 from norm.state import Deconvolving
 from norm.strides import Grouping, Pair, dense_strides, list_covers, middles, output_size, resolve_block, thin_out
@@ -200,7 +201,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             how = self._geometry(padding)
             return folded_conv.conv(x, self.effective_weight(), self.bias, found, how, self._refolds(x, how))
         weight, bias = self.folded()
-        dtype = weight.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = weight.dtype if autocasts(x.device) else x.dtype
         weight, bias = folded_conv.like(self.weight, weight, dtype), bias.to(dtype)
         return folded_conv.plain(x, weight, bias, self._geometry(padding))
 
@@ -242,6 +243,8 @@ class FastDeconv(Deconvolving, nn.Conv2d):
 class Delinear(Deconvolving, nn.Linear):
     """A Linear layer that whitens its input in blocks of `block` features; the rules are FastDeconv's.
 
+    In training one vector alone is treated as in evaluation, with a warning: it has no covariance.
+
     Shape: (..., in_features) -> (..., out_features). Buffers: running_mean (block,), running_deconv (block, block).
 
     Raises:
@@ -280,14 +283,25 @@ class Delinear(Deconvolving, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         x = input
         self._check_dtype(x, self.weight.dtype)
-        if self.training:
+        if self.training and not self._single(x):
             x, found = self._training_statistics(x, Rows(self.block))
             weight, bias = folded_conv.folded(x, self.effective_weight(), self.bias, found)
         else:
             weight, bias = self.folded()
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasts(x.device):
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         return F.linear(x, weight, bias)
+
+    def _single(self, x: Tensor) -> bool:
+        """Whether there is one vector alone, which has no covariance: its average with others would be far off."""
+        single = x.numel() == self.in_features and not self._joint()
+        if single and not torch.compiler.is_compiling():
+            warnings.warn(
+                "Delinear: one vector alone has no covariance; it is taken with the averages, as in evaluation, and "
+                "they stay. Give two images or more, in an epoch's last batch too: DataLoader(..., drop_last=True)",
+                stacklevel=3,
+            )
+        return single
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, block={self.block}, n_iter={self.n_iter}, eps={self.eps}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -33,13 +34,23 @@ def root_dtype(x: Tensor, features: int, n_iter: int) -> torch.dtype:
     return torch.float64 if precise or x.dtype == torch.float64 else torch.float32
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for this device; there is none for meta."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Turns autocast off for this device."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def full_precision(backward: Callable[..., T]) -> Callable[..., T]:
     """For the backward of an autograd function: without autocast, which a compiled graph's backward has from its
     forward (an eager one's has none)."""
 
     @functools.wraps(backward)
     def wide(ctx: Any, grad: Tensor, *others: Any) -> T:
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             return backward(ctx, grad, *others)
 
     return wide

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from norm import leading, processes, recorded, whitening
 from norm.matmul import matmul
-from norm.products import root_dtype
+from norm.products import root_dtype, without_autocast
 from norm.whitening import Statistics
 
 _FIRST_PASSES = 4
@@ -195,7 +195,7 @@ def move(
     dtype = root_dtype(held.deconv, held.inner.shape[-1], n_iter)
     mean, scale, patches = mean.to(dtype), scale.to(dtype), patches.to(dtype)  # perhaps a view of the layer's input
     rate = rate.to(dtype) if isinstance(rate, Tensor) else rate
-    with torch.autocast(mean.device.type, enabled=False):
+    with without_autocast(mean.device):
         centred = patches - mean.view(*patches.shape[:-1], 1)
         rows = torch.full_like(scale, patches.shape[-1])
         rows = processes.total_(rows) if joint else rows

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from norm import leading, processes, recorded, whitening
 from norm.checks import NormError
 from norm.processes import Traffic
-from norm.products import root_dtype
+from norm.products import autocasts, root_dtype
 from norm.running_shape import Averages, Pace, follow, follow_in_a_graph, if_finite
 from norm.sampling import Sampler
 from norm.strides import Grouping
@@ -57,9 +57,7 @@ class Whitening(nn.Module):
     def _check_dtype(self, x: Tensor, expected: torch.dtype | None = None) -> None:
         """Raises NormError where a plain layer would refuse the input, of which a whitening one makes zeros: images in
         integers, or another float than `expected`, but not under autocast."""
-        if not x.is_floating_point() or not (
-            expected is None or x.dtype == expected or torch.is_autocast_enabled(x.device.type)
-        ):
+        if not x.is_floating_point() or not (expected is None or x.dtype == expected or autocasts(x.device)):
             wanted = "a floating-point tensor" if expected is None else f"a tensor of {expected}"
             raise NormError(
                 f"{type(self).__name__} got an input of {x.dtype}; expected {wanted}: convert it (images in integers: "
@@ -218,7 +216,8 @@ class Deconvolving(Whitening):
         """Weight and bias of the plain layer that this one is in evaluation."""
         layer: Any = self
         # a training step may come before the gradient of this evaluation is taken
-        found = self._held_copies() if torch.is_grad_enabled() else self._held_statistics()
+        copied = torch.is_grad_enabled() or torch.jit.is_tracing()  # which looks at both, and wants them alike
+        found = self._held_copies() if copied else self._held_statistics()
         return whitening.fold_weight(self.effective_weight(), layer.bias, found, self.groups, self.grouping)
 
     def set_statistics(self, mean: Tensor, covariance: Tensor) -> None:

@@ -51,11 +51,13 @@ def middles(positions: Pair, strides: Pair, stride: Pair) -> Pair:
 
 
 def thin_out(images: int, blocks: int, positions: Pair, strides: Pair, most_rows: int) -> tuple[int, Pair]:
-    """(take every so many-th image, sampling strides) that leave about `most_rows` rows, less than twice as many on
-    small maps.
+    """(take every so many-th image, sampling strides) that leave about `most_rows` rows: on small maps from two thirds
+    to less than twice as many, unless that were a single image.
 
-    Statistics depend on a window's place, so small maps (up to 64 windows) keep all windows and lose images. On larger
-    maps an image's mean and scale are not the batch's: all images stay, and the grid gets coarser, down to 36 windows.
+    Statistics depend on a window's place, so small maps (up to 64 windows) keep all windows and lose images. Those that
+    are taken are an odd number apart, since batches may have an order: of pairs, or clips of eight frames, every second
+    image, or every eighth, is of one kind. On larger maps an image's mean and scale are not the batch's: all images
+    stay, and the grid gets coarser, down to 36 windows.
     """
 
     def windows(each: Pair) -> int:
@@ -68,4 +70,6 @@ def thin_out(images: int, blocks: int, positions: Pair, strides: Pair, most_rows
                 break
             strides = wider
         return 1, strides
-    return max(1, min(images, images * blocks * windows(strides) // most_rows)), strides
+    apart = images * blocks * windows(strides) // most_rows
+    most = images - 1 - images % 2  # odd, and leaves two images
+    return max(1, min(apart + (apart % 2 == 0), most)), strides

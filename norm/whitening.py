@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from norm import leading, moments, processes
 from norm.matmul import fused, matmul
-from norm.products import FEW_STEPS, Products, full_precision, root_dtype
+from norm.products import FEW_STEPS, Products, full_precision, root_dtype, without_autocast
 from norm.sampling import Sampler, Windows
 from norm.strides import Grouping
 
@@ -145,7 +145,7 @@ class _MeanAndScale(torch.autograd.Function):
 def mean_and_scale(x: Tensor, sampler: Sampler, eps: float, joint: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """x, for the layer to go on with; mean (F,) or (G F,), scale () or (G,), of all processes' patches if `joint`.
     float32 under autocast, float64 stays float64."""
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with without_autocast(x.device):
         x, mean, scale = _MeanAndScale.apply(x, sampler, eps, joint)  # type: ignore[no-untyped-call]
         return x, mean.flatten(), scale
 
@@ -235,7 +235,7 @@ def statistics(
 
     float32 under autocast, float64 stays float64; see `root_dtype`.
     """
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with without_autocast(x.device):
         wide = torch.promote_types(x.dtype, torch.float32)
         dtype = root_dtype(x, sampler.features, n_iter)
         x, mean, covariance = _Moments.apply(x, sampler, eps, joint, dtype)  # type: ignore[no-untyped-call]
@@ -248,7 +248,7 @@ def statistics(
 
 def traced_mean_and_scale(x: Tensor, sampler: Sampler, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The patches, (F, rows) or (G, F, rows), and `mean_and_scale`, for the compiler."""
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with without_autocast(x.device):
         if isinstance(sampler, Windows) and not sampler.interleaved(x.shape[1]):
             patches, mean, variance = moments.TracedMoments.apply(x, sampler)  # type: ignore[no-untyped-call]
             return patches, mean.flatten(), variance + eps
@@ -327,7 +327,7 @@ def fold_weight(
     """Weight W D and bias b - W D mu of the ordinary convolution or linear layer, in the dtype of the statistics; the
     product W D in `dtype`, if that is given."""
     mean, features = found.mean, found.deconv.shape[-2]
-    with torch.autocast(device_type=weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         folded = times_deconv(weight, found, groups, grouping, dtype)
         rows = split_weight(folded, features, groups, grouping).to(mean.dtype)
         mean = mean.view(groups, features) if groups > 1 else mean

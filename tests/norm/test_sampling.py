@@ -85,14 +85,25 @@ def test_channel_blocks_are_neighbours_and_published_blocks_interleave_features(
 
 
 def test_rows_are_saved_by_images_on_small_maps_and_by_the_grid_on_large_ones():
-    assert strides.thin_out(128, 8, (4, 4), (1, 1), 4000) == (4, (1, 1))
+    assert strides.thin_out(128, 8, (4, 4), (1, 1), 4000) == (5, (1, 1))
     assert strides.thin_out(32, 1, (4, 4), (1, 1), 4000) == (1, (1, 1))
-    assert strides.thin_out(128, 1, (16, 16), (2, 2), 4000) == (2, (2, 2))
+    assert strides.thin_out(128, 1, (16, 16), (2, 2), 4000) == (3, (2, 2))
     assert strides.thin_out(128, 1, (32, 32), (3, 3), 4000) == (1, (6, 6))  # 36 windows stay
     assert strides.thin_out(2, 4, (64, 128), (3, 3), 4000) == (1, (5, 5))
-    assert strides.thin_out(2, 16, (1, 1), (1, 1), 4) == (2, (1, 1))  # never fewer than one image
     layer = FastDeconv(8, 4, 3, padding=1, block=4, dense_small_maps=True, max_rows=40)
     assert layer.patches(torch.randn(6, 8, 4, 4), (1, 1)).shape == (36, 2 * 16 * 2)
+
+
+@pytest.mark.parametrize("most_rows", [1, 4, 50, 400])
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 7, 8, 32, 128])
+def test_images_are_an_odd_number_apart_and_at_least_two(images, most_rows):
+    """Of batches in pairs or clips of frames an even number apart would all be of one kind."""
+    apart, same = strides.thin_out(images, 4, (2, 3), (1, 1), most_rows)
+    taken = range(0, images, apart)
+    assert apart % 2 == 1 and same == (1, 1) and len(taken) >= min(images, 2)
+    assert apart == 1 or len({image % 2 for image in taken}) == 2
+    few = len(taken) <= 3  # then what is missing is whole images
+    assert apart == 1 or few or 2 / 3 * most_rows - 24 <= len(taken) * 24 < 2 * most_rows + 24
 
 
 @pytest.mark.parametrize("side", [8, 16, 32, 36, 48, 64, 90, 128])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from timm.layers.conv2d_same import Conv2dSame
@@ -19,7 +20,7 @@ from torchvision.ops import DeformConv2d
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import norm
-from norm import ChannelDeconv, Delinear, FastDeconv
+from norm import ChannelDeconv, Delinear, FastDeconv, NormError
 from norm.other_layers import ChannelAffine
 
 D64 = torch.float64
@@ -271,3 +272,82 @@ def test_convolutions_that_standardise_and_pad_unevenly(kind: type[nn.Conv2d], s
     torch.testing.assert_close(plain(x), want)
     assert type(plain[0]) is (Conv2dSame if stride == 2 else nn.Conv2d)
     assert report.deviation is not None and report.deviation < 1e-9
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 4}, {"block": 4}, {"gain": True}], ids=str)
+def test_one_vector_alone_is_taken_with_the_averages(options: dict[str, Any]) -> None:
+    """An epoch's last batch of one image: its covariance is eps I, and the average with it would be far off."""
+    torch.manual_seed(0)
+    layer = Delinear(16, 3, **options)
+    for _ in range(3):
+        layer(torch.randn(32, 16))
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.randn(1, 16, requires_grad=True)
+    with pytest.warns(UserWarning, match="one vector alone has no covariance.*drop_last=True"):
+        y = layer(x)
+    y.sum().backward()
+    assert layer.training and x.grad is not None and layer.weight.grad is not None
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert torch.equal(y, layer.eval()(x))
+    layer.train()(torch.randn(2, 16))
+    assert not torch.equal(layer.running_mean, before["running_mean"])
+
+
+@pytest.mark.parametrize("name", ["deconv", "deconv_fast"])
+def test_timms_linear_layer_is_a_plain_one(name: str) -> None:
+    model = timm.create_model("mobilenetv3_small_050", num_classes=5)
+    assert type(model.classifier) is not nn.Linear
+    norm.convert(model, name, fc_block=64)
+    assert isinstance(model.classifier, Delinear)
+    model.train()(torch.randn(3, 3, 64, 64))
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(norm.fold(model.eval())(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deconv", "deconv_fast"])
+@pytest.mark.parametrize("delinear", [True, False])
+def test_second_and_forward_derivatives_in_evaluation(name: str, delinear: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 2)).double()
+    norm.convert(model, name, fc_block=8, delinear=delinear)
+    x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    model(x)
+    model.eval()
+    torch.autograd.gradcheck(model, x.clone().requires_grad_(), check_forward_ad=True)
+    torch.autograd.gradgradcheck(model, x.clone().requires_grad_())
+    assert torch.func.grad(lambda each: model(each).sum())(x).shape == x.shape
+
+
+@pytest.mark.parametrize("delinear", [True, False])
+def test_a_converted_network_is_traced(delinear: bool) -> None:
+    """As TensorBoard's add_graph does, with gradients; the tracer looks whether it comes to the same without."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    norm.convert(model, "deconv", fc_block=8, delinear=delinear)
+    x = torch.randn(3, 3, 6, 6)
+    model(x)
+    traced = torch.jit.trace(model.eval(), x)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["deconv", "deconv_fast"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_converted_network_runs_on_meta(name: str, training: bool) -> None:
+    """For the sizes of what it computes."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+        norm.convert(model, name, fc_block=64)
+        y = model.train(training)(torch.empty(5, 3, 6, 6))
+        y.sum().backward()
+    assert y.is_meta and y.shape == (5, 2)
+
+
+def test_a_layer_that_is_compiled_by_itself_is_refused() -> None:
+    """Its wrapper goes on with the old layer, whatever stands in its place."""
+    model = nn.Sequential(torch.compile(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(NormError, match=r"^0: torch.compile\(layer\) goes on with the layer that it was given"):
+        norm.convert(model, "deconv")
+    assert [name for name, _ in model.named_modules()] == names and isinstance(model[1], nn.BatchNorm2d)
+    whole = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    norm.convert(whole, "deconv")
+    assert any(isinstance(layer, FastDeconv) for layer in whole.modules())
