@@ -292,9 +292,12 @@ class Delinear(Deconvolving, nn.Linear):
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         return F.linear(x, weight, bias)
 
+    def alone(self, x: Tensor) -> bool:
+        """Whether x is one vector, of all processes: the average of its covariance, 0, with others would be far off."""
+        return x.numel() == self.in_features and not self._joint()
+
     def _single(self, x: Tensor) -> bool:
-        """Whether there is one vector alone, which has no covariance: its average with others would be far off."""
-        single = x.numel() == self.in_features and not self._joint()
+        single = self.alone(x)
         if single and not torch.compiler.is_compiling():
             warnings.warn(
                 "Delinear: one vector alone has no covariance; it is taken with the averages, as in evaluation, and "

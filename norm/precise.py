@@ -19,6 +19,7 @@ from norm import processes
 from norm.channel_deconv import ChannelDeconv
 from norm.checks import NormError
 from norm.inputs import check_network, float_batches
+from norm.layers import Delinear
 from norm.state import Deconvolving
 
 
@@ -94,8 +95,9 @@ def _anew(layer: nn.Module) -> Iterator[Callable[[], int]]:
         x = next(iter((*args, *kwargs.values())), None)
         joint = processes.active() and (isinstance(module, nn.SyncBatchNorm) or getattr(module, "sync", False))
         empty = isinstance(x, Tensor) and x.numel() == 0 and not joint
+        alone = isinstance(module, Delinear) and isinstance(x, Tensor) and module.alone(x)
         # a batch norm's own hook may have it leave a single value out (`engine.single_values`)
-        if empty or not module.training:
+        if empty or alone or not module.training:
             return
         calls += 1
         module.momentum = 1 / calls  # type: ignore[assignment]

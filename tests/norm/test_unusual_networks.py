@@ -351,3 +351,17 @@ def test_a_layer_that_is_compiled_by_itself_is_refused() -> None:
     whole = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     norm.convert(whole, "deconv")
     assert any(isinstance(layer, FastDeconv) for layer in whole.modules())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_vector_alone_does_not_count_in_precise_statistics(first: bool) -> None:
+    torch.manual_seed(0)
+    layer, batches = Delinear(16, 3), [torch.randn(32, 16), torch.randn(32, 16)]
+    wanted, found = copy.deepcopy(layer), copy.deepcopy(layer)
+    assert norm.precise_statistics(wanted, batches) == 1
+    with pytest.warns(UserWarning, match="one vector alone"):
+        assert norm.precise_statistics(
+            found, [torch.randn(1, 16), *batches] if first else [*batches, torch.randn(1, 16)]
+        )
+        assert norm.precise_statistics(layer, torch.randn(1, 16)) == 0
+    assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in found.state_dict().items())
