@@ -114,7 +114,8 @@ def program(main: Callable[P, int]) -> Callable[P, int]:
             os.environ.setdefault(name, level)
         try:
             status = main(*args, **kwargs)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # as it is where the standard output was closed at the start (`>&-`)
+                sys.stdout.flush()
             return status
         except UserError as error:
             rank = os.environ.get("RANK")  # of several processes, the one that has the error

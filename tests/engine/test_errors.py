@@ -109,6 +109,13 @@ main()
 """
 
 
+def test_a_standard_output_that_is_closed_is_no_failure() -> None:
+    """A daemon's, say: what was done is done, and the status says so."""
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "tools/train.py", "configs/seg/sample.yaml", "--show"]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 @pytest.mark.parametrize("lines", [1, 3000])
 def test_an_output_that_takes_no_more_is_one_line(lines: int) -> None:
     command = [sys.executable, "-c", PRINTING, str(lines)]
