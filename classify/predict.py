@@ -120,7 +120,8 @@ def classify_files(
         say: takes the line of each image.
 
     Raises:
-        UserError: no image at all, `topk` out of range, or files that can't be written.
+        UserError: no image at all, `topk` out of range, or files that can't be written. Whatever ends it, predictions
+            so far are written.
     """
     if not 1 <= topk <= len(classes):
         raise UserError(f"--topk: {topk}; expected 1 to {len(classes)}, the network's classes")
@@ -130,17 +131,25 @@ def classify_files(
     if out:
         check_writable(out)
     summary = Summary(problems=problems)
-    for batch in _batches(found, batch_size, max_pixels, summary, say):
-        best = predict([image for _, image in batch]).topk(topk, 1)
-        for (item, _), values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-            one = Prediction(str(item.path), [classes[i] for i in indices], values)
-            summary.predictions.append(one)
-            say(str(one))
+    try:
+        for batch in _batches(found, batch_size, max_pixels, summary, say):
+            best = predict([image for _, image in batch]).topk(topk, 1)
+            for (item, _), values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
+                one = Prediction(str(item.path), [classes[i] for i in indices], values)
+                summary.predictions.append(one)
+                say(str(one))
+    except BaseException:  # a signal, a standard output that nobody reads: what was predicted is kept
+        if out and summary.predictions:
+            _write(out, summary.predictions)
+        raise
     if out:
-        write_bytes(out / "predictions.csv", _csv(summary.predictions).encode("utf-8", "surrogateescape"))
-        rows = [vars(one) for one in summary.predictions]
-        write_bytes(out / "predictions.json", (json.dumps(rows, indent=1) + "\n").encode())
+        _write(out, summary.predictions)
     return summary
+
+
+def _write(out: Path, predictions: Sequence[Prediction]) -> None:
+    write_bytes(out / "predictions.csv", _csv(predictions).encode("utf-8", "surrogateescape"))
+    write_bytes(out / "predictions.json", (json.dumps([vars(one) for one in predictions], indent=1) + "\n").encode())
 
 
 def _batches(

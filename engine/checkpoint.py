@@ -211,6 +211,10 @@ def read(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
             f"{path}: the checkpoint is truncated ({path.stat().st_size} bytes, its end is missing); take another one, "
             "or copy it again"
         )
+    if path.suffix == ".pt2":
+        raise UserError(
+            f"{path}: an exported program (torch.export), expected a checkpoint such as the best.pt it is of"
+        )
     if start != b"PK\x03\x04" and start[:1] != b"\x80":
         raise UserError(f"{path}: not a checkpoint (its first bytes are {start!r})")
     try:

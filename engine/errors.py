@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import os
 import select
 import signal
@@ -105,6 +106,8 @@ def program(main: Callable[P, int]) -> Callable[P, int]:
     A library that is not installed is told of in one line too, and so is a standard output that takes no more; where
     nobody reads it any more (`| head`), the status is that of other programs, 141.
 
+    Characters that the standard output's encoding lacks are escaped.
+
     OpenCV, which `main` imports, is told to be silent, unless the environment says otherwise.
     """
 
@@ -112,6 +115,8 @@ def program(main: Callable[P, int]) -> Callable[P, int]:
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
         for name, level in _QUIET.items():
             os.environ.setdefault(name, level)
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")  # as the standard error's are: a name ends no work
         try:
             status = main(*args, **kwargs)
             if sys.stdout is not None:  # as it is where the standard output was closed at the start (`>&-`)

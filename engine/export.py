@@ -19,6 +19,7 @@ from torch.export import Dim
 
 import norm
 from engine import checkpoint
+from engine.config import NormConfig
 from engine.errors import UserError
 
 TOLERANCE = 1e-3
@@ -51,6 +52,7 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
+        torch.ops.aten._assert_tensor_metadata(images, dtype=torch.float32)  # bytes would give other logits, silently
         if self.scale is not None:
             images = self.scale(images)
         return self.logits(self.network, (images - self.mean) / self.std)
@@ -76,9 +78,13 @@ def export(
     std: Sequence[float],
     facts: Mapping[str, Any],
     scale: Callable[[Tensor], Tensor] | None = None,
+    part: str = "",
+    section: NormConfig | None = None,
 ) -> Exported:
     """Write a trained network, in evaluation mode and on the CPU, as `path` says: a program (.pt2) for any number of
-    images of this height and width, or weights (.safetensors), for which the size does not matter.
+    images of this height and width, or weights (.safetensors), for which the size does not matter. `part` names the
+    module whose weights these are, where it is not the whole network; `section` is the norm that it has been converted
+    with, which what is printed says how to repeat.
 
     Raises:
         UserError: another suffix, a size that the network does not take, a network that torch cannot export, one whose
@@ -91,8 +97,8 @@ def export(
     except norm.NormError as error:
         raise UserError(f"the network cannot be folded: {error}") from None
     if path.suffix == ".safetensors":
-        checkpoint.export_weights(path, folded.state_dict())
-        return Exported(path, "the folded network's weights")
+        checkpoint.export_weights(path, folded.get_submodule(part).state_dict())
+        return Exported(path, f"the folded network's weights{_fitting(section, part)}")
     found = _program(Deployed(folded, logits, mean, std, scale).eval(), (len(mean), *size))
     buffer = io.BytesIO()
     torch.export.save(found, buffer, extra_files={FACTS: json.dumps({**facts, "input": _input(mean, size)})})
@@ -105,6 +111,17 @@ def export(
     checkpoint.write_atomically(path, lambda temporary: Path(temporary).write_bytes(buffer.getvalue()))
     text = f"a program for N images of {size[0]}x{size[1]}; outputs differ from the network's by {deviation:.1e}"
     return Exported(path, text)
+
+
+def _fitting(section: NormConfig | None, part: str) -> str:
+    """How the network, as its library builds it, comes to take the weights, where it does not by itself."""
+    if section is None or (section.name == "bn" and not section.overrides):
+        return ""
+    words = [repr(section.name), *(f"{key}={value!r}" for key, value in section.options.items())]
+    if section.overrides:  # their patterns are of names in the whole network
+        inside = ("|".join(one.removeprefix(f"{part}.") for one in key.split("|")) for key in section.overrides)
+        words.append(f"overrides={dict(zip(inside, section.overrides.values(), strict=True))!r}")
+    return f"; they fit after norm.convert(network, {', '.join(words)}); network = norm.fold(network.eval())"
 
 
 def _input(mean: Sequence[float], size: tuple[int, int]) -> str:

@@ -10,7 +10,7 @@ import re
 import stat
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,6 +26,8 @@ from PIL import Image, UnidentifiedImageError
 from engine.errors import UserError
 
 Array = NDArray[np.uint8]
+Own = Callable[[Path, bool], bool]
+"""Whether a file, by its absolute path, is one of the program's outputs; and whether the user named it by itself."""
 
 SUFFIXES = frozenset(
     f".{ending}"
@@ -117,30 +119,41 @@ def stored_orientation(path: Path) -> int:
 
 
 def find_images(
-    inputs: Sequence[str | Path], own: Sequence[Path] = (), *, videos: bool = False
+    inputs: Sequence[str | Path],
+    own: Own | None = None,
+    *,
+    videos: bool = False,
+    say: Callable[[str], None] = print,
 ) -> tuple[list[Found], list[str]]:
     """Images that files, folders (recursively, by suffix, hidden files left out) and globs name: (images, problems).
 
-    The order is that of the inputs, sorted within each; a file named twice comes once. Files in the folders `own` (the
-    program's outputs) are left out, so that none is read again and no input is overwritten. Outputs are named by the
-    path relative to the folder or the glob's fixed part; names that meet are told apart by folders above or suffix.
+    The order is that of the inputs, sorted within each; a file named twice comes once. Files that `own` takes for the
+    program's outputs are left out, so that none is read again and no input is overwritten: `say` gets a line about
+    those from folders and globs, and one that is named by itself is a problem. Outputs are named by the path relative
+    to the folder or the glob's fixed part; names that meet are told apart by folders above or suffix.
     With `videos`, for a program that takes a video by itself, that is said of a folder that holds nothing else.
     """
     problems: list[str] = []
-    left_out: list[str] = []
+    only_own: list[str] = []
     chosen: dict[Path, tuple[Path, Path]] = {}
-    own_keys = [Path(os.path.realpath(folder)) for folder in own]
+    left_out: dict[Path, Path] = {}
     for text in map(str, inputs):
         files = [(_key(path), path, relative) for path, relative in _expand(text, problems)]
-        others = [file for file in files if not any(file[0].is_relative_to(folder) for folder in own_keys)]
+        named = len(files) == 1 and files[0][1] == Path(text)
+        others = [file for file in files if own is None or not own(file[0], named)]
         for key, path, relative in others:
             chosen.setdefault(key, (path, relative))
         if not files:
             problems.append(f"{show(text) or 'an empty name'}: {_nothing(text, videos)}")
+        elif named and not others:
+            problems.append(f"{show(text)}: lies where this program writes, under the name of an output; left out.")
         elif not others:
-            left_out.append(f"{show(text)}: only outputs of this program, which are left out.")
+            only_own.append(f"{show(text)}: only outputs of this program, which are left out.")
+        left_out |= {key: path for key, path, _ in files if not named}
     if not chosen:
-        problems += left_out
+        problems += only_own
+    elif passed := [path for key, path in left_out.items() if key not in chosen]:
+        say(f"left out, by their names outputs of this program: {len(passed)}, such as {show(passed[0])}")
     paths = [path for path, _ in chosen.values()]
     names = _output_names(list(chosen), [relative for _, relative in chosen.values()])
     return [Found(path, name) for path, name in zip(paths, names, strict=True)], problems

@@ -212,7 +212,7 @@ def writing(
     """A function that appends a frame to a video: RGB uint8 (H, W, 3), or with `lossless` grey uint8 (H, W), exactly.
 
     Until the block ends well the file has a temporary name in the same folder; else it is removed. `size` is width and
-    height, both even (the codecs store colour for 2 x 2 pixels).
+    height, both even (the codecs store colour for 2 x 2 pixels). MPEG-4 keeps rates above 65 with one or two decimals.
 
     Raises:
         UserError: an ending of no video, or of no lossless one; a path that cannot be written; an incomplete file.
@@ -221,6 +221,7 @@ def writing(
     codec = check_name(path, lossless)
     check_writable(path.parent)
     part = path.with_name(f".{uuid4().hex[:12]}.part{path.suffix.lower()}")
+    rate = _kept(rate) if codec == "mp4v" else rate
     color = [cv2.VIDEOWRITER_PROP_IS_COLOR, int(not lossless)]
     writer = cv2.VideoWriter(_known(part, path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*codec), rate, size, color)
     count = 0
@@ -245,6 +246,13 @@ def writing(
     finally:
         writer.release()
         part.unlink(missing_ok=True)
+
+
+def _kept(rate: float) -> float:
+    """The rate as MPEG-4 can hold it: a fraction of 16 bits (ISO/IEC 14496-2, vop_time_increment_resolution), which
+    OpenCV makes with a power of ten below it."""
+    decimals = next(places for places in (3, 2, 1, 0) if rate * 10**places < 2**16 - 1)
+    return round(rate, decimals)
 
 
 def check_name(path: Path, lossless: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from engine.errors import UserError
@@ -24,7 +25,8 @@ def convert_masks(masks: Path, out: Path, table: LabelTable, ids: bool = False) 
         raise UserError(f"{masks}: no such folder; expected one with colour masks.")
     if out.resolve() == masks.resolve():
         raise UserError(f"{out}: is the folder of the masks, which would be overwritten; name another one.")
-    found, problems = find_images([masks], own=[out])
+    folder = Path(os.path.realpath(out))
+    found, problems = find_images([masks], lambda path, named: path.is_relative_to(folder))
     if problems or not found:
         raise UserError("; ".join(problems) or f"{masks}: no image in it.")
     check_writable(out)

@@ -5,6 +5,7 @@ One bad file is reported and stops nothing; nothing is written outside the outpu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engine.errors import UserError
-from engine.images import MAX_PIXELS, Array, check_writable, find_images, read_image, show, write_png
+from engine.images import MAX_PIXELS, Array, Own, check_writable, find_images, read_image, show, write_png
 from seg import draw, labels
 
 KINDS = {"labels": "_labelIds.png", "color": "_color.png", "overlay": "_overlay.png"}
@@ -56,7 +57,7 @@ def label_files(
     if unknown or not save:
         raise UserError(f"Cannot save {', '.join(unknown) or 'nothing'}; choose from {', '.join(KINDS)}.")
     out = Path(out)
-    found, problems = find_images(inputs, own=[out / kind for kind in KINDS], videos=True)
+    found, problems = find_images(inputs, _own(out), videos=True, say=say)
     if not found:
         raise UserError("; ".join(problems))
     check_writable(out)
@@ -74,6 +75,18 @@ def label_files(
             summary.problems.append(str(error))
             say(f"[{number}/{len(found)}] {show(item.path)}: FAILED")
     return summary
+
+
+def _own(out: Path) -> Own:
+    """By its name an output of this program: from folders and globs also of an earlier run, elsewhere."""
+    folders = {Path(os.path.realpath(out / kind)): end for kind, end in KINDS.items()}
+
+    def own(path: Path, named: bool) -> bool:
+        if any(path.is_relative_to(folder) and path.name.endswith(end) for folder, end in folders.items()):
+            return True
+        return not named and any(kind in path.parent.parts and path.name.endswith(KINDS[kind]) for kind in KINDS)
+
+    return own
 
 
 def _picture(kind: str, image: Array, ids: NDArray[Any], table: labels.LabelTable) -> Array:

@@ -5,14 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
 from engine.plan import Curve, Plan
+from engine.video import writing
 from seg.labels import to_label_ids
 from tests import programs
 from tools import train
@@ -181,6 +184,38 @@ def test_one_unreadable_image_stops_nothing(project: Path, sample_root: Path):
     err = tool("predict", "runs/x/best.pt", "photos", "--out", "out2", cwd=project, status=1)
     assert len(list((project / "out2/labels").glob("*.png"))) == 1
     assert "Traceback" not in err
+
+
+def test_a_video_that_a_signal_stops_leaves_nothing(project: Path):
+    folder = project / "stopped"
+    folder.mkdir()
+    with writing(folder / "in.mp4", 25, (128, 64)) as append:
+        for number in range(3000):
+            append(np.full((64, 128, 3), number % 256, np.uint8))
+    command = [
+        sys.executable,
+        ROOT / "tools/predict.py",
+        "runs/x/best.pt",
+        "stopped/in.mp4",
+        "--out",
+        "stopped/out.mp4",
+    ]
+    done = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, text=True)
+    while not list(folder.glob(".*.part*")):
+        assert done.poll() is None, "ended before it could be stopped"
+        time.sleep(0.05)
+    done.terminate()
+    assert done.communicate() == (None, "stopped by SIGTERM\n") and done.returncode == 143
+    assert [path.name for path in folder.iterdir()] == ["in.mp4"]
+
+
+def test_weights_for_predict_that_are_a_program(project: Path):
+    shutil.copy(project / "runs/x/best.pt", project / "like.pt2")
+    told = tool("predict", "like.pt2", "photos", "--out", "o", cwd=project, status=2)
+    assert (
+        told
+        == "error: like.pt2: an exported program (torch.export), expected a checkpoint such as the best.pt it is of\n"
+    )
 
 
 def test_compare_draws_one_picture_of_two_runs(project: Path):

@@ -7,8 +7,7 @@ A program, torch.export.load("model.pt2").module(), takes float images (N, 3, H,
 given (default: the training's), normalises them, and gives logits (N, classes, H, W), a classifier's (N, classes).
 Inside, images have a shorter side of data.eval_base_size, as in predict.py; windows (predict.window) are not cut. It
 holds the classes' names (extra_files={"network.json": ""}), and is compared with the network before it is kept. Weights
-fit the network as its library builds it, converted alike: norm.convert(model, "none") where layers whitened, "gn" for
-gn.
+fit the network as its library builds it, converted and folded in the same way; the call is printed.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ def _segmentation(args: argparse.Namespace) -> object:
     from seg.labels import table_of
     from seg.models import from_checkpoint, multiple
     from seg.predict import at_shorter_side, logits_of
+    from seg.smp_models import AnySize
 
     model, cfg, meta = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
     table = table_of(meta)
@@ -36,17 +36,19 @@ def _segmentation(args: argparse.Namespace) -> object:
     size = args.size or cfg.data.crop
     logits = partial(logits_of, multiple=multiple(cfg.model), size=tuple(size))
     scale = None if side is None else partial(at_shorter_side, base_size=side)
-    return export(model, args.out, size, logits, cfg.data.mean, cfg.data.std, facts, scale)
+    part = "network" if isinstance(model, AnySize) else ""
+    return export(model, args.out, size, logits, cfg.data.mean, cfg.data.std, facts, scale, part, cfg.norm)
 
 
 def _classification(args: argparse.Namespace) -> object:
     from classify.network import from_checkpoint
     from engine.export import export
 
-    model, _, info = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
+    model, cfg, info = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
     facts = {"task": "classify", "classes": list(info.classes)}
     size = args.size or (info.size, info.size)
-    return export(model, args.out, size, lambda network, images: network(images).float(), info.mean, info.std, facts)
+    mean, std = info.mean, info.std
+    return export(model, args.out, size, lambda net, images: net(images).float(), mean, std, facts, section=cfg.norm)
 
 
 @program

@@ -133,9 +133,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--max-megapixels: {megapixels:g}; expected a number above 0")
     one_process("tools/predict.py")
     from engine.checkpoint import task
+    from engine.signals import StopRequest
 
     label = _classify if task(args.checkpoint) == "classify" else _segment
-    summary = label(args, int(megapixels * 1e6))
+    with StopRequest() as stop, stop.at_once():  # what is unfinished is removed, or written as far as it goes
+        summary = label(args, int(megapixels * 1e6))
     print(summary)
     return 1 if summary.problems else 0
 

@@ -77,6 +77,21 @@ def test_files_hold_what_is_printed(tmp_path: Path):
     assert stored[0]["classes"] == ["red", "green", "blue"] and stored[0]["probabilities"][0] == pytest.approx(0.8)
 
 
+def test_what_was_predicted_before_the_end_came_is_kept(tmp_path: Path):
+    save(tmp_path / "in/a.png", (200, 50, 0))
+    save(tmp_path / "in/b.png", (0, 10, 90))
+
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt if "b.png" in line else BrokenPipeError(32, "nobody reads")
+
+    for size, kept in ((1, ["a.png"]), (2, ["a.png"])):
+        with pytest.raises(BrokenPipeError):
+            classify_files(brightest, CLASSES, [tmp_path / "in"], batch_size=size, out=tmp_path / "out", say=stop)
+        for ending, rows in (("csv", csv.DictReader), ("json", json.load)):
+            found = list(rows((tmp_path / f"out/predictions.{ending}").open()))
+            assert [Path(row["path"]).name for row in found] == kept
+
+
 def test_one_bad_file_stops_nothing(tmp_path: Path):
     save(tmp_path / "a.png", (1, 2, 3))
     (tmp_path / "b.jpg").write_text("hello")

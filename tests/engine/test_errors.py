@@ -130,6 +130,27 @@ def test_an_output_that_takes_no_more_is_one_line(lines: int) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+NAMES = r"""
+from engine.errors import program
+
+@program
+def main():
+    print("\u6771\u4eac.png, caf\udce9.png, \u00fc")
+    return 0
+
+raise SystemExit(main())
+"""
+
+
+@pytest.mark.parametrize("encoding, want", [("latin-1", "\\u6771\\u4eac.png, caf\\udce9.png, \u00fc"), ("utf-8", None)])
+def test_characters_that_the_output_lacks_are_escaped(encoding: str, want: str | None) -> None:
+    command = [sys.executable, "-c", NAMES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    found = done.stdout.decode(encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert found == (want or "\u6771\u4eac.png, caf\\udce9.png, \u00fc") + "\n"
+
+
 def test_another_error_of_the_system_is_not_taken_for_it() -> None:
     @program
     def main() -> int:

@@ -57,6 +57,14 @@ def test_weights_fit_the_network_without_norms(tmp_path: Path) -> None:
     torch.testing.assert_close(other(x), model(x))
 
 
+def test_bytes_are_refused_by_a_program(tmp_path: Path) -> None:
+    export(trained("deconv"), tmp_path / "x.pt2", (16, 16), plain, MEAN, STD, {})
+    program = torch.export.load(tmp_path / "x.pt2")
+    for run in (program.module(), program.run_decompositions().module()):
+        with pytest.raises(RuntimeError, match="dtype mismatch"):
+            run(torch.ones(1, 3, 16, 16, dtype=torch.uint8))
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + 1 if x.sum() > 0 else x

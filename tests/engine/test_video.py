@@ -155,6 +155,13 @@ def timed(path: Path, lengths: list[int]) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize("ending", sorted(CODECS))
+@pytest.mark.parametrize("rate", [29.97002997, 120.4567, 239.4327, 733.3333])
+def test_an_odd_rate_is_kept_nearly(tmp_path: Path, ending: str, rate: float):
+    with Reader(write(tmp_path / f"x{ending}", frames(3), rate)) as reader:
+        assert reader.rate == pytest.approx(rate, rel=1e-4)
+
+
 @pytest.mark.parametrize("lengths, uneven", [([1] * 40, False), ([1] * 20 + [4] * 20, True), ([2, 4] * 20, False)])
 def test_a_rate_that_varies_is_said(tmp_path: Path, lengths: list[int], uneven: bool):
     path = write(tmp_path / "a.mp4", [np.full((48, 64, 3), 6 * i, np.uint8) for i in range(40)], 60)

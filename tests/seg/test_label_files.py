@@ -97,8 +97,30 @@ def test_own_outputs_are_not_read_again(tmp_path: Path, out: str) -> None:
     for _ in range(3):
         for inputs in ([tmp_path / "in"], [f"{tmp_path}/in/**/*.png"], [*(tmp_path / "in").iterdir()]):
             summary, said = run(inputs, tmp_path / out, "labels", "color", "overlay")
-            assert len(said) == 1 and not summary.problems
+            assert summary.done == len(said[-1:]) == 1 and not summary.problems
+            assert len(said) == 1 or (len(said) == 2 and said[0].startswith("left out, by their names outputs of this"))
     assert len(tree(tmp_path)) == 4
+
+
+def test_outputs_of_an_earlier_run_are_left_out_and_told(tmp_path: Path) -> None:
+    save(tmp_path / "in/a.png")
+    run([tmp_path / "in"], tmp_path / "in/before", "labels", "overlay")
+    summary, said = run([tmp_path / "in"], tmp_path / "after")
+    assert summary.done == 1 and not summary.problems
+    example = tmp_path / "in/before/labels/a_labelIds.png"
+    assert said[0] == f"left out, by their names outputs of this program: 2, such as {example}"
+    assert run([tmp_path / "in", example], tmp_path / "named")[0].done == 2, "named by itself it is an image"
+
+
+def test_photos_in_a_folder_of_outputs_are_labelled(tmp_path: Path) -> None:
+    for name in ("out/labels/a.png", "out/overlay/b_color.png"):
+        save(tmp_path / name)
+    for _ in range(2):
+        assert run([tmp_path / "out"], tmp_path / "out")[0].done == 2
+    own = tmp_path / "out/labels/labels/a_labelIds.png"
+    summary, _ = run([own, tmp_path / "out/labels/a.png"], tmp_path / "out")
+    problem = f"{own}: lies where this program writes, under the name of an output; left out."
+    assert (summary.done, summary.problems) == (1, [problem])
 
 
 def test_nothing_but_own_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
