@@ -85,7 +85,7 @@ def convert(
     Args:
         model: any nn.Module; torchvision's, timm's and segmentation-models-pytorch's networks are tested. The whole
             network: its first convolution is taken for the one that reads the images, whose statistics `deconv` holds
-            for most of the time. For a part behind others give `stem_freeze=False` and `stem_n_iter=5`.
+            for most of the time. For a part behind others give `stem_freeze=False`.
         name: a recipe, see `norm.available()`.
         overrides: options for the layers whose name matches a pattern (as in fnmatch: "layer4.*", or several with "|"
             between them); later patterns win. The option "recipe" names another recipe for them, "keep" leaves them as

@@ -26,9 +26,9 @@ _PRECISE_SIZE = 256
 def root_dtype(x: Tensor, features: int, n_iter: int) -> torch.dtype:
     """What the covariance of x's patches and its inverse root are computed in: float32, or float64 where x is.
 
-    Also where `n_iter` is more than `FEW_STEPS`, with up to 256 features, as in the first layer: 15 steps, of 27 or 147
-    features. Pixels of camera images are so much alike that float32's rounding would change D by a thousandth. (Apple's
-    GPUs have no float64.)
+    Also where `n_iter` is more than `FEW_STEPS`, with up to 256 features, as in the paper's first layer: 15 steps, of
+    27 or 147 features. Pixels of camera images are so much alike that float32's rounding would change D by a
+    thousandth. (Apple's GPUs have no float64.)
     """
     precise = n_iter > FEW_STEPS and features <= _PRECISE_SIZE and x.device.type != "mps"
     return torch.float64 if precise or x.dtype == torch.float64 else torch.float32

@@ -208,8 +208,9 @@ class Deconv(Recipe):
     """Blocks of neighbouring channels, or those of the authors' code."""
     dense_small_maps: bool = True
     """Take every window where the output is small, not the corners that the authors' stride leaves."""
-    stem_n_iter: int = 15
-    """Newton-Schulz steps of the first convolution."""
+    stem_n_iter: int = 5
+    """Newton-Schulz steps of the first convolution; the paper's 15 amplify the noise of images and cost accuracy
+    (docs/results.md)."""
     stem_freeze: bool = True
     """The first convolution holds its statistics nine tenths of the time."""
     freeze_iter: int = 100
@@ -387,6 +388,3 @@ class DeconvFast(Deconv):
     """
 
     every: int = 4
-    stem_n_iter: int = 5
-    """Newton-Schulz steps of the first convolution; the paper's 15 amplify the noise of images and cost accuracy
-    (docs/results.md)."""

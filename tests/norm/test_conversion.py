@@ -31,7 +31,7 @@ def test_every_conv_becomes_a_deconvolution_and_every_batch_norm_goes():
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
     assert len(report.rows) == len(report.changed) == 41
     stem, other = model.conv1, model.layer1[0].conv1
-    assert (stem.n_iter, stem.freeze, stem.block) == (15, True, 3) and (other.n_iter, other.freeze) == (5, False)
+    assert (stem.n_iter, stem.freeze, stem.block) == (5, True, 3) and (other.n_iter, other.freeze) == (5, False)
 
 
 def test_weights_survive_and_linear_layers_stay_without_fc_block():
@@ -296,7 +296,7 @@ def test_the_report_reads_as_a_table():
     model = block()
     lines = str(norm.convert(model, "deconv", block=4)).splitlines()
     assert lines[0].split() == ["layer", "|", "from", "|", "to", "|", "why"]
-    assert "FastDeconv(block=3, n_iter=15)" in lines[1] and lines[1].endswith("first")
+    assert "FastDeconv(block=3, n_iter=5)" in lines[1] and lines[1].endswith("first")
     cheap = str(norm.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "deconv_fast"))
     assert "FastDeconv(block=3, n_iter=5)" in cheap, "its own default, not the paper's"
     assert lines[-1].startswith("Deconv(block=4") and lines[-1].endswith("3 of 3 layers replaced")

@@ -124,7 +124,7 @@ def test_registering_is_checked(own_registry):
         ),
         ("deconv", {"fresh_steps": 3}, "rank=64 and fresh_steps=3 have no effect with every=0"),
         ("deconv_fast", {"stem_freeze": False, "freeze_iter": 7}, "freeze_iter=7 has no effect with stem_freeze=False"),
-        ("deconv", {"n_iter": 21}, "n_iter=21 and stem_n_iter=15 must be at most 20: rounding in float32 outgrows"),
+        ("deconv", {"n_iter": 21}, "n_iter=21 and stem_n_iter=5 must be at most 20: rounding in float32 outgrows"),
         ("deconv", {"stem_n_iter": 21}, "n_iter=5 and stem_n_iter=21 must be at most 20"),
         ("gn", {"groups": 0}, "groups is 0; it must be at least 1"),
         ("bn", {"eps": "x"}, r"eps is 'x'; expected float \| None"),
