@@ -299,6 +299,8 @@ class Loaded(Generic[C]):
     """Dotted key of each leaf -> `file:line`, `override` or `default`."""
     text: str
     """The resolved configuration as YAML, which `load` reads back."""
+    recipe_rates: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What `recipes` says about the chosen norm under `optim`, whether it is in force or not."""
 
 
 def load(path: str | Path, overrides: Sequence[str], schema: Schema[C]) -> Loaded[C]:
@@ -350,11 +352,30 @@ def _resolve(layers: list[Layer], schema: Schema[C], source: str, import_from: s
             problems.append(f"{source}: imports: {imports} were not imported, which --allow-imports permits")
         head = "" if len(problems) == 1 else f"{source}: {len(problems)} problems in the configuration\n  "
         raise UserError(head + "\n  ".join(problems)) from None
+    rates = config.recipes.get(config.norm.name, {}).get("optim", {})
+    config = _settled(config)
     plain = config.model_dump(mode="json")
     written = {path: leaf.origin for path, leaf in yaml_layers.leaves(layer)}
+    of_recipe = {
+        ("recipes", config.norm.name, *path[1:]): origin for path, origin in written.items() if path[0] == "norm"
+    }
+    written = of_recipe | written
     everything = yaml_layers.leaves(yaml_layers.from_plain(plain, "default"))
     origins = {".".join(path): written.get(path, "default") for path, _ in everything}
-    return Loaded(config, origins, "".join(f"{text}\n" for text, _ in _lines(plain)))
+    return Loaded(config, origins, "".join(f"{text}\n" for text, _ in _lines(plain)), rates)
+
+
+def _settled(config: C) -> C:
+    """With what is in force in the place of what `recipes` said about the chosen norm: who reads the configuration back
+    gets the same one, in the same order, also where something was taken out of a section."""
+    name = config.norm.name
+    if name not in config.recipes:
+        return config
+    section = config.norm.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+    rates, used = config.recipes[name].get("optim", {}), config.optim.model_dump(mode="json")
+    if rates:
+        section["optim"] = {key: used[key] for key in rates}
+    return config.model_copy(update={"recipes": {**config.recipes, name: section}})
 
 
 def _import(names: Sequence[Any], source: str, folder: str) -> None:

@@ -29,6 +29,9 @@ def explain(error: ErrorDetails, kind: type[BaseModel], layer: Layer, data: dict
     place = _place(tuple(part for part in path if not part.startswith("[")), layer, error["msg"]) or source
     if error["type"] == "extra_forbidden":
         near = nearest(key, list(_known_keys(kind)))
+        if near == key:  # the form of the command line
+            section, _, word = key.rpartition(".")
+            near = f"{section.replace('.', ': {')}: {{{word}: ...{'}' * key.count('.')}"
         text = "unknown key" + (f"; did you mean {near}?" if near else "")
     elif missing:
         text = "missing, and it has no default"

@@ -117,7 +117,7 @@ def passed_over(loaded: Loaded[Any]) -> list[str]:
     own section `optim`, which wins."""
     plain, notes = loaded.config.model_dump(mode="json"), []
     recipe = f"recipes.{loaded.config.norm.name}"
-    for key, value in plain["recipes"].get(loaded.config.norm.name, {}).get("optim", {}).items():
+    for key, value in loaded.recipe_rates.items():
         places = [loaded.origins.get(one, "").rpartition(":") for one in (f"{recipe}.optim.{key}", f"optim.{key}")]
         if plain["optim"][key] != value and places[0][0] and places[0][0] == places[1][0]:
             notes.append(

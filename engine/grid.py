@@ -89,7 +89,7 @@ def variant(text: str, option: str, check: Callable[[str, Sequence[str]], None])
         UserError: it is neither NAME nor NAME:key=value.
     """
     name, colon, rest = text.partition(":")
-    keys = _split(rest) if colon else []
+    keys = split_keys(rest) if colon else []
     if not name or any("=" not in key for key in keys):
         raise UserError(f"{option}: found {text!r}, expected NAME or NAME:key=value[,key=value], as bn:optim.lr=0.02")
     check(f"{option}: {text}", keys)
@@ -97,8 +97,8 @@ def variant(text: str, option: str, check: Callable[[str, Sequence[str]], None])
     return Variant(text, (f"norm.name={name}", *(key.strip() for key in keys)), slug)
 
 
-def _split(text: str) -> list[str]:
-    """At the commas outside of brackets."""
+def split_keys(text: str) -> list[str]:
+    """`key=value,key=value` at the commas outside of brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "[{(") - (letter in "]})")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from engine.yaml_layers import Layer, merge, to_plain
+from engine.yaml_layers import Instead, Layer, Leaf, merge, to_plain
 
 
 def combine(layers: list[Layer], default: str) -> Layer:
@@ -17,8 +17,9 @@ def combine(layers: list[Layer], default: str) -> Layer:
     name = _name(functools.reduce(lambda below, above: _merge(below, above, default, {}), layers, {}), default)
     everything: Layer = {}
     chosen: Layer = {}
-    for layer in layers:
-        own = _of_recipe(layer, name)
+    emptied = max((place for place, layer in enumerate(layers) if _empties(layer, name)), default=0)
+    for place, layer in enumerate(layers):
+        own = _of_recipe(layer, name) if place >= emptied else {}
         chosen = merge(chosen, own)
         everything = _merge(merge(everything, own), layer, default, chosen.get("norm", {}))
     return everything
@@ -32,6 +33,15 @@ def _merge(below: Layer, above: Layer, default: str, kept: Layer) -> Layer:
     if named and _name(above, default) != _name(below, default):
         below = {**below, "norm": kept}
     return merge(below, above)
+
+
+def _empties(layer: Layer, name: Any) -> bool:
+    """Whether the layer takes back what those below say about the recipe of this name: `recipes={}`."""
+    recipes = layer.get("recipes")
+    return any(
+        isinstance(one, Instead) or (isinstance(one, Leaf) and one.value == {})
+        for one in (recipes, recipes.get(name) if isinstance(recipes, dict) and isinstance(name, str) else None)
+    )
 
 
 def _name(layer: Layer, default: str) -> Any:

@@ -102,10 +102,11 @@ def parse_norm(text: str, layer_options: dict[str, Any]) -> Any:
 
     from engine.benchmark import Variant
     from engine.config import NormConfig
+    from engine.grid import split_keys
     from engine.yaml_layers import parse_overrides, to_plain
 
     name, _, rest = text.partition(":")
-    section = to_plain(parse_overrides([part for part in rest.split(",") if part]))  # as on tools/train.py's line
+    section = to_plain(parse_overrides([part for part in split_keys(rest) if part]))  # as on tools/train.py's line
     if idle := sorted(_OF_A_TRAINING & section.keys()):
         raise UserError(f"norm {text!r}: {idle[0]} has no effect on a step; leave it out")
     try:

@@ -140,6 +140,8 @@ def test_a_convolution_of_no_size_is_named(layer, said, recwarn):
 
 def test_options_of_a_norm_are_written_as_for_a_training():
     assert parse_norm("deconv:eps=1e-3,every=4", {}).section.options == {"eps": 1e-3, "every": 4}
+    nested = parse_norm("deconv:overrides={a: {n_iter: 2, block: 8}, b: {n_iter: 1}},eps=0.1", {}).section
+    assert nested.overrides == {"a": {"n_iter": 2, "block": 8}, "b": {"n_iter": 1}} and nested.options == {"eps": 0.1}
     with pytest.raises(UserError, match="norm 'bn:precise_batches=4': precise_batches has no effect on a step"):
         parse_norm("bn:precise_batches=4", {})
 

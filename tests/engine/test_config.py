@@ -268,6 +268,7 @@ def test_stored_config_imports_nothing_unless_allowed(tmp_path: Path, monkeypatc
     ("text", "expected"),
     [
         ("optim:\n  lrr: 0.1\n", "x.yaml:5: optim.lrr: unknown key; did you mean optim.lr?"),
+        ("optim.lr: 0.1\n", "x.yaml:4: optim.lr: unknown key; did you mean optim: {lr: ...}?"),
         ("lr: 0.1\n", "x.yaml:4: lr: unknown key; did you mean optim.lr?"),
         ("optimizer: {lr: 1}\n", "x.yaml:4: optimizer: unknown key; did you mean optim?"),
         ("data: {qqqq: 1}\n", "x.yaml:4: data.qqqq: unknown key"),

@@ -45,6 +45,43 @@ def test_the_file_itself_and_the_command_line_win_over_its_recipe(tmp_path):
     assert read(tmp_path, "optim: {weight_decay: 0.1}").config.optim.weight_decay == 0.1
 
 
+@pytest.mark.parametrize("overrides", [["recipes={}"], ["recipes.deconv={}"], ["recipes={}", "recipes.gn.eps=0.1"]])
+def test_recipes_can_be_emptied(tmp_path, overrides):
+    config = read(tmp_path, "recipes: {deconv: {n_iter: 2}}\n", *overrides).config
+    assert config.norm.options == {"block": 16, "n_iter": 3} and config.optim.weight_decay != 0.5
+    assert read(tmp_path, "recipes: {}\n").config.norm.options == {"block": 16, "n_iter": 3}
+    filled = read(tmp_path, "", "recipes.deconv={}", "recipes.deconv.eps=0.1").config
+    assert filled.norm.options == {"block": 16, "n_iter": 3, "eps": 0.1}
+
+
+OVERRIDES = "recipes: {deconv: {overrides: {a*: {n_iter: 1}, b*: {n_iter: 2}}}}\n"
+
+
+@pytest.mark.parametrize(
+    "text, overrides",
+    [
+        (OVERRIDES, ["norm.overrides={}"]),
+        (OVERRIDES, ["norm.overrides={}", "norm.overrides={b*: {n_iter: 4}, c*: {n_iter: 3}}"]),
+        (OVERRIDES, ["norm={}", "norm.name=deconv"]),
+        (OVERRIDES, ["norm.name=gn", "optim.lr=0.7"]),
+        (OVERRIDES, ["norm.name=bn"]),
+        (OVERRIDES + "norm: {overrides: {c*: {n_iter: 3}, a*: {n_iter: 5}}}\n", []),
+        ("recipes: {deconv: {eps: 0.01, optim: {lr: 0.02}}}\nnorm: {eps: 0.1}\noptim: {lr: 0.3}\n", []),
+    ],
+)
+def test_a_resolved_config_is_read_back_as_it_was(tmp_path, text, overrides):
+    """From a checkpoint and from a run's config.yaml, in its order: of two patterns of layers the later one wins."""
+    first = read(tmp_path, text, *overrides)
+    (tmp_path / "config.yaml").write_text(first.text)
+    plain = first.config.model_dump(mode="json")
+    for again in (load(tmp_path / "config.yaml", [], ExperimentConfig), from_dict(plain, [], ExperimentConfig, "x.pt")):
+        assert again.config == first.config and list(again.config.norm.overrides) == list(first.config.norm.overrides)
+        assert again.text == first.text
+    if first.config.norm.name == "deconv":
+        changed = from_dict(plain, ["norm.n_iter=7"], ExperimentConfig, "x.pt").config.norm
+        assert changed.options == first.config.norm.options | {"n_iter": 7}
+
+
 def test_what_a_file_writes_in_vain_is_told(tmp_path):
     text = "optim: {lr: 0.05, momentum: 0.7}\nrecipes: {deconv: {optim: {lr: 0.02, momentum: 0.7, nesterov: true}}}\n"
     (note,) = passed_over(read(tmp_path, text))
