@@ -31,6 +31,8 @@ from engine.signals import StopRequest
 Key = tuple[str, int, int]
 """The norm's slug, micro-batch, seed."""
 _OWN = {"norm.name": "--norms", "micro_batch": "--batch", "runtime.seed": "--seeds"}
+_COUNTED = ("precise_batches", "calibrate_batches")
+"""Numbers of micro-batches, under norm."""
 _LOOK = 0.2  # seconds between two looks for a signal
 
 
@@ -130,10 +132,13 @@ def cells(wanted: Request, schema: Schema[Any]) -> list[Cell]:
 
 
 def _batch_keys(wanted: Request, keys: Sequence[str], batch: int, schema: Schema[Any]) -> list[str]:
-    if not wanted.whole:
-        return [f"micro_batch={batch}"]
     base = load(wanted.config, keys, schema).config
-    return ["micro_batch=null", f"batch_size={batch}", f"optim.lr={base.optim.lr * batch / base.batch_size!r}"]
+    own, counts = base.micro_batch or base.batch_size, base.norm.model_dump(include=set(_COUNTED))
+    more = [f"norm.{key}={-(-count * own // batch)}" for key, count in counts.items() if count]  # as many images
+    if not wanted.whole:
+        return [f"micro_batch={batch}", *more]
+    rate = base.optim.lr * batch / base.batch_size
+    return ["micro_batch=null", f"batch_size={batch}", f"optim.lr={rate!r}", *more]
 
 
 def make(wanted: Request, schema: Schema[Any], program: Sequence[str]) -> bool:

@@ -5,8 +5,9 @@ python tools/normlab.py CONFIG data.root=/data --norms bn:optim.lr=0.02 deconv -
 python tools/normlab.py CONFIG --norms bn gn --batch 1 2 4 --whole --out runs/lab
 
 A cell is a training by tools/train.py with a folder of its own in OUT. --batch names micro-batches: the batch_size of
-the config stays, gradients are accumulated, and cells differ in nothing but what the norm sees at once. With --whole
-they are the batch_size itself and optim.lr is scaled with it. OUT gets lab.md, lab.json and lab.png, anew after each
+the config stays, gradients are accumulated, and cells differ in nothing but what the norm sees at once: where the
+config counts micro-batches (norm.precise_batches, calibrate_batches), all cells take as many images. With --whole they
+are the batch_size itself and optim.lr is scaled with it. OUT gets lab.md, lab.json and lab.png, anew after each
 cell. Stopped by Ctrl-C or SIGTERM, it goes on with the same command; a cell that fails does not stop the others.
 Exit status: 0 the grid is whole, 1 it was stopped or a cell failed, 2 a mistake in the input.
 """

@@ -84,6 +84,19 @@ def ask(tmp_path: Path) -> Any:
     return made
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_precise_statistics_are_of_as_many_images_in_all_cells(ask: Any, whole: bool):
+    wanted = ask(
+        norms=["bn:norm.precise_batches=3", "gn"], batches=[2, 8, 16], whole=whole, overrides=["batch_size=16"]
+    )
+    found = [one.loaded.config for one in cells(wanted, ToyConfig)]
+    assert [one.norm.precise_batches * one.split(1).micro_batch for one in found] == [48, 48, 48, 0, 0, 0]
+    wanted = ask(
+        norms=["bn:norm.precise_batches=3"], batches=[2, 8], overrides=["batch_size=16", "norm.calibrate_batches=1"]
+    )
+    assert [one.loaded.config.norm.calibrate_batches for one in cells(wanted, ToyConfig)] == [8, 2]
+
+
 def test_a_cell_is_a_micro_batch_of_the_same_batch(ask: Any):
     found = cells(ask(batches=[8, 2]), ToyConfig)
     assert [one.run.name for one in found] == ["bn_b2", "bn_b8", "gn_norm.groups_3_b2", "gn_norm.groups_3_b8"]
