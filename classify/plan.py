@@ -28,8 +28,20 @@ def workload(cfg: ClassifyConfig) -> Workload:
         head = set(models.classifier_names(model))
         return parameter_groups(model, cfg.optim, lambda name: name not in head)
 
-    held = _held(cfg.data, info)
-    return Workload(cfg, build, losses.build(cfg.loss), batch, groups, network.blank_images(info), held)
+    def evaluate(model: torch.nn.Module, count: int) -> None:
+        model(batch(count)["image"].to(next(model.parameters()).device))
+
+    return Workload(
+        cfg,
+        build,
+        losses.build(cfg.loss),
+        batch,
+        groups,
+        network.blank_images(info),
+        _held(cfg.data, info),
+        evaluate,
+        cfg.data.eval_batch_size,
+    )
 
 
 def _held(data: DataConfig, info: DataInfo) -> int:

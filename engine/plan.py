@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ class Workload:
     """To convert the network with, where the config wants images for that."""
     held: int = 0
     """Bytes of data that lie in memory, on the device, all the time."""
+    evaluate: Callable[[nn.Module, int], Any] | None = None
+    """What an evaluation does with a batch of so many images; the network, in evaluation mode, is where it computes."""
+    eval_batch: int = 1
+    """Images that go through an evaluation together."""
+    remark: str = ""
+    """What had to be assumed."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +113,9 @@ class Curve:
         return sizes[place - 1], sizes[place]
 
 
-_SPARE = 400 * 2**20
-"""What trainings on CPUs took beyond the prediction, an evaluation included, was up to 0.28 GiB."""
+_SPARE = 600 * 2**20
+"""What trainings on CPUs took beyond the prediction and `_KEPT` was up to 0.56 GiB (ResNet-18, validated with 256
+images of 224x224: 3.69 GiB; pictures and plots included)."""
 _KEPT = 0.2
 """Where freed memory is kept, one of 2.63 GiB took 3.4 (CamVid's DeepLabV3+ in bfloat16, with its evaluations)."""
 
@@ -143,6 +151,10 @@ class Plan:
     """What is left besides, as a share of the memory: freed memory that the C library keeps is not all of use."""
     data: int = 0
     """Bytes of the data set where it lies in memory."""
+    evaluation: int = 0
+    """Bytes at the peak of an evaluation's batch, beyond the parts that last."""
+    precise: int = 0
+    """Bytes kept for precise statistics, for each image of a micro-batch."""
 
     def options(self) -> list[Option]:
         """Every micro-batch that divides this process's share of the batch, the largest first."""
@@ -155,10 +167,11 @@ class Plan:
         ]
 
     def memory(self, micro_batch: int, accumulation: int, checkpointing: bool) -> int:
-        """Bytes at the peak of a training step. Several processes keep the gradients between steps, in the buckets of
-        DistributedDataParallel."""
+        """Bytes at the peak of a training step or an evaluation. Several processes keep the gradients between steps, in
+        the buckets of DistributedDataParallel."""
         lasting = self.process + self.data + self.parts.lasting + (self.parts.gradients if self.ranks > 1 else 0)
-        return lasting + self.curves[checkpointing].step(micro_batch, accumulation)
+        step = self.curves[checkpointing].step(micro_batch, accumulation)
+        return lasting + self.precise * micro_batch + max(step, self.evaluation)
 
     def choice(self) -> Option | None:
         """The largest micro-batch that fits, without computing activations again if there is one so."""
@@ -188,6 +201,7 @@ class Plan:
         for checkpointing, curve in self.curves.items():
             what = "an image, with checkpointing" if checkpointing else "an image (in a step)"
             named[what] = round(curve.image())
+        named |= {"an evaluation": self.evaluation, "precise statistics, an image": self.precise}
         return [f"  {name:<30} {show_bytes(value):>12}" for name, value in named.items() if value]
 
     def _table(self) -> list[str]:
@@ -218,6 +232,8 @@ class Plan:
             how = f"micro_batch={least.micro_batch} runtime.checkpointing={str(least.checkpointing).lower()}"
             more_left = self.left(least)
             left = f", and {show_bytes(more_left)} more are left to what was not measured" if more_left else ""
+            if self.evaluation > self.curves[least.checkpointing].step(least.micro_batch, least.accumulation):
+                notes.append(f"an evaluation takes {show_bytes(self.evaluation)}; a smaller data.eval_batch_size less")
             return [*notes, f"nothing fits into {budget}: the least is {show_bytes(least.memory)}{left}, with {how}"]
         more = next((o for o in self.options() if self.fits(o) and o.micro_batch > chosen.micro_batch), None)
         if more is not None:
@@ -265,8 +281,13 @@ def make_plan(work: Workload, budget: int, seconds: float = 60.0) -> Plan:
         process = max(distributed.gather(process_peak())) if device.type == "cpu" else 0
         asked = cfg.runtime.checkpointing
         plan = Plan(_title(work, device), budget, cfg.batch_size, ranks, process, {asked: Curve()}, data=work.held)
+        if device.type == "cpu":
+            plan.spare, plan.kept = _SPARE, _KEPT if keep_freed_memory() else 0.0
+            plan.precise = cfg.norm.precise_batches * _bytes([work.batch(1)["image"]])
         _measure(work, plan, asked, share, seconds)
-        if not asked and plan.memory(share, 1, asked) > budget and not cfg.runtime.compile:
+        _measure_evaluation(work, plan)
+        whole = Option(share, 1, asked, plan.memory(share, 1, asked))
+        if not asked and not plan.fits(whole) and not cfg.runtime.compile:
             plan.curves[True] = Curve()
             try:
                 _measure(work, plan, True, share, seconds)
@@ -276,14 +297,33 @@ def make_plan(work: Workload, budget: int, seconds: float = 60.0) -> Plan:
         if device.type == "cuda":
             plan.process = max(distributed.gather(_beside_tensors(device)))
         else:
-            plan.spare, plan.kept = _SPARE, _KEPT if keep_freed_memory() else 0.0
             share_too = f"{plan.kept:.0%} and " if plan.kept else ""
             plan.remarks.append(
                 f"a process on a CPU may take {share_too}{show_bytes(_SPARE)} more, which are left free: buffers of "
-                "libraries, memory that is kept, the loader, validation"
+                "libraries, memory that is kept, the loader"
             )
+        plan.remarks += [work.remark] if work.remark else []
     plan.seconds = time.monotonic() - start
     return plan
+
+
+def _measure_evaluation(work: Workload, plan: Plan) -> None:
+    """With two images, and four, from which larger batches follow; one alone may take other ways in the libraries."""
+    if work.evaluate is None:
+        return
+    trial = _Trial(work, False)
+    model, device = trial.prepared.raw.eval(), trial.prepared.device
+    counts = [min(count, work.eval_batch) for count in (2, 4)]
+    try:
+        with torch.no_grad(), autocast(device, dtype_of(work.cfg.runtime.amp)):
+            few, more = (allocated(partial(work.evaluate, model, count), device).peak for count in counts)
+    except torch.OutOfMemoryError:
+        raise UserError(f"--plan: not even an evaluation of {counts[1]} images fits into the memory") from None
+    an_image = max(0, more - few) / max(1, counts[1] - counts[0])
+    highest = round(more + (work.eval_batch - counts[1]) * an_image)
+    if device.type == "cpu":
+        highest += work.eval_batch * _bytes([work.batch(1)["image"]])  # as they were read, before they are stacked
+    plan.evaluation = max(distributed.gather(highest))
 
 
 def _title(work: Workload, device: torch.device) -> str:

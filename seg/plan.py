@@ -1,16 +1,22 @@
-"""The memory plan of a segmentation experiment; see `engine.plan`. No image or label is read."""
+"""The memory plan of a segmentation experiment; see `engine.plan`. Of the data only the size of an image is read, where
+they are there."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import nn
 
 from engine.config import Loaded
+from engine.errors import UserError
 from engine.loop import Batch
 from engine.optim import parameter_groups
 from engine.plan import Plan, Workload, make_plan
-from seg import losses, models
+from seg import datasets, losses, models
 from seg.config import SegConfig
 from seg.labels import table
+from seg.predict import Predictor
 
 
 def workload(cfg: SegConfig) -> Workload:
@@ -21,6 +27,12 @@ def workload(cfg: SegConfig) -> Workload:
         target = torch.randint(classes, (count, *cfg.data.crop))
         return {"image": torch.randn(count, 3, *cfg.data.crop), "target": target, "name": ["random"] * count}
 
+    height, width, remark = _validation_size(cfg)
+
+    def evaluate(model: nn.Module, count: int) -> None:
+        predictor = Predictor.from_config(model, cfg, next(model.parameters()).device)
+        predictor.predict_batch([np.zeros((height, width, 3), np.uint8)] * count)
+
     return Workload(
         cfg,
         lambda: models.build(cfg.model, classes, pretrained=False),
@@ -28,7 +40,20 @@ def workload(cfg: SegConfig) -> Workload:
         batch,
         lambda model: parameter_groups(model, cfg.optim, models.is_backbone),
         models.blank_images(),
+        evaluate=evaluate,
+        eval_batch=cfg.data.eval_batch_size,
+        remark=remark,
     )
+
+
+def _validation_size(cfg: SegConfig) -> tuple[int, int, str]:
+    """Height and width of the first image of the validation; where the data are not there, those of the crop, and a
+    remark about it."""
+    try:
+        with Image.open(datasets.samples(cfg.data, cfg.data.val_split)[0].image) as image:
+            return image.height, image.width, ""
+    except (UserError, OSError):
+        return *cfg.data.crop, "images of the validation were not found; they are taken for as large as data.crop"
 
 
 def plan(loaded: Loaded[SegConfig], budget: int) -> Plan:

@@ -28,5 +28,11 @@ def test_a_classifier_is_planned_without_its_data(tmp_path: Path):
     assert found.parts.optimizer == found.parts.parameters  # one momentum
     assert sorted(found.curves[False].measured) == [1, 2, 4, 8]
     assert found.data == 60_000 * 36**2 + 10_000 * 28**2, "padded by 4 for the training"
-    assert choice.memory == found.process + found.data + found.parts.lasting + found.curves[False].step(8, 1)
+    assert found.evaluation > found.curves[False].step(8, 1), "of 256 images"
+    assert choice.memory == found.process + found.data + found.parts.lasting + found.evaluation
+    small = plan(load(tmp_path / "tiny.yaml", ["data.eval_batch_size=2"], ClassifyConfig), 2**40)
+    assert small.evaluation < found.evaluation / 100 and small.curves == found.curves
+    assert small.options()[0].memory == small.process + small.data + small.parts.lasting + small.curves[False].step(
+        8, 1
+    )
     assert "the data set " in str(found)

@@ -1,5 +1,6 @@
 """Memory plans: parsed sizes, curves, choices, and predictions held against measurements."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,32 @@ def test_checkpointing_is_only_probed_when_it_is_needed():
     assert list(small.curves) == [False, True] and small.choice() is None
     for size in (1, 2):
         assert small.memory(size, 1, True) < small.memory(size, 1, False)
+
+
+def test_checkpointing_is_probed_where_what_is_left_free_does_not_fit():
+    wanted = make_plan(workload(), 2**40).options()[0].memory
+    assert list(make_plan(workload(), wanted + 2**20).curves) == [False, True]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 40])
+def test_an_evaluation_counts(batch: int):
+    def evaluate(model: nn.Module, count: int) -> None:
+        assert not model.training and not torch.is_grad_enabled()
+        model(torch.zeros(count, 3, 64, 64))
+
+    found = make_plan(dataclasses.replace(workload(), evaluate=evaluate, eval_batch=batch), 2**40)
+    image = 64 * 64 * 4 * (16 + 16)  # a layer's input and output
+    assert batch * image <= found.evaluation < 2.5 * batch * image
+    lasting, step = found.process + found.parts.lasting, found.curves[False].step(1, 8)
+    assert found.memory(1, 8, False) == lasting + max(step, found.evaluation)
+    found.budget = lasting
+    assert batch in (3, 4) or ("a smaller data.eval_batch_size less" in str(found)) == (batch == 40)
+
+
+def test_images_that_are_kept_for_precise_statistics_count():
+    plain, precise = (make_plan(workload(toy.config(batch=8, norm__precise_batches=n)), 2**40) for n in (0, 5))
+    image = 3 * 64 * 64 * 4
+    assert precise.memory(4, 2, False) - precise.process == plain.memory(4, 2, False) - plain.process + 5 * 4 * image
 
 
 def test_a_config_with_checkpointing_is_probed_with_it():

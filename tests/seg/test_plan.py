@@ -35,6 +35,14 @@ def test_a_batch_has_the_crops_size_and_the_tables_classes(config: Path):
     assert int(batch["target"].max()) == 18 and len(batch["name"]) == 3
 
 
+def test_an_evaluation_takes_images_of_the_validations_size(config: Path, sample_root: Path):
+    keys = ["batch_size=1", "norm.name=bn", "data.base_size=null", "data.eval_base_size=null"]
+    there = plan(load(config, [*keys, f"data.root={sample_root}"], SegConfig), 2**40)
+    missing = plan(load(config, [*keys, "data.root=nowhere"], SegConfig), 2**40)
+    assert there.evaluation > missing.evaluation > 0 and there.curves == missing.curves
+    assert "taken for as large as data.crop" in str(missing) and "as large as" not in str(there)
+
+
 def test_a_larger_crop_takes_more(config: Path):
     keys = ["batch_size=1", "norm.name=bn"]
     small = plan(load(config, keys, SegConfig), 2**40)
