@@ -97,6 +97,13 @@ def _normalised_otherwise(model: nn.Module, info: DataInfo) -> str:
     )
 
 
+def call(cfg: ModelConfig, info: DataInfo) -> str:
+    """Python that makes the network which `build` does."""
+    words = [repr(cfg.name), str(len(info.classes)), str(info.channels), f"size={info.size}"]
+    words += [f"{key}={value!r}" for key, value in cfg.options.items()]
+    return f"classify.models.build({', '.join(words)})"
+
+
 def _unwrapped(name: str) -> str:
     """The name that a parameter has without DistributedDataParallel (`module.`) and the compiler (`_orig_mod.`)."""
     while name.startswith(("module.", "_orig_mod.")):

@@ -79,12 +79,12 @@ def export(
     facts: Mapping[str, Any],
     scale: Callable[[Tensor], Tensor] | None = None,
     part: str = "",
-    section: NormConfig | None = None,
+    rebuilt: str = "",
 ) -> Exported:
     """Write a trained network, in evaluation mode and on the CPU, as `path` says: a program (.pt2) for any number of
     images of this height and width, or weights (.safetensors), for which the size does not matter. `part` names the
-    module whose weights these are, where it is not the whole network; `section` is the norm that it has been converted
-    with, which what is printed says how to repeat.
+    module whose weights these are, where it is not the whole network; `rebuilt` makes the network that takes them
+    (`rebuilding`), and is printed.
 
     Raises:
         UserError: another suffix, a size that the network does not take, a network that torch cannot export, one whose
@@ -98,7 +98,7 @@ def export(
         raise UserError(f"the network cannot be folded: {error}") from None
     if path.suffix == ".safetensors":
         checkpoint.export_weights(path, folded.get_submodule(part).state_dict())
-        return Exported(path, f"the folded network's weights{_fitting(section, part)}")
+        return Exported(path, "the folded network's weights" + (rebuilt and f", for\n  {rebuilt}"))
     found = _program(Deployed(folded, logits, mean, std, scale).eval(), (len(mean), *size))
     buffer = io.BytesIO()
     torch.export.save(found, buffer, extra_files={FACTS: json.dumps({**facts, "input": _input(mean, size)})})
@@ -113,15 +113,25 @@ def export(
     return Exported(path, text)
 
 
-def _fitting(section: NormConfig | None, part: str) -> str:
-    """How the network, as its library builds it, comes to take the weights, where it does not by itself."""
-    if section is None or (section.name == "bn" and not section.overrides):
-        return ""
+def rebuilding(call: str, section: NormConfig, images: Tensor, part: str = "") -> str:
+    """Python, in a line, that makes the network which the weights fit: without it they may load all the same, where
+    norms have another eps or layers another dilation, and the outputs be others.
+
+    Args:
+        call: makes the network with plain convolutions and batch norm.
+        section: the norm that it was converted with.
+        images: what a calibration may be shown, of which the layers depend and not their weights.
+        part: as for `export`: the prefix of the names in `section.overrides`.
+    """
+    if section.name == "bn" and not section.overrides and not section.options:
+        return f"network = {call}"
     words = [repr(section.name), *(f"{key}={value!r}" for key, value in section.options.items())]
     if section.overrides:  # their patterns are of names in the whole network
         inside = ("|".join(one.removeprefix(f"{part}.") for one in key.split("|")) for key in section.overrides)
         words.append(f"overrides={dict(zip(inside, section.overrides.values(), strict=True))!r}")
-    return f"; they fit after norm.convert(network, {', '.join(words)}); network = norm.fold(network.eval())"
+    if section.calibrate_batches:
+        words.append(f"calibrate=torch.zeros{tuple(images.shape)}")
+    return f"network = {call}; norm.convert(network, {', '.join(words)}); network = norm.fold(network.eval())"
 
 
 def _input(mean: Sequence[float], size: tuple[int, int]) -> str:

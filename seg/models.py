@@ -61,6 +61,16 @@ def build(cfg: ModelConfig, classes: int = len(TRAIN_CLASSES), *, pretrained: bo
     return model
 
 
+def call(cfg: ModelConfig, classes: int) -> str:
+    """Python that makes the network which `build` does, without the auxiliary head: by its library if that can."""
+    if cfg.name.startswith(smp_models.PREFIX):
+        return smp_models.call(cfg, classes)
+    if cfg.output_stride in (None, 8) or "mobilenet" in cfg.name:
+        return f"torchvision.models.get_model({cfg.name!r}, weights=None, weights_backbone=None, num_classes={classes})"
+    own = f"name={cfg.name!r}, output_stride={cfg.output_stride}, aux=False, backbone_weights=None"
+    return f"seg.models.build(seg.config.ModelConfig({own}), {classes})"
+
+
 def multiple(cfg: ModelConfig) -> int:
     """What the sides of images should be multiples of; 1 for the networks of `seg.smp_models`, which pad inside."""
     if cfg.name.startswith(smp_models.PREFIX):

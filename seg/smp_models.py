@@ -100,6 +100,14 @@ def build(cfg: ModelConfig, classes: int, *, pretrained: bool) -> AnySize:
     return model
 
 
+def call(cfg: ModelConfig, classes: int) -> str:
+    """Python that makes the network inside the one that `build` does."""
+    architecture, encoder = _parse(cfg.name)
+    arguments = _arguments(cfg, architecture, encoder) | {"encoder_weights": None, "classes": classes}
+    words = [repr(architecture), repr(encoder), *(f"{key}={value!r}" for key, value in arguments.items())]
+    return f"segmentation_models_pytorch.create_model({', '.join(words)})"
+
+
 def _parse(name: str) -> tuple[str, str]:
     parts = name.split("/")
     if len(parts) != 3:

@@ -7,7 +7,7 @@ A program, torch.export.load("model.pt2").module(), takes float images (N, 3, H,
 given (default: the training's), normalises them, and gives logits (N, classes, H, W), a classifier's (N, classes).
 Inside, images have a shorter side of data.eval_base_size, as in predict.py; windows (predict.window) are not cut. It
 holds the classes' names (extra_files={"network.json": ""}), and is compared with the network before it is kept. Weights
-fit the network as its library builds it, converted and folded in the same way; the call is printed.
+fit the network that the Python which is printed makes, by its library where that has it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from engine.errors import UserError, one_process, program
 
 
 def _segmentation(args: argparse.Namespace) -> object:
-    from engine.export import export
+    from engine.export import export, rebuilding
     from seg.labels import table_of
-    from seg.models import from_checkpoint, multiple
+    from seg.models import blank_images, call, from_checkpoint, multiple
     from seg.predict import at_shorter_side, logits_of
     from seg.smp_models import AnySize
 
@@ -37,18 +37,20 @@ def _segmentation(args: argparse.Namespace) -> object:
     logits = partial(logits_of, multiple=multiple(cfg.model), size=tuple(size))
     scale = None if side is None else partial(at_shorter_side, base_size=side)
     part = "network" if isinstance(model, AnySize) else ""
-    return export(model, args.out, size, logits, cfg.data.mean, cfg.data.std, facts, scale, part, cfg.norm)
+    rebuilt = rebuilding(call(cfg.model, table.num_classes), cfg.norm, blank_images()[0], part)
+    return export(model, args.out, size, logits, cfg.data.mean, cfg.data.std, facts, scale, part, rebuilt)
 
 
 def _classification(args: argparse.Namespace) -> object:
-    from classify.network import from_checkpoint
-    from engine.export import export
+    from classify.network import blank_images, call, from_checkpoint
+    from engine.export import export, rebuilding
 
     model, cfg, info = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
     facts = {"task": "classify", "classes": list(info.classes)}
     size = args.size or (info.size, info.size)
-    mean, std = info.mean, info.std
-    return export(model, args.out, size, lambda net, images: net(images).float(), mean, std, facts, section=cfg.norm)
+    rebuilt = rebuilding(call(cfg.model, info), cfg.norm, blank_images(info)[0])
+    logits = lambda net, images: net(images).float()  # noqa: E731
+    return export(model, args.out, size, logits, info.mean, info.std, facts, rebuilt=rebuilt)
 
 
 @program
