@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +142,8 @@ def classify_files(
     except BaseException:  # a signal, a standard output that nobody reads: what was predicted is kept
         if out and summary.predictions:
             _write(out, summary.predictions)
+            told = f"{len(summary.predictions)} of {len(found)} images were classified; {show(out)} has those alone"
+            print(told, file=sys.stderr)
         raise
     if out:
         _write(out, summary.predictions)

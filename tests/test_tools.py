@@ -207,6 +207,9 @@ def test_a_video_that_a_signal_stops_leaves_nothing(project: Path):
     done.terminate()
     assert done.communicate() == (None, "stopped by SIGTERM\n") and done.returncode == 143
     assert [path.name for path in folder.iterdir()] == ["in.mp4"]
+    shutil.copy(folder / "in.mp4", folder / "other.mp4")
+    told = tool("predict", "runs/x/best.pt", "stopped/*.mp4", "--out", "stopped/out.mp4", cwd=project, status=2)
+    assert told == "error: stopped/in.mp4: a video goes alone; found 2 inputs, start the program for each\n"
 
 
 def test_weights_for_predict_that_are_a_program(project: Path):

@@ -15,6 +15,7 @@ predictions.json. Exit status: 0 all done, 1 inputs failed (listed at the end), 
 from __future__ import annotations
 
 import argparse
+import glob
 import math
 import os
 import re
@@ -68,6 +69,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _videos(word: str, suffixes: frozenset[str]) -> list[str]:
+    """Those that a pattern names which ends as they do."""
+    pattern = not os.path.lexists(word) and Path(word).suffix.lower() in suffixes
+    return sorted(glob.glob(word, recursive=True)) if pattern else []
+
+
 def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
     from engine.images import VIDEO_SUFFIXES, show
     from engine.prepare import predicting
@@ -81,6 +88,7 @@ def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
         raise UserError(f"{args.checkpoint}: a segmentation network; give --out DIR for its pictures")
     if args.topk is not None:
         raise UserError(f"{args.checkpoint}: a segmentation network; --topk is for a classifier")
+    args.inputs = [one for word in args.inputs for one in _videos(word, VIDEO_SUFFIXES) or [word]]
     videos = [path for path in args.inputs if Path(path).suffix.lower() in VIDEO_SUFFIXES and not os.path.isdir(path)]
     if videos and len(args.inputs) > 1:
         raise UserError(f"{videos[0]}: a video goes alone; found {len(args.inputs)} inputs, start the program for each")

@@ -77,7 +77,7 @@ def test_files_hold_what_is_printed(tmp_path: Path):
     assert stored[0]["classes"] == ["red", "green", "blue"] and stored[0]["probabilities"][0] == pytest.approx(0.8)
 
 
-def test_what_was_predicted_before_the_end_came_is_kept(tmp_path: Path):
+def test_what_was_predicted_before_the_end_came_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     save(tmp_path / "in/a.png", (200, 50, 0))
     save(tmp_path / "in/b.png", (0, 10, 90))
 
@@ -90,6 +90,8 @@ def test_what_was_predicted_before_the_end_came_is_kept(tmp_path: Path):
         for ending, rows in (("csv", csv.DictReader), ("json", json.load)):
             found = list(rows((tmp_path / f"out/predictions.{ending}").open()))
             assert [Path(row["path"]).name for row in found] == kept
+        told = f"1 of 2 images were classified; {tmp_path / 'out'} has those alone\n"
+        assert capsys.readouterr().err == told
 
 
 def test_one_bad_file_stops_nothing(tmp_path: Path):
