@@ -314,16 +314,17 @@ def _measure_evaluation(work: Workload, plan: Plan) -> None:
     trial = _Trial(work, False)
     model, device = trial.prepared.raw.eval(), trial.prepared.device
     counts = [min(count, work.eval_batch) for count in (2, 4)]
-    try:
-        with torch.no_grad(), autocast(device, dtype_of(work.cfg.runtime.amp)):
-            few, more = (allocated(partial(work.evaluate, model, count), device).peak for count in counts)
-    except torch.OutOfMemoryError:
-        raise UserError(f"--plan: not even an evaluation of {counts[1]} images fits into the memory") from None
-    an_image = max(0, more - few) / max(1, counts[1] - counts[0])
-    highest = round(more + (work.eval_batch - counts[1]) * an_image)
-    if device.type == "cpu":
-        highest += work.eval_batch * _bytes([work.batch(1)["image"]])  # as they were read, before they are stacked
-    plan.evaluation = max(distributed.gather(highest))
+    highest = None
+    with suppress(torch.OutOfMemoryError), torch.no_grad(), autocast(device, dtype_of(work.cfg.runtime.amp)):
+        few, more = (allocated(partial(work.evaluate, model, count), device).peak for count in counts)
+        an_image = max(0, more - few) / max(1, counts[1] - counts[0])
+        highest = round(more + (work.eval_batch - counts[1]) * an_image)
+        if device.type == "cpu":
+            highest += work.eval_batch * _bytes([work.batch(1)["image"]])  # as they were read, before they are stacked
+    everywhere = [one for one in distributed.gather(highest) if one is not None]
+    if len(everywhere) < plan.ranks:
+        raise UserError(f"--plan: not even an evaluation of {counts[1]} images fits into the memory that is there")
+    plan.evaluation = max(everywhere)
 
 
 def _title(work: Workload, device: torch.device) -> str:
