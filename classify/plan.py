@@ -1,4 +1,4 @@
-"""The memory plan of a classifier; see `engine.plan`. No image is read."""
+"""The memory plan of a classifier; see `engine.probe`. No image is read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from classify.data import DataInfo, describe
 from engine.config import Loaded
 from engine.loop import Batch
 from engine.optim import parameter_groups
-from engine.plan import Plan, Workload, make_plan
+from engine.plan import Plan
+from engine.probe import Workload, make_plan
 
 
 def workload(cfg: ClassifyConfig) -> Workload:
@@ -53,5 +54,5 @@ def _held(data: DataConfig, info: DataInfo) -> int:
 
 
 def plan(loaded: Loaded[ClassifyConfig], budget: int) -> Plan:
-    """For `budget` bytes; see `engine.plan.make_plan`."""
+    """For `budget` bytes; see `engine.probe.make_plan`."""
     return make_plan(workload(loaded.config), budget)

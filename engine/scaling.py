@@ -21,8 +21,8 @@ from typing import Any
 
 from engine import distributed, traffic
 from engine.config import ExperimentConfig
-from engine.plan import Workload
 from engine.prepare import convert_norm, prepare, session
+from engine.probe import Workload
 from engine.processes import in_processes
 from engine.steps import training_step
 from norm.state import in_step, skip_fresh_steps

@@ -1,5 +1,6 @@
-"""The memory plan of a segmentation experiment; see `engine.plan`. Of the data only the size of an image is read, where
-they are there."""
+"""The memory plan of a segmentation experiment; see `engine.probe`. Of the data only the size of an image is read, if
+they are there.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from engine.config import Loaded
 from engine.errors import UserError
 from engine.loop import Batch
 from engine.optim import parameter_groups
-from engine.plan import Plan, Workload, make_plan
+from engine.plan import Plan
+from engine.probe import Workload, make_plan
 from seg import datasets, losses, models
 from seg.config import SegConfig
 from seg.labels import table
@@ -57,5 +59,5 @@ def _validation_size(cfg: SegConfig) -> tuple[int, int, str]:
 
 
 def plan(loaded: Loaded[SegConfig], budget: int) -> Plan:
-    """For `budget` bytes; see `engine.plan.make_plan`."""
+    """For `budget` bytes; see `engine.probe.make_plan`."""
     return make_plan(workload(loaded.config), budget)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import plan as module
+from engine import probe as module
 from engine.config import ExperimentConfig
 from engine.errors import UserError
 from engine.loop import Batch
 from engine.optim import parameter_groups
-from engine.plan import Curve, Option, Parts, Plan, Workload, make_plan, parse_size
+from engine.plan import Curve, Option, Parts, Plan, parse_size
 from engine.prepare import session
+from engine.probe import Workload, make_plan
 from tests.engine import toy
 
 MIB = 2**20

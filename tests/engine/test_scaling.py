@@ -11,7 +11,7 @@ from torch import nn
 
 from engine import scaling
 from engine.optim import parameter_groups
-from engine.plan import Workload
+from engine.probe import Workload
 from engine.traffic import Step
 from tests.engine import toy
 from tests.engine.toy import ToyConfig, config

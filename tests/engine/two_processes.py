@@ -14,8 +14,8 @@ from engine import checkpoint, distributed
 from engine.config import Length
 from engine.errors import UserError
 from engine.loop import Batch, Loss
-from engine.plan import make_plan
 from engine.prepare import prepare
+from engine.probe import make_plan
 from tests.engine import synced, toy
 from tests.engine.toy import config, small, train
 
