@@ -21,6 +21,7 @@ from classify.losses import probabilities
 from engine.errors import UserError
 from engine.images import MAX_PIXELS, Array, Found, check_writable, find_images, read_image, show, write_bytes
 
+_PARTIAL = "predictions_partial"
 MOST_BYTES = 1 << 28
 """A batch ends with the image with which its files hold so many bytes decoded."""
 
@@ -115,14 +116,14 @@ def classify_files(
         classes: the K names.
         inputs: files, folders (searched recursively) and globs.
         topk: classes told for each image.
-        out: a folder that gets `predictions.csv` (a row for each image and rank) and `predictions.json`; None: none.
+        out: a folder that gets `predictions.csv` (a row for each image and rank) and `predictions.json`, or those of
+            a work that did not come to its end as `predictions_partial`; None: none.
         batch_size: images predicted at once, fewer where they are large.
         max_pixels: larger images are refused.
         say: takes the line of each image.
 
     Raises:
-        UserError: no image at all, `topk` out of range, or files that can't be written. Whatever ends it, predictions
-            so far are written.
+        UserError: no image at all, `topk` out of range, or files that can't be written.
     """
     if not 1 <= topk <= len(classes):
         raise UserError(f"--topk: {topk}; expected 1 to {len(classes)}, the network's classes")
@@ -141,18 +142,22 @@ def classify_files(
                 say(str(one))
     except BaseException:  # a signal, a standard output that nobody reads: what was predicted is kept
         if out and summary.predictions:
-            _write(out, summary.predictions)
-            told = f"{len(summary.predictions)} of {len(found)} images were classified; {show(out)} has those alone"
+            _write(out, summary.predictions, _PARTIAL)
+            told = (
+                f"{len(summary.predictions)} of {len(found)} images were classified: {show(out / _PARTIAL)}.csv, .json"
+            )
             print(told, file=sys.stderr)
         raise
     if out:
-        _write(out, summary.predictions)
+        _write(out, summary.predictions, "predictions")
+        for ending in (".csv", ".json"):
+            (out / f"{_PARTIAL}{ending}").unlink(missing_ok=True)
     return summary
 
 
-def _write(out: Path, predictions: Sequence[Prediction]) -> None:
-    write_bytes(out / "predictions.csv", _csv(predictions).encode("utf-8", "surrogateescape"))
-    write_bytes(out / "predictions.json", (json.dumps([vars(one) for one in predictions], indent=1) + "\n").encode())
+def _write(out: Path, predictions: Sequence[Prediction], name: str) -> None:
+    write_bytes(out / f"{name}.csv", _csv(predictions).encode("utf-8", "surrogateescape"))
+    write_bytes(out / f"{name}.json", (json.dumps([vars(one) for one in predictions], indent=1) + "\n").encode())
 
 
 def _batches(

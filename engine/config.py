@@ -299,8 +299,8 @@ class Loaded(Generic[C]):
     """Dotted key of each leaf -> `file:line`, `override` or `default`."""
     text: str
     """The resolved configuration as YAML, which `load` reads back."""
-    recipe_rates: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What `recipes` says about the chosen norm under `optim`, whether it is in force or not."""
+    recipe_rates: dict[str, yaml_layers.Leaf] = dataclasses.field(default_factory=dict)
+    """What `recipes` says about the chosen norm under `optim`, and where, whether it is in force or not."""
 
 
 def load(path: str | Path, overrides: Sequence[str], schema: Schema[C]) -> Loaded[C]:
@@ -352,14 +352,15 @@ def _resolve(layers: list[Layer], schema: Schema[C], source: str, import_from: s
             problems.append(f"{source}: imports: {imports} were not imported, which --allow-imports permits")
         head = "" if len(problems) == 1 else f"{source}: {len(problems)} problems in the configuration\n  "
         raise UserError(head + "\n  ".join(problems)) from None
-    rates = config.recipes.get(config.norm.name, {}).get("optim", {})
+    written = {path: leaf.origin for path, leaf in yaml_layers.leaves(layer)}
+    chosen = ("recipes", config.norm.name)
+    said = config.recipes.get(config.norm.name, {}).get("optim", {})
+    rates = {key: yaml_layers.Leaf(one, written.get((*chosen, "optim", key), "")) for key, one in said.items()}
     config = _settled(config)
     plain = config.model_dump(mode="json")
-    written = {path: leaf.origin for path, leaf in yaml_layers.leaves(layer)}
-    of_recipe = {
-        ("recipes", config.norm.name, *path[1:]): origin for path, origin in written.items() if path[0] == "norm"
-    }
-    written = of_recipe | written
+    in_force = {(*chosen, *path[1:]): origin for path, origin in written.items() if path[0] == "norm"}
+    in_force |= {(*chosen, *path): origin for path, origin in written.items() if path[0] == "optim"}
+    written |= in_force
     everything = yaml_layers.leaves(yaml_layers.from_plain(plain, "default"))
     origins = {".".join(path): written.get(path, "default") for path, _ in everything}
     return Loaded(config, origins, "".join(f"{text}\n" for text, _ in _lines(plain)), rates)

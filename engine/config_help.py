@@ -117,8 +117,8 @@ def passed_over(loaded: Loaded[Any]) -> list[str]:
     own section `optim`, which wins."""
     plain, notes = loaded.config.model_dump(mode="json"), []
     recipe = f"recipes.{loaded.config.norm.name}"
-    for key, value in loaded.recipe_rates.items():
-        places = [loaded.origins.get(one, "").rpartition(":") for one in (f"{recipe}.optim.{key}", f"optim.{key}")]
+    for key, (value, origin) in loaded.recipe_rates.items():
+        places = [one.rpartition(":") for one in (origin, loaded.origins.get(f"optim.{key}", ""))]
         if plain["optim"][key] != value and places[0][0] and places[0][0] == places[1][0]:
             notes.append(
                 f"note: optim.{key}: {plain['optim'][key]} ({''.join(places[1])}) is used, not the {value} of "

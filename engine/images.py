@@ -153,7 +153,7 @@ def find_images(
     if not chosen:
         problems += only_own
     elif passed := [path for key, path in left_out.items() if key not in chosen]:
-        say(f"left out, by their names outputs of this program: {len(passed)}, such as {show(passed[0])}")
+        say(f"left out as outputs of this program: {len(passed)}, such as {show(passed[0])}")
     paths = [path for path, _ in chosen.values()]
     names = _output_names(list(chosen), [relative for _, relative in chosen.values()])
     return [Found(path, name) for path, name in zip(paths, names, strict=True)], problems

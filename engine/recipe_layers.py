@@ -17,9 +17,11 @@ def combine(layers: list[Layer], default: str) -> Layer:
     name = _name(functools.reduce(lambda below, above: _merge(below, above, default, {}), layers, {}), default)
     everything: Layer = {}
     chosen: Layer = {}
-    emptied = max((place for place, layer in enumerate(layers) if _empties(layer, name)), default=0)
+    owns = [_of_recipe(layer, name) for layer in layers]
     for place, layer in enumerate(layers):
-        own = _of_recipe(layer, name) if place >= emptied else {}
+        if emptied := _emptied(layer, name):
+            owns[:place] = [{key: one for key, one in own.items() if key not in emptied} for own in owns[:place]]
+    for own, layer in zip(owns, layers, strict=True):
         chosen = merge(chosen, own)
         everything = _merge(merge(everything, own), layer, default, chosen.get("norm", {}))
     return everything
@@ -35,13 +37,14 @@ def _merge(below: Layer, above: Layer, default: str, kept: Layer) -> Layer:
     return merge(below, above)
 
 
-def _empties(layer: Layer, name: Any) -> bool:
-    """Whether the layer takes back what those below say about the recipe of this name: `recipes={}`."""
-    recipes = layer.get("recipes")
-    return any(
-        isinstance(one, Instead) or (isinstance(one, Leaf) and one.value == {})
-        for one in (recipes, recipes.get(name) if isinstance(recipes, dict) and isinstance(name, str) else None)
-    )
+def _emptied(layer: Layer, name: Any) -> tuple[str, ...]:
+    """The sections of which the layer takes back what those below say about the recipe of this name: `recipes={}`."""
+    at: Any = layer
+    for key, sections in (("recipes", ("norm", "optim")), (name, ("norm", "optim")), ("optim", ("optim",))):
+        at = at.get(key) if isinstance(at, dict) and isinstance(key, str) else None
+        if isinstance(at, Instead) or (isinstance(at, Leaf) and at.value == {}):
+            return sections
+    return ()
 
 
 def _name(layer: Layer, default: str) -> Any:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from engine.config import Loaded
-from engine.errors import UserError
+from engine.errors import NotFiniteError, UserError
 from engine.loop import Batch
 from engine.optim import parameter_groups
 from engine.plan import Plan
@@ -33,7 +33,12 @@ def workload(cfg: SegConfig) -> Workload:
 
     def evaluate(model: nn.Module, count: int) -> None:
         predictor = Predictor.from_config(model, cfg, next(model.parameters()).device)
-        predictor.predict_batch([np.zeros((height, width, 3), np.uint8)] * count)
+        try:
+            predictor.predict_batch([np.zeros((height, width, 3), np.uint8)] * count)
+        except NotFiniteError:  # running statistics that are not settled may overflow, in as much memory
+            pass
+        except UserError as error:  # nothing else is left that a user could put right
+            raise torch.OutOfMemoryError(str(error)) from error
 
     return Workload(
         cfg,
@@ -54,7 +59,7 @@ def _validation_size(cfg: SegConfig) -> tuple[int, int, str]:
     try:
         with Image.open(datasets.samples(cfg.data, cfg.data.val_split)[0].image) as image:
             return image.height, image.width, ""
-    except (UserError, OSError):
+    except (UserError, OSError, Image.DecompressionBombError):
         return *cfg.data.crop, "images of the validation were not found; they are taken for as large as data.crop"
 
 

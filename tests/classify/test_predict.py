@@ -88,10 +88,13 @@ def test_what_was_predicted_before_the_end_came_is_kept(tmp_path: Path, capsys: 
         with pytest.raises(BrokenPipeError):
             classify_files(brightest, CLASSES, [tmp_path / "in"], batch_size=size, out=tmp_path / "out", say=stop)
         for ending, rows in (("csv", csv.DictReader), ("json", json.load)):
-            found = list(rows((tmp_path / f"out/predictions.{ending}").open()))
+            found = list(rows((tmp_path / f"out/predictions_partial.{ending}").open()))
             assert [Path(row["path"]).name for row in found] == kept
-        told = f"1 of 2 images were classified; {tmp_path / 'out'} has those alone\n"
+        told = f"1 of 2 images were classified: {tmp_path / 'out/predictions_partial'}.csv, .json\n"
         assert capsys.readouterr().err == told
+        assert len(list((tmp_path / "out").iterdir())) == 2, "an earlier work's files stay as they are"
+    run([tmp_path / "in"], out=tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.csv", "predictions.json"]
 
 
 def test_one_bad_file_stops_nothing(tmp_path: Path):

@@ -50,8 +50,18 @@ def test_recipes_can_be_emptied(tmp_path, overrides):
     config = read(tmp_path, "recipes: {deconv: {n_iter: 2}}\n", *overrides).config
     assert config.norm.options == {"block": 16, "n_iter": 3} and config.optim.weight_decay != 0.5
     assert read(tmp_path, "recipes: {}\n").config.norm.options == {"block": 16, "n_iter": 3}
+    assert read(tmp_path, "", "recipes.deconv.optim={}").config.optim.weight_decay != 0.5
+    assert read(tmp_path, "", "recipes.deconv.optim={}").config.norm.options["fc_block"] == 8
     filled = read(tmp_path, "", "recipes.deconv={}", "recipes.deconv.eps=0.1").config
     assert filled.norm.options == {"block": 16, "n_iter": 3, "eps": 0.1}
+
+
+def test_places_of_recipes_are_those_of_what_is_in_force(tmp_path):
+    loaded = read(tmp_path, "recipes: {deconv: {optim: {lr: 0.02}}}\n", "norm.eps=0.1", "optim.lr=0.3")
+    recipe, where = loaded.config.recipes["deconv"], loaded.origins
+    assert recipe["eps"] == 0.1 and where["recipes.deconv.eps"] == where["norm.eps"] == "override"
+    assert recipe["optim"]["lr"] == 0.3 and where["recipes.deconv.optim.lr"] == "override"
+    assert recipe["fc_block"] == 8 and where["recipes.deconv.fc_block"] == f"{tmp_path / 'base.yaml'}:8"
 
 
 OVERRIDES = "recipes: {deconv: {overrides: {a*: {n_iter: 1}, b*: {n_iter: 2}}}}\n"

@@ -98,7 +98,7 @@ def test_own_outputs_are_not_read_again(tmp_path: Path, out: str) -> None:
         for inputs in ([tmp_path / "in"], [f"{tmp_path}/in/**/*.png"], [*(tmp_path / "in").iterdir()]):
             summary, said = run(inputs, tmp_path / out, "labels", "color", "overlay")
             assert summary.done == len(said[-1:]) == 1 and not summary.problems
-            assert len(said) == 1 or (len(said) == 2 and said[0].startswith("left out, by their names outputs of this"))
+            assert len(said) == 1 or (len(said) == 2 and said[0].startswith("left out as outputs of this program: "))
     assert len(tree(tmp_path)) == 4
 
 
@@ -108,7 +108,7 @@ def test_outputs_of_an_earlier_run_are_left_out_and_told(tmp_path: Path) -> None
     summary, said = run([tmp_path / "in"], tmp_path / "after")
     assert summary.done == 1 and not summary.problems
     example = tmp_path / "in/before/labels/a_labelIds.png"
-    assert said[0] == f"left out, by their names outputs of this program: 2, such as {example}"
+    assert said[0] == f"left out as outputs of this program: 2, such as {example}"
     assert run([tmp_path / "in", example], tmp_path / "named")[0].done == 2, "named by itself it is an image"
 
 

@@ -1,5 +1,6 @@
 """The memory plan of a segmentation config, and the program that prints it."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from engine.config import load
 from engine.errors import UserError
+from seg import predict
 from seg.config import SegConfig
 from seg.plan import plan, workload
 from tools import train as program
@@ -86,3 +88,31 @@ def test_a_wrong_size_is_one_line(config: Path, monkeypatch: pytest.MonkeyPatch,
     assert capsys.readouterr().err == (
         "error: --plan: found 'much', expected a size of memory with its unit, such as 11GiB or 900MiB\n"
     )
+
+
+def test_an_evaluation_that_overflows_is_measured_and_one_without_memory_is_told(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Running statistics are not settled yet; a GPU's own error, or a CPU's words, are one of ours in the predictor."""
+    loaded = load(config, ["batch_size=1", "norm.name=bn", "data.root=nowhere"], SegConfig)
+    want = plan(loaded, 2**40).evaluation
+    whole = predict.logits_of
+    monkeypatch.setattr(predict, "logits_of", lambda *args: whole(*args) * math.nan)
+    assert plan(loaded, 2**40).evaluation == pytest.approx(want, rel=0.5)
+
+    def fails(*args: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(predict, "logits_of", fails)
+    with pytest.raises(
+        UserError, match="--plan: not even an evaluation of 1 images fits into the memory that is there"
+    ):
+        plan(loaded, 2**40)
+
+
+def test_a_validation_image_of_any_size_is_no_hindrance(
+    config: Path, sample_root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
+    work = workload(load(config, [f"data.root={sample_root}"], SegConfig).config)
+    assert "taken for as large as data.crop" in work.remark
