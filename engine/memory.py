@@ -4,6 +4,7 @@ keeps on a CPU what is freed."""
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import resource
@@ -27,8 +28,20 @@ def allocated(call: Callable[[], Any], device: torch.device) -> Allocated:
     """What tensors take while `call` runs, with the buffers that torch's operations allocate by its allocator.
 
     On a CPU libraries' own buffers, such as oneDNN's, are not seen, and what is given back only counts if it was taken
-    under this function too. Garbage in cycles is better collected before.
+    under this function too. Garbage in cycles is collected before, and not while `call` runs: whenever Python does that
+    by itself would change the figures.
     """
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        return _allocated(call, device)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _allocated(call: Callable[[], Any], device: torch.device) -> Allocated:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
