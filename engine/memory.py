@@ -28,11 +28,10 @@ def allocated(call: Callable[[], Any], device: torch.device) -> Allocated:
     """What tensors take while `call` runs, with the buffers that torch's operations allocate by its allocator.
 
     On a CPU libraries' own buffers, such as oneDNN's, are not seen, and what is given back only counts if it was taken
-    under this function too. Garbage in cycles is collected before, and not while `call` runs: whenever Python does that
-    by itself would change the figures.
+    under this function too. Garbage in cycles is not collected while `call` runs: whenever Python does that by itself
+    would change the figures. What there was before is better collected before.
     """
     collects = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         return _allocated(call, device)
