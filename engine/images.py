@@ -146,7 +146,9 @@ def find_images(
         if not files:
             problems.append(f"{show(text) or 'an empty name'}: {_nothing(text, videos)}")
         elif named and not others:
-            problems.append(f"{show(text)}: lies where this program writes, under the name of an output; left out.")
+            problems.append(
+                f"{show(text)}: lies where this program writes, by its name an output; left out, copy it elsewhere."
+            )
         elif not others:
             only_own.append(f"{show(text)}: only outputs of this program, which are left out.")
         left_out |= {key: path for key, path, _ in files if not named}

@@ -119,7 +119,7 @@ def test_photos_in_a_folder_of_outputs_are_labelled(tmp_path: Path) -> None:
         assert run([tmp_path / "out"], tmp_path / "out")[0].done == 2
     own = tmp_path / "out/labels/labels/a_labelIds.png"
     summary, _ = run([own, tmp_path / "out/labels/a.png"], tmp_path / "out")
-    problem = f"{own}: lies where this program writes, under the name of an output; left out."
+    problem = f"{own}: lies where this program writes, by its name an output; left out, copy it elsewhere."
     assert (summary.done, summary.problems) == (1, [problem])
 
 
