@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.loop import Batch, LossFunction
 from engine.memory import allocated, keep_freed_memory, process_peak, show_bytes
 from engine.optim import build_ema, build_optimizer
-from engine.plan import AGAIN, Curve, Option, Parts, Phases, Plan
+from engine.plan import AGAIN, Curve, Parts, Phases, Plan
 from engine.precision import autocast, dtype_of
 from engine.prepare import prepare, session
 
@@ -81,8 +81,7 @@ def make_plan(work: Workload, budget: int, seconds: float = 60.0) -> Plan:
             plan.precise = cfg.norm.precise_batches * _bytes([work.batch(1)["image"]])
         _measure(work, plan, asked, share, seconds)
         _measure_evaluation(work, plan)
-        whole = Option(share, 1, asked, plan.memory(share, 1, asked))
-        if not asked and not plan.fits(whole) and not cfg.runtime.compile:
+        if not asked and not plan.fits(plan.options()[0]) and not cfg.runtime.compile:
             plan.curves[True] = Curve()
             try:
                 _measure(work, plan, True, share, seconds)
@@ -118,7 +117,10 @@ def _measure_evaluation(work: Workload, plan: Plan) -> None:
             highest += work.eval_batch * _bytes([work.batch(1)["image"]])  # as they were read, before they are stacked
     everywhere = [one for one in distributed.gather(highest) if one is not None]
     if len(everywhere) < plan.ranks:
-        raise UserError(f"--plan: not even an evaluation of {counts[1]} images fits into the memory that is there")
+        raise UserError(
+            f"--plan: not even an evaluation of {counts[1]} images fits into the memory that is there; set a smaller "
+            "data.eval_batch_size, or of segmentation a smaller predict.window"
+        )
     plan.evaluation = max(everywhere)
 
 
