@@ -3,8 +3,8 @@
 python tools/export.py runs/x/best.pt --out model.pt2 [--size 1024 2048]   # a program
 python tools/export.py runs/x/best.pt --out model.safetensors              # weights
 
-A program, torch.export.load("model.pt2").module(), takes float images (N, 3, H, W), RGB in [0, 1], of the size that is
-given (default: the training's), normalises them, and gives logits (N, classes, H, W), a classifier's (N, classes).
+A program, torch.export.load("model.pt2").module(), takes float32 images (N, 3, H, W), RGB in [0, 1], of the size that
+is given (default: the training's), normalises them, and gives logits (N, classes, H, W), a classifier's (N, classes).
 Inside, images have a shorter side of data.eval_base_size, as in predict.py; windows (predict.window) are not cut. It
 holds the classes' names (extra_files={"network.json": ""}), and is compared with the network before it is kept. Weights
 fit the network that the Python which is printed makes, by its library where that has it.
