@@ -51,6 +51,8 @@ class Case:
     """Makes the network, with plain convolutions and batch norm; called once for each variant, after seeding."""
     shape: tuple[int, ...]
     """Of the input, N x C x H x W."""
+    between: bool = False
+    """A layer as it is between others: the gradient of its input is computed too. Images need none."""
 
 
 @dataclass(frozen=True)
@@ -236,8 +238,8 @@ class _Work:
         self.model = self.model.to(memory_format=layout).train()  # type: ignore[call-overload]
         if settings.channels_last and settings.device.type == "cpu":
             leave_channels_last(self.model)  # as trainings do
-        # as between other layers: the input needs a gradient
-        self.images = torch.randn(case.shape, device=settings.device).to(memory_format=layout).requires_grad_()
+        self.images = torch.randn(case.shape, device=settings.device).to(memory_format=layout)
+        self.images.requires_grad_(case.between)
         groups = [{"params": list(self.model.parameters())}]
         self.optimizer = build_optimizer(groups, OptimConfig(lr=1e-3))
         if settings.compile:

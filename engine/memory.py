@@ -24,23 +24,24 @@ class Allocated(NamedTuple):
     """What is still there afterwards; less than 0 if more was given back than taken."""
 
 
-def allocated(call: Callable[[], Any], device: torch.device) -> Allocated:
+def allocated(call: Callable[[], Any], device: torch.device, taken: dict[int, int] | None = None) -> Allocated:
     """What tensors take while `call` runs, with the buffers that torch's operations allocate by its allocator.
 
     On a CPU libraries' own buffers, such as oneDNN's, are not seen, and what is given back only counts if it was taken
-    under this function too. Garbage in cycles is not collected while `call` runs: whenever Python does that by itself
-    would change the figures. What there was before is better collected before.
+    in the call, or in a call before it that had the same `taken` (addresses and bytes, kept up to date). Garbage in
+    cycles is not collected while `call` runs: whenever Python does that by itself would change the figures. What there
+    was before is better collected before.
     """
     collects = gc.isenabled()
     gc.disable()
     try:
-        return _allocated(call, device)
+        return _allocated(call, device, {} if taken is None else taken)
     finally:
         if collects:
             gc.enable()
 
 
-def _allocated(call: Callable[[], Any], device: torch.device) -> Allocated:
+def _allocated(call: Callable[[], Any], device: torch.device, taken: dict[int, int]) -> Allocated:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -53,12 +54,22 @@ def _allocated(call: Callable[[], Any], device: torch.device) -> Allocated:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     assert profile.profiler is not None
-    events = profile.profiler.kineto_results.events()
+    events = _flat(profile.profiler.kineto_results.experimental_event_tree())
+    changes = [event for event in events if event.name == "[memory]"]
     total = highest = 0
-    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        total += change
+    for change in sorted(changes, key=lambda event: event.start_time_ns):
+        place, size = change.extra_fields.ptr, change.extra_fields.alloc_size
+        if size > 0:
+            taken[place] = size
+            total += size
+        else:  # by address: torch's own sizes are of whatever an earlier profile saw there
+            total -= taken.pop(place, 0)
         highest = max(highest, total)
     return Allocated(highest, total)
+
+
+def _flat(events: list[Any]) -> list[Any]:
+    return [one for event in events for one in (event, *_flat(event.children))]
 
 
 def quiet_profiler() -> None:

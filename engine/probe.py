@@ -190,6 +190,7 @@ class _Trial:
             self.optimizer.zero_grad(set_to_none=True)
         found: Phases = {}
         held = 0
+        taken: dict[int, int] = {}
         for again in ("", AGAIN):
             losses: list[Tensor] = []
 
@@ -199,7 +200,7 @@ class _Trial:
             def run_backward(losses: list[Tensor] = losses) -> None:
                 self.backward(losses.pop())
 
-            forward, backward = allocated(run_forward, device), allocated(run_backward, device)
+            forward, backward = (allocated(run, device, taken) for run in (run_forward, run_backward))
             found[f"{again}forward"] = held + forward.peak
             found[f"{again}backward"] = held + forward.left + backward.peak
             held += forward.left + backward.left

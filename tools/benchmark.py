@@ -71,7 +71,7 @@ def parse_case(text: str) -> tuple[Any, dict[str, Any]]:
             build()
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"case {text!r}: no convolution: {error}") from None
-        return Case(name, build, shape), {"stem_freeze": False, "stem_n_iter": 5, "last_block": 64}
+        return Case(name, build, shape, between=True), {"stem_freeze": False, "stem_n_iter": 5, "last_block": 64}
     if name.startswith("seg/"):
         return Case(name, partial(_segmentation, name[4:]), shape), {}
     return Case(name, partial(_classifier, name, shape), shape), {}

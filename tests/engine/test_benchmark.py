@@ -37,9 +37,17 @@ def test_bytes_kept_for_the_backward():
 
 
 def test_operations_of_a_step():
-    """A convolution, its weight's and its input's gradient."""
-    (row,) = benchmark.measure(Case("x", layer, (2, 4, 16, 16)), variants("bn"), QUICK)
-    assert row.flops == 3 * 2 * (2 * 16 * 16 * 8) * (4 * 9)
+    """A convolution and its weight's gradient; its input's where it lies between others, but not of images."""
+    product = 2 * (2 * 16 * 16 * 8) * (4 * 9)
+    for between, products in ((True, 3), (False, 2)):
+        case = Case("x", layer, (2, 4, 16, 16), between)
+        (row,) = benchmark.measure(case, variants("bn"), QUICK)
+        assert row.flops == products * product
+
+
+def test_a_layer_lies_between_others_and_a_network_takes_images():
+    assert parse_case("conv:4,8,3:2x4x16x16")[0].between
+    assert not any(parse_case(text)[0].between for text in ("vgg11:2x3x32x32", "seg/unet_resnet18:1x3x64x64"))
 
 
 def test_every_variant_is_timed_and_folded_to_the_same_layers():

@@ -31,17 +31,27 @@ def test_the_peak_and_what_is_left():
 
 def test_what_is_given_back_counts_below_zero():
     held: list[torch.Tensor] = []
+    taken: dict[int, int] = {}
+    allocated(lambda: held.append(torch.zeros(FLOATS)), CPU, taken)
+    found = allocated(lambda: held.clear(), CPU, taken)
+    assert found.peak == 0 and -1.01e6 < found.left <= -1e6 and not taken
+
+
+def test_what_was_taken_before_is_nothing_of_the_call():
+    """Not even where an earlier measurement saw something else at its address."""
+    held = [torch.zeros(FLOATS)]
     allocated(lambda: held.append(torch.zeros(FLOATS)), CPU)
     found = allocated(lambda: held.clear(), CPU)
-    assert found.peak == 0 and -1.01e6 < found.left <= -1e6
+    assert found == (0, 0)
 
 
 def test_values_kept_for_the_backward_are_seen():
     x = torch.zeros(FLOATS, requires_grad=True)
     kept: list[torch.Tensor] = []
-    forward = allocated(lambda: kept.append((x.exp() * x.sin()).sum()), CPU)
+    taken: dict[int, int] = {}
+    forward = allocated(lambda: kept.append((x.exp() * x.sin()).sum()), CPU, taken)
     assert 2e6 <= forward.left < 3.1e6  # exp keeps its result, the product both factors
-    backward = allocated(lambda: kept.pop().backward(), CPU)
+    backward = allocated(lambda: kept.pop().backward(), CPU, taken)
     assert forward.left + backward.left < 1.1e6  # the gradient alone
 
 
