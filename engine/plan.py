@@ -106,6 +106,8 @@ class Plan:
     """Bytes of the data set where it lies in memory."""
     evaluation: int = 0
     """Bytes at the peak of an evaluation's batch, beyond the parts that last."""
+    smaller: str = "data.eval_batch_size"
+    """The key whose smaller value lessens that."""
     precise: int = 0
     """Bytes kept for precise statistics, for each image of a micro-batch."""
 
@@ -186,7 +188,7 @@ class Plan:
             more_left = self.left(least)
             left = f", and {show_bytes(more_left)} more are left to what was not measured" if more_left else ""
             if self.evaluation > self.curves[least.checkpointing].step(least.micro_batch, least.accumulation):
-                notes.append(f"an evaluation takes {show_bytes(self.evaluation)}; a smaller data.eval_batch_size less")
+                notes.append(f"an evaluation takes {show_bytes(self.evaluation)}; a smaller {self.smaller} less")
             return [*notes, f"nothing fits into {budget}: the least is {show_bytes(least.memory)}{left}, with {how}"]
         more = next((o for o in self.options() if self.fits(o) and o.micro_batch > chosen.micro_batch), None)
         if more is not None:

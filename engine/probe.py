@@ -54,6 +54,8 @@ class Workload:
     """What an evaluation does with a batch of so many images; the network, in evaluation mode, is where it computes."""
     eval_batch: int = 1
     """Images that go through an evaluation together."""
+    smaller: str = "data.eval_batch_size"
+    """The key whose smaller value lessens what an evaluation takes."""
     remark: str = ""
     """What had to be assumed."""
 
@@ -76,6 +78,7 @@ def make_plan(work: Workload, budget: int, seconds: float = 60.0) -> Plan:
         process = max(distributed.gather(process_peak())) if device.type == "cpu" else 0
         asked = cfg.runtime.checkpointing
         plan = Plan(_title(work, device), budget, cfg.batch_size, ranks, process, {asked: Curve()}, data=work.held)
+        plan.smaller = work.smaller
         if device.type == "cpu":
             plan.spare, plan.kept = _SPARE, _KEPT if keep_freed_memory() else 0.0
             plan.precise = cfg.norm.precise_batches * _bytes([work.batch(1)["image"]])
@@ -118,8 +121,8 @@ def _measure_evaluation(work: Workload, plan: Plan) -> None:
     everywhere = [one for one in distributed.gather(highest) if one is not None]
     if len(everywhere) < plan.ranks:
         raise UserError(
-            f"--plan: not even an evaluation of {counts[1]} images fits into the memory that is there; set a smaller "
-            "data.eval_batch_size, or of segmentation a smaller predict.window"
+            f"--plan: not even an evaluation of {counts[1]} image{'s' * (counts[1] > 1)} fits into the memory that is "
+            f"there; set a smaller {work.smaller}"
         )
     plan.evaluation = max(everywhere)
 

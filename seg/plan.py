@@ -49,6 +49,7 @@ def workload(cfg: SegConfig) -> Workload:
         models.blank_images(),
         evaluate=evaluate,
         eval_batch=cfg.data.eval_batch_size,
+        smaller="predict.window" if cfg.data.eval_batch_size == 1 else "data.eval_batch_size",
         remark=remark,
     )
 

@@ -33,6 +33,9 @@ def config(tmp_path: Path) -> Path:
 def test_a_batch_has_the_crops_size_and_the_tables_classes(config: Path):
     work = workload(load(config, [], SegConfig).config)
     batch = work.batch(3)
+    assert work.smaller == "predict.window"  # one image at a time already
+    two = workload(load(config, ["data.eval_batch_size=2"], SegConfig).config)
+    assert two.smaller == "data.eval_batch_size"
     assert batch["image"].shape == (3, 3, 64, 96) and batch["target"].shape == (3, 64, 96)
     assert int(batch["target"].max()) == 18 and len(batch["name"]) == 3
 
@@ -105,7 +108,7 @@ def test_an_evaluation_that_overflows_is_measured_and_one_without_memory_is_told
 
     monkeypatch.setattr(predict, "logits_of", fails)
     with pytest.raises(
-        UserError, match="--plan: not even an evaluation of 1 images fits into the memory that is there"
+        UserError, match="--plan: not even an evaluation of 1 image fits into the memory .* smaller predict.window"
     ):
         plan(loaded, 2**40)
 
