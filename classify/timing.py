@@ -13,7 +13,7 @@ from classify import data, losses, models, network
 from classify.config import ClassifyConfig
 from engine.optim import parameter_groups
 from engine.prepare import prepare, session
-from engine.steps import endless, training_step
+from engine.steps import TrainingStep, endless
 
 
 class Row(NamedTuple):
@@ -36,7 +36,8 @@ def measure(cfg: ClassifyConfig, networks: Sequence[str], rounds: int, steps: in
         cfg: the experiment; its batches are whole micro-batches, its recipe of normalization is applied.
         networks: names as in model.name; the options of the config's network are only for itself.
         rounds: how often each network is measured.
-        steps: in a round; None: 1 on the CPU, 10 on a GPU, where several batches are made at once.
+        steps: in a round; None: 1 on the CPU, 10 on a GPU, where several batches are made at once. More, where a norm
+            does in every few steps what it leaves out in others.
 
     Raises:
         UserError: as a training with this config.
@@ -44,7 +45,8 @@ def measure(cfg: ClassifyConfig, networks: Sequence[str], rounds: int, steps: in
     with session(cfg.runtime) as device:
         batches = endless(data.train_batches(cfg, device))
         works = {name: _step(cfg, name, next(batches)["image"]) for name in networks}
-        steps = steps or (1 if device.type == "cpu" else 10)
+        steps, cycle = steps or (1 if device.type == "cpu" else 10), max(work.cycle for work in works.values())
+        steps = -(-steps // cycle) * cycle
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in networks}
         for done in range(rounds + 1):
             for name, work in works.items():
@@ -70,12 +72,11 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _step(cfg: ClassifyConfig, name: str, images: torch.Tensor) -> Callable[[dict[str, Any]], None]:
-    """A function that trains on one batch."""
+def _step(cfg: ClassifyConfig, name: str, images: torch.Tensor) -> TrainingStep:
     options = cfg.model.options if name == cfg.model.name else {}
     section = cfg.model.model_copy(update={"name": name, "options": options})
     model, _ = network.build(section, data.describe(cfg.data), pretrained=False)
     prepared = prepare(model, cfg, images=[images])
     head = set(models.classifier_names(prepared.raw))
     groups = parameter_groups(prepared.raw, cfg.optim, lambda key: key not in head)
-    return training_step(prepared, cfg, groups, losses.build(cfg.loss))
+    return TrainingStep(prepared, cfg, groups, losses.build(cfg.loss))

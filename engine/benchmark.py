@@ -96,7 +96,7 @@ class Row:
     evaluation: float | None = None
     """Seconds of a forward in evaluation."""
     folded: float | None = None
-    """The same after folding (batch norm into the convolution, `norm.fold`); None where that cannot be done."""
+    """The same after folding (batch norm into the convolution, `norm.fold`); None where nothing can be folded."""
 
 
 def measure(case: Case, variants: Sequence[Variant], settings: Settings) -> list[Row]:
@@ -242,6 +242,8 @@ class _Work:
         self.images.requires_grad_(case.between)
         groups = [{"params": list(self.model.parameters())}]
         self.optimizer = build_optimizer(groups, OptimConfig(lr=1e-3))
+        enabled = settings.amp == torch.float16
+        self.scaler = torch.amp.grad_scaler.GradScaler(settings.device.type, enabled=enabled)
         if settings.compile:
             self.model.compile(mode=settings.compile)
 
@@ -251,8 +253,10 @@ class _Work:
         return torch.stack([output.float().square().mean() for output in tensors(found)]).sum()
 
     def step(self) -> None:
-        self.loss().backward()
-        self.optimizer.step()
+        self.scaler.scale(self.loss()).backward()
+        self.scaler.unscale_(self.optimizer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.images.grad = None
 
@@ -319,7 +323,8 @@ def _folded(network: nn.Module, images: Tensor) -> nn.Module | None:
     """
     plain = norm.fold(network)
     if not any(isinstance(module, nn.BatchNorm2d) for module in plain.modules()):
-        return plain
+        kinds = [[type(module) for module in each.modules()] for each in (network, plain)]
+        return plain if kinds[0] != kinds[1] else None  # group norm stays
     from torch.fx.experimental.optimization import fuse
     from torch.fx.proxy import TraceError
 

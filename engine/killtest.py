@@ -20,11 +20,17 @@ from typing import Any
 
 from engine import checkpoint
 from engine.errors import UserError
+from engine.grid import owned
 from engine.report import METRICS, read_metrics
 from engine.resume import BEST, LAST
 
 AIMS = ("write", "write", "step", "anywhere")
 EVERY = 2  # steps from checkpoint to checkpoint
+_OWN = {
+    "norm.name": "the cases differ in it; choose with --cases",
+    "runtime.workers": "the cases differ in it; choose with --cases",
+    "report.checkpoint_every": f"what a kill may cost is judged by a checkpoint every {EVERY} steps",
+}
 LONGEST = 600.0  # seconds for one start; more is a hang
 UNEQUAL = ("images_per_second", "peak_memory_bytes")  # what the log tells of the machine, not of the training
 
@@ -37,6 +43,12 @@ class Case:
     arguments: tuple[str, ...]
     """Those of tools/train.py, without --work-dir and --resume."""
     processes: int = 1
+
+
+def check(overrides: Sequence[str]) -> None:
+    """Raises UserError for changes to what the cases differ in, or are judged by."""
+    if key := owned(overrides, _OWN):
+        raise UserError(f"key=value: {key} cannot be set: {_OWN[key]}")
 
 
 def cases(seg: Sequence[str], classify: Sequence[str]) -> list[Case]:
@@ -88,19 +100,25 @@ def run(case: Case, train: Callable[[], int], folder: Path, kills: int, seed: in
     _Start(case, train, folder, "whole").wait()
     duration = time.monotonic() - began
     while found.kills < kills:
+        before = _unfinished(folder / "killed")
         start = _Start(case, train, folder, "killed")
         if not start.kill(rng.choice(AIMS), rng, duration):
             break
         found.kills += 1
+        found.in_a_write += bool(_unfinished(folder / "killed") - before)
         _look(folder / "killed", found)
     _Start(case, train, folder, "killed").wait()
     found.problems += _differences(folder / "whole", folder / "killed")
     return found
 
 
+def _unfinished(work_dir: Path) -> set[tuple[str, int]]:
+    """Temporary checkpoints and their times: one that a kill has left lies there until the next of its name."""
+    return {(path.name, path.stat().st_mtime_ns) for path in work_dir.glob(".*.pt.tmp")}
+
+
 def _look(work_dir: Path, found: Found) -> None:
     """Every checkpoint must load, and hold all steps but those since the last one was due."""
-    found.in_a_write += any(work_dir.glob(".*.pt.tmp"))
     steps = {}
     for path in work_dir.glob("*.pt"):
         try:

@@ -137,6 +137,11 @@ def _batch_keys(wanted: Request, keys: Sequence[str], batch: int, schema: Schema
     more = [f"norm.{key}={-(-count * own // batch)}" for key, count in counts.items() if count]  # as many images
     if not wanted.whole:
         return [f"micro_batch={batch}", *more]
+    if base.length.unit == "steps" and len(wanted.batches) > 1:
+        raise UserError(
+            f"--whole: the length of {wanted.config} is {base.length}, in which larger batches see more images; give "
+            "it in epochs, such as length='30 epochs'"
+        )
     rate = base.optim.lr * batch / base.batch_size
     return ["micro_batch=null", f"batch_size={batch}", f"optim.lr={rate!r}", *more]
 
@@ -172,7 +177,7 @@ def _train(program: Sequence[str], stop: StopRequest, cell: Cell) -> tuple[Outco
     status, said = run_program([*program, *cell.arguments], stop)
     if status == 0 or stop.requested:
         found = grid.look(cell)
-        if found.state == "done" or stop.requested:
+        if found.state in ("done", "failed") or stop.requested:
             return found, stop.requested
     return Outcome(cell, "failed", reason=_reason(status, said)), stop.requested
 

@@ -21,11 +21,12 @@ from typing import Any
 
 from engine import distributed, traffic
 from engine.config import ExperimentConfig
+from engine.optim import build_optimizer
 from engine.prepare import convert_norm, prepare, session
 from engine.probe import Workload
 from engine.processes import in_processes
-from engine.steps import training_step
-from norm.state import in_step, skip_fresh_steps
+from engine.steps import TrainingStep
+from norm.state import in_step
 
 _MACHINE = 8
 """GPUs in a machine."""
@@ -120,22 +121,20 @@ class _Work:
         with session(cfg.runtime):
             blank = workload.batch(2)["image"]
             self.prepared = prepare(workload.build(), self.cfg, images=workload.images, blank=blank)
-            skip_fresh_steps(self.prepared.raw)
-            self.step = training_step(self.prepared, self.cfg, workload.groups(self.prepared.raw), workload.loss)
+            self.step = TrainingStep(self.prepared, self.cfg, workload.groups(self.prepared.raw), workload.loss)
             self.batch, self.images = workload.batch(micro), micro
-        self.repeat = max(getattr(module, "every", 1) or 1 for module in self.prepared.raw.modules())  # see norm.every
 
     def once(self, keep: bool) -> None:
         distributed.barrier()
         start = time.perf_counter()
-        for _ in range(self.repeat):
+        for _ in range(self.step.cycle):
             self.step(self.batch)
         if keep:
-            self.times.append((time.perf_counter() - start) / self.repeat)
+            self.times.append((time.perf_counter() - start) / self.step.cycle)
 
     def row(self, world: int) -> Row:
         """The times so far, and what is sent in a few further steps."""
-        repeat = self.repeat
+        repeat = self.step.cycle
         for _ in range(repeat):
             if not in_step(self.prepared.raw, repeat):
                 self.step(self.batch)
@@ -164,11 +163,17 @@ def loopback(path: Path = Path("/proc/net/dev")) -> int | None:
 
 
 def steps(workload: Callable[[Any], Workload], variants: Sequence[Variant]) -> dict[str, traffic.Step]:
-    """What a process sends in a step, for each variant, by label; without accumulation."""
+    """What a process sends in a step, for each variant, by label; without accumulation.
+
+    Raises:
+        UserError: as a training with such a config in one process.
+    """
     found = {}
     for variant in variants:
+        variant.cfg.split(1)
         work = workload(variant.cfg)
         model = work.build()
+        build_optimizer(work.groups(model), variant.cfg.optim)
         convert_norm(model, variant.cfg.norm)
         whole = variant.cfg.model_copy(update={"batch_size": 1, "micro_batch": 1})
         found[variant.label] = traffic.step(model, whole, 1)

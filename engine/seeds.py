@@ -14,7 +14,7 @@ import numpy as np
 from engine import plots
 from engine.errors import UserError
 from engine.resume import ENDED, differences
-from engine.runs import Row, config, scored
+from engine.runs import Row, config, last_evaluation, scored
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,24 @@ def unlike(found: Mapping[str, Sequence[Path]]) -> list[str]:
             more = [line for line in changed if not line.startswith("runtime.seed:")]
             if more:
                 lines.append(f"note: {name}: from {first} to {run} more changes than the seed: {'; '.join(more)}")
+    return lines
+
+
+def cut_short(found: Mapping[str, Sequence[Path]]) -> list[str]:
+    """A sentence for each run that is scored before its end: its last evaluation has no score, or others have none."""
+    lines = []
+    for name, runs in found.items():
+        scored_at = course(name, runs).steps[-1]
+        for run in runs:
+            last = last_evaluation(run)
+            step = int(last["step"])
+            if last.get("score") is None:
+                why = f"the evaluation of {run} after step {step} was not finite"
+            elif step > scored_at:
+                why = f"{run} goes on to step {step}"
+            else:
+                continue
+            lines.append(f"note: {name}: {why}; the score is that of step {scored_at}, the last one of all its runs")
     return lines
 
 

@@ -35,7 +35,8 @@ def draw(
         items = next(iter(eval_batches(cfg)))
         predictor = Predictor.from_config(model, cfg, device)
         x = figures.caught(layers[name], lambda: predictor.predict_batch([item["image"] for item in items]))
-        note = f"{len(x)} images of {cfg.data.val_split}"
+        what = "images" if len(x) == len(items) else "windows of images"  # of large ones, or with predict.window
+        note = f"{len(x)} {what} of {cfg.data.val_split}"
         figures.draw_whitening(layers[name], name, x, out / "whitening.png", note)
     first = next(iter(layers))
     figures.draw_kernels(layers[first], first, out / "kernels.png")

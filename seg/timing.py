@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from engine.images import write_png
 from engine.optim import parameter_groups
 from engine.prepare import prepare, session
-from engine.steps import endless, training_step
+from engine.steps import TrainingStep, endless
 from seg import losses, models, sample
 from seg.config import SegConfig
 from seg.data import augment, normalize, read_pair, train_batches
@@ -34,6 +33,7 @@ from seg.datasets import samples
 from seg.evaluate import evaluate_folder
 from seg.labels import IGNORE, read_label_ids, table, to_label_ids, to_train_ids
 from seg.predict import Predictor
+from seg.rare import class_counts, shares_of
 
 SIZE = (1024, 2048)
 """Height and width of Cityscapes' images."""
@@ -163,7 +163,7 @@ def loader(cfg: SegConfig, rounds: int) -> tuple[list[Row], Stages]:
         batches = train_batches(cfg)
         stream = endless(batches)
         batch = next(stream)
-        step = _step(cfg, batch)
+        step = _step(cfg, batch["image"])
         size = len(batch["name"])
         several = max(4, 2 * cfg.runtime.workers)
 
@@ -176,7 +176,8 @@ def loader(cfg: SegConfig, rounds: int) -> tuple[list[Row], Stages]:
                 next(stream)
 
         def train() -> None:
-            step()
+            for _ in range(step.cycle):
+                step(batch)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
@@ -185,7 +186,7 @@ def loader(cfg: SegConfig, rounds: int) -> tuple[list[Row], Stages]:
         f"input, {cfg.runtime.workers} workers",
         several * size / loading,
         f"training step on {device.type}",
-        size / training,
+        step.cycle * size / training,
         "images/s",
     )
     return [row], stages(cfg, rounds)
@@ -196,22 +197,28 @@ def stages(cfg: SegConfig, rounds: int, images: int = 4) -> Stages:
     found = samples(cfg.data, cfg.data.train_split)[:images]
     labels = table(cfg.data)
     pairs = [read_pair(one) for one in found]
-    masks = [(image, labels.to_train_ids(ids, one.image)) for (image, ids), one in zip(pairs, found, strict=True)]
-    cut = [augment(image, mask, cfg.data, (1, 0, 0, i)) for i, (image, mask) in enumerate(masks)]
+    counts = class_counts(found, labels) if cfg.data.rare_crop else None
+    shares = None if counts is None else shares_of(counts, cfg.data)
+
+    def change() -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        masks = (labels.to_train_ids(ids, one.image) for (_, ids), one in zip(pairs, found, strict=True))
+        numbered = enumerate(zip(pairs, masks, strict=True))
+        return [augment(image, mask, cfg.data, (1, 0, 0, i), shares) for i, ((image, _), mask) in numbered]
+
+    cut = change()
     calls = [
         Timed(lambda: [read_pair(one) for one in found]),
-        Timed(lambda: [augment(image, mask, cfg.data, (1, 0, 0, i)) for i, (image, mask) in enumerate(masks)]),
+        Timed(change),
         Timed(lambda: torch.stack([normalize(image, cfg.data) for image, _ in cut])),
     ]
     return Stages(*(seconds / len(found) for seconds in in_turn(calls, rounds)))
 
 
-def _step(cfg: SegConfig, batch: dict[str, Any]) -> Callable[[], None]:
-    """A function that trains on the batch."""
+def _step(cfg: SegConfig, images: Tensor) -> TrainingStep:
     model = models.build(cfg.model, table(cfg.data).num_classes, pretrained=False)
-    prepared = prepare(model, cfg, images=[batch["image"]])
+    prepared = prepare(model, cfg, images=[images])
     groups = parameter_groups(prepared.raw, cfg.optim, models.is_backbone)
-    return partial(training_step(prepared, cfg, groups, losses.build(cfg)), batch)
+    return TrainingStep(prepared, cfg, groups, losses.build(cfg))
 
 
 class _Counter(nn.Module):

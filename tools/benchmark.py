@@ -42,7 +42,7 @@ _OF_A_TRAINING = {"calibrate_batches", "precise_batches"}
 
 
 def parse_case(text: str) -> tuple[Any, dict[str, Any]]:
-    """The case, and what its deconvolution recipes need: a layer alone is not a network's stem nor its last layer."""
+    """The case, and of a layer alone what a recipe must know of it, since it is no network's first nor last one."""
     from engine.benchmark import Case
 
     found = re.fullmatch(r"(\S+?):(\d+)x(\d+)x(\d+)x(\d+)", text)
@@ -71,7 +71,7 @@ def parse_case(text: str) -> tuple[Any, dict[str, Any]]:
             build()
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"case {text!r}: no convolution: {error}") from None
-        return Case(name, build, shape, between=True), {"stem_freeze": False, "stem_n_iter": 5, "last_block": 64}
+        return Case(name, build, shape, between=True), {"channels": numbers["in_channels"]}
     if name.startswith("seg/"):
         return Case(name, partial(_segmentation, name[4:]), shape), {}
     return Case(name, partial(_classifier, name, shape), shape), {}
@@ -97,7 +97,17 @@ def _classifier(name: str, shape: tuple[int, ...]) -> Any:
     return models.build(name, in_channels=shape[1], size=shape[2])
 
 
-def parse_norm(text: str, layer_options: dict[str, Any]) -> Any:
+def _between(section: dict[str, Any], channels: int) -> dict[str, Any]:
+    """Options with which a recipe takes the first or last convolution as any other."""
+    from norm.recipes import largest_block
+
+    features = section.get("block_features")
+    several = isinstance(features, int) and features > 0  # else refused later, or off
+    block = largest_block(channels, int(features)) if several else section.get("block", 64)
+    return {"stem_freeze": False, "stem_n_iter": section.get("n_iter", 5), "last_block": block}
+
+
+def parse_norm(text: str, layer: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
     from engine.benchmark import Variant
@@ -110,7 +120,7 @@ def parse_norm(text: str, layer_options: dict[str, Any]) -> Any:
     if idle := sorted(_OF_A_TRAINING & section.keys()):
         raise UserError(f"norm {text!r}: {idle[0]} has no effect on a step; leave it out")
     try:
-        more = layer_options if name.startswith("deconv") else {}
+        more = _between(section, **layer) if layer and name.startswith("deconv") else {}
         return Variant(text, NormConfig(**{**more, **section, "name": name}))
     except ValidationError as error:
         raise UserError(f"norm {text!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
@@ -188,11 +198,12 @@ def main() -> int:
     torch.set_float32_matmul_precision(args.matmul_precision)
     how = settings(args)
     if how.device.type == "cpu":
-        keep_freed_memory()  # as trainings do
+        keep_freed_memory()  # as trainings do, both
+    torch.backends.cudnn.benchmark = True
     parsed = [parse_case(text) for text in args.cases]
     work = [
-        (case, [parse_norm(text, options) for text in args.norms or ["bn", "deconv", "deconv_fast"]])
-        for case, options in parsed
+        (case, [parse_norm(text, layer) for text in args.norms or ["bn", "deconv", "deconv_fast"]])
+        for case, layer in parsed
     ]
     for case, _ in work[1:]:  # before the first one is measured for minutes
         benchmark.check(case, how.device)

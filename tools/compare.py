@@ -70,7 +70,8 @@ def main() -> int:
         if args.examples is not None or args.set or args.allow_imports:
             parser.error("--examples, --set and --allow-imports go with runs that each have a name of their own")
         found = seeds.groups(args.runs, names)
-        print("\n".join([seeds.compare(found, args.out), *seeds.same_seeds(found), *seeds.unlike(found), *notes]))
+        told = [*seeds.cut_short(found), *seeds.same_seeds(found), *seeds.unlike(found)]
+        print("\n".join([seeds.compare(found, args.out), *told, *notes]))
         return 0
     if task == "classify":
         if args.examples is not None or args.set or args.allow_imports:

@@ -40,6 +40,7 @@ def main() -> int:
 
     if args.out.exists():
         raise UserError(f"{args.out}: exists already; choose another --out")
+    killtest.check(args.overrides)
     root, data = Path(__file__).resolve().parent.parent, args.out / "data"
     seg = [str(root / "tests/killtest_seg.yaml"), f"data.root={data}", *args.overrides]
     images = f"data.root={data}/leftImg8bit"  # with the cities as classes

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import program
+from engine.errors import UserError, program
 
 VARIANTS = {
     "bn": ["norm.name=bn"],
@@ -25,6 +25,11 @@ VARIANTS = {
     "deconv_fast": ["norm.name=deconv_fast"],
     "deconv_fast, sync": ["norm.name=deconv_fast", "norm.sync=true"],
 }
+_OWN = {
+    "norm.name": "the variants differ in it",
+    "norm.sync": "the variants differ in it",
+    "runtime.device": "processes compute on CPUs here",
+}
 
 
 @program
@@ -32,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML file, such as those in configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
-    parser.add_argument("--rounds", type=int, default=5, help="steps that are timed (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often steps are timed (%(default)s)")
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="none: compute only")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 256, 1024], help="(%(default)s)")
     args = parser.parse_intermixed_args(argv)
@@ -40,8 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--rounds and --processes must be at least 1, --gpus at least 2")
     from engine import scaling
     from engine.config import load
+    from engine.grid import owned
     from tools.train import schema
 
+    if key := owned(args.overrides, _OWN):
+        raise UserError(f"key=value: {key} cannot be set: {_OWN[key]}")
     more = [*args.overrides, "runtime.device=cpu"]
     configs = {label: load(args.config, [*more, *keys], schema).config for label, keys in VARIANTS.items()}
     workload = importlib.import_module(f"{configs['bn'].task}.plan").workload
@@ -49,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = scaling.steps(workload, variants)  # first: a mistake in the config shows here, and not in other processes
     if args.processes:
         counts = ", ".join(map(str, args.processes))
-        print(f"measuring {args.rounds + 2} steps of {len(variants)} variants in {counts} processes ...", flush=True)
+        print(f"measuring {args.rounds + 2} rounds of {len(variants)} variants in {counts} processes ...", flush=True)
         print(scaling.measured_table(scaling.measure(workload, variants, args.processes, args.rounds)))
     print(f"\ncomputed, ms a step: gradients + buffers + statistics\n{scaling.computed_table(steps, args.gpus)}")
     return 0

@@ -14,7 +14,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -160,14 +160,17 @@ class _Worker:
         maker = KINDS[kind][0]
         pipe.send((maker, [seed, sorted(KINDS).index(kind), number], folder, count))
         limit = self._limit * (1 + (count - 1) / 5)
-        if not pipe.poll(limit):
-            return Ending(failure=f"a hang: no end after {limit:g} s", details=self._stop_hanging())
-        try:
-            ending: Ending = pipe.recv()
-            return ending
-        except EOFError:
-            self._process.join()
-            return Ending(failure=f"the process died with status {self._process.exitcode}")
+        end, begun = time.monotonic() + limit, Ending()
+        while pipe.poll(max(0.0, end - time.monotonic())):
+            try:
+                ending: Ending = pipe.recv()
+            except EOFError:
+                self._process.join()
+                return replace(begun, failure=f"the process died with status {self._process.exitcode}")
+            if ending.ended:
+                return ending
+            begun = ending
+        return replace(begun, failure=f"a hang: no end after {limit:g} s", details=self._stop_hanging())
 
     def _start(self) -> Connection:
         context = multiprocessing.get_context("spawn")

@@ -46,6 +46,8 @@ class Ending:
     details: str = ""
     seconds: float = 0.0
     """Of the processor, the check included."""
+    ended: bool = True
+    """False: the program begins only now."""
 
 
 class _Guard:
@@ -93,7 +95,8 @@ class _Guard:
 def work(
     pipe: Connection, programs: Mapping[str, Callable[[], int]], ground: Ground, work_dir: Path, traces: Path
 ) -> None:
-    """Take (maker, seeds, folder, count) from the pipe and answer with an Ending, until None comes."""
+    """Take (maker, seeds, folder, count) from the pipe and answer with an Ending, before it one of what begins, until
+    None comes."""
     home = work_dir / "home"
     home.mkdir(exist_ok=True)
     # caches, fonts, temporary files: whatever the libraries keep lies there
@@ -111,7 +114,7 @@ def work(
         pipe.send("ready")
         while (job := pipe.recv()) is not None:
             start = time.process_time()
-            ending = _one(*job, programs=programs, ground=ground, guard=guard, home=home)
+            ending = _one(*job, programs=programs, ground=ground, guard=guard, home=home, begins=pipe.send)
             pipe.send(replace(ending, seconds=time.process_time() - start))
 
 
@@ -125,6 +128,7 @@ def _one(
     ground: Ground,
     guard: _Guard,
     home: Path,
+    begins: Callable[[Ending], None],
 ) -> Ending:
     for name in ("in", "out"):
         (folder / name).mkdir(parents=True)
@@ -132,6 +136,7 @@ def _one(
         call: Call = maker(np.random.default_rng(seeds), folder, count, ground)
     except Exception:  # a mistake of the fuzzer, which must not pass for one of a program
         return Ending("the case can't be made: " + traceback.format_exc())
+    begins(Ending(program=call.program, arguments=tuple(call.arguments), what=call.what, ended=False))
     before = _listing(folder)
     os.chdir(folder / "in")  # where a relative path of a file would lead, and where its modules would be looked for
     with guard.watching(folder / "out", home) as seen:

@@ -24,12 +24,18 @@ def test_input_and_step_are_told_apart(cifar_root: Path, monkeypatch: pytest.Mon
             now[0] += 1
             yield batch
 
-    def step(cfg, name, images):
-        assert images.shape == (10, 3, 32, 32)
-        return lambda batch: now.__setitem__(0, now[0] + (4 if name == "lenet" else 40))
+    class Step:
+        cycle = 1
+
+        def __init__(self, cfg, name, images):
+            assert images.shape == (10, 3, 32, 32)
+            self.seconds = 4 if name == "lenet" else 40
+
+        def __call__(self, batch):
+            now[0] += self.seconds
 
     monkeypatch.setattr(timing, "endless", endless)
-    monkeypatch.setattr(timing, "_step", step)
+    monkeypatch.setattr(timing, "_step", Step)
     cfg = ClassifyConfig.model_validate(
         {"length": "1 epoch", "batch_size": 10, "runtime": {"device": "cpu"},
          "data": {"root": cifar_root, "check_files": False, "download": False}}

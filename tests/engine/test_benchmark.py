@@ -13,6 +13,7 @@ from engine import benchmark
 from engine.benchmark import Case, Settings, Variant
 from engine.config import NormConfig
 from engine.errors import UserError
+from engine.prepare import convert_norm
 from norm.other_layers import ChannelAffine
 from tools.benchmark import main, parse_case, parse_norm
 
@@ -48,6 +49,35 @@ def test_operations_of_a_step():
 def test_a_layer_lies_between_others_and_a_network_takes_images():
     assert parse_case("conv:4,8,3:2x4x16x16")[0].between
     assert not any(parse_case(text)[0].between for text in ("vgg11:2x3x32x32", "seg/unet_resnet18:1x3x64x64"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "block", "n_iter"),
+    [
+        ("conv:64,32,1", "", 64, 5),
+        ("conv:64,32,1", ":block=32", 32, 5),
+        ("conv:64,32,1", ":block=32,last_block=16", 16, 5),
+        ("conv:96,32,1", ":block_features=50", 48, 5),
+        ("conv:64,32,3", ":n_iter=7,block=16", 16, 7),
+        ("conv:64,32,3", ":n_iter=7,stem_n_iter=3", 64, 3),
+    ],
+)
+def test_options_hold_for_a_layer_alone(layer: str, options: str, block: int, n_iter: int):
+    """It is no network's first nor last one, whose options are others."""
+    case, known = parse_case(f"{layer}:1x{layer[5:7]}x8x8")
+    model = case.build()
+    convert_norm(model, parse_norm(f"deconv{options}", known).section)
+    assert isinstance(model[0], norm.FastDeconv) and not model[0].freeze
+    assert (model[0].block, model[0].n_iter) == (block, n_iter)
+
+
+def test_nothing_is_folded_where_the_norm_stays():
+    rows = benchmark.measure(
+        Case("x", layer, (2, 4, 16, 16)),
+        [Variant("gn", NormConfig(name="gn", groups=2)), *variants("in", "none", "bn")],
+        Settings(rounds=1, memory=False),
+    )
+    assert [row.folded is None for row in rows] == [True, True, True, False]
 
 
 def test_every_variant_is_timed_and_folded_to_the_same_layers():

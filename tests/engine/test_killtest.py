@@ -13,6 +13,7 @@ import pytest
 
 from engine import checkpoint, killtest
 from engine.checkpoint import KEYS
+from engine.errors import UserError
 from engine.killtest import Case, Found
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,22 @@ def test_killed_runs_end_as_undisturbed_ones(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^1 cases, [12] kills, .* in a write: none with a difference$", done.stdout, re.MULTILINE)
+
+
+def test_what_cases_differ_in_cannot_be_set() -> None:
+    killtest.check(["runtime.deterministic=true", "runtime.seed=3"])
+    for key in ("norm.name=gn", "runtime={workers: 1}", "report.checkpoint_every=4 steps"):
+        with pytest.raises(UserError, match="cannot be set"):
+            killtest.check([key])
+
+
+def test_a_temporary_checkpoint_counts_for_the_kill_that_left_it(tmp_path: Path) -> None:
+    before = killtest._unfinished(tmp_path / "none")
+    (tmp_path / ".best.pt.tmp").write_bytes(b"half")
+    after = killtest._unfinished(tmp_path)
+    assert after - before and not killtest._unfinished(tmp_path) - after
+    os.utime(tmp_path / ".best.pt.tmp", (1, 1))
+    assert killtest._unfinished(tmp_path) - after
 
 
 def write(folder: Path, losses: list[float], **more: Any) -> None:
@@ -56,10 +73,9 @@ def test_differences_are_found(tmp_path: Path, change: dict[str, Any], told: lis
 def test_a_checkpoint_that_does_not_load_or_is_too_old_is_found(tmp_path: Path) -> None:
     write(tmp_path / "run", [3, 2, 1, 0], step=1)
     (tmp_path / "run/best.pt").write_bytes(b"PK\x03\x04half")
-    (tmp_path / "run/.last.pt.tmp").touch()
     found = Found(kills=1)
     killtest._look(tmp_path / "run", found)
-    assert (found.in_a_write, found.lost) == (1, 3)
+    assert found.lost == 3
     assert "best.pt: the checkpoint is truncated" in "".join(found.problems)
     assert "after kill 1: step 4 is logged, last.pt is of 1" in found.problems
 

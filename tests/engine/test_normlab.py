@@ -87,7 +87,10 @@ def ask(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("whole", [False, True])
 def test_precise_statistics_are_of_as_many_images_in_all_cells(ask: Any, whole: bool):
     wanted = ask(
-        norms=["bn:norm.precise_batches=3", "gn"], batches=[2, 8, 16], whole=whole, overrides=["batch_size=16"]
+        norms=["bn:norm.precise_batches=3", "gn"],
+        batches=[2, 8, 16],
+        whole=whole,
+        overrides=["batch_size=16", "length=1 epoch"],
     )
     found = [one.loaded.config for one in cells(wanted, ToyConfig)]
     assert [one.norm.precise_batches * one.split(1).micro_batch for one in found] == [48, 48, 48, 0, 0, 0]
@@ -107,7 +110,8 @@ def test_a_cell_is_a_micro_batch_of_the_same_batch(ask: Any):
 
 
 def test_whole_batches_scale_the_rate(ask: Any):
-    wanted = ask(norms=["bn", "gn:norm.groups=3,optim.lr=0.4"], batches=[2, 16], whole=True)
+    norms = ["bn", "gn:norm.groups=3,optim.lr=0.4"]
+    wanted = ask(norms=norms, batches=[2, 16], whole=True, overrides=["length=1 epoch"])
     found = [one.loaded.config for one in cells(wanted, ToyConfig)]
     assert [(cfg.batch_size, cfg.micro_batch, cfg.optim.lr) for cfg in found] == [
         (2, None, 0.025),
@@ -195,6 +199,15 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(ask: Any, trainer: Trai
     assert trainer.started == ["bn_b4", "bn_b8", "gn_norm.groups_3_b4"]
 
 
+def test_the_reason_of_a_score_that_is_not_finite_stays(ask: Any, monkeypatch: pytest.MonkeyPatch):
+    (cell,) = cells(ask(norms=["bn"], batches=[8]), ToyConfig)
+    failed = normlab.Outcome(cell, "failed", reason="the outputs of its last evaluation are not finite")
+    monkeypatch.setattr(normlab, "run_program", lambda *_: (0, ["a library's warning"]))
+    monkeypatch.setattr(normlab.grid, "look", lambda _: failed)
+    with normlab.StopRequest() as stop:
+        assert normlab._train(["train"], stop, cell) == (failed, False)
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_a_stopped_grid_goes_on_where_it_was(ask: Any, trainer: Trainer, capsys: pytest.CaptureFixture[str]):
     wanted = ask()
@@ -230,6 +243,7 @@ def test_several_seeds_have_a_mean_and_a_deviation(ask: Any, trainer: Trainer):
         ({"norms": ["bn:norm={name: gn}"]}, "norm.name differs from cell to cell; set it with --norms"),
         ({"norms": ["gn:norm={}"]}, "--norms: gn:norm={}: norm.name differs from cell to cell"),
         ({"overrides": ["runtime={seed: 5}"]}, "key=value: runtime.seed differs from cell to cell"),
+        ({"whole": True}, "4 steps, in which larger batches see more images; give it in epochs"),
         ({"batches": [3]}, "batch_size: 8 images cannot be divided evenly"),
         ({"norms": ["nn"]}, "nn"),
     ],

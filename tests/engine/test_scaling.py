@@ -81,12 +81,15 @@ def test_a_round_is_all_that_a_norm_does(monkeypatch: pytest.MonkeyPatch) -> Non
     work = scaling._Work(workload(fast), scaling.Variant("fast", fast))
     now, done = [0.0], []
 
-    def step(batch: object) -> None:
-        done.append(1)
-        now[0] += 5.0 if len(done) % 4 == 0 else 1.0
+    class Step:
+        cycle = work.step.cycle
+
+        def __call__(self, batch: object) -> None:
+            done.append(1)
+            now[0] += 5.0 if len(done) % 4 == 0 else 1.0
 
     monkeypatch.setattr(scaling.time, "perf_counter", lambda: now[0])
-    work.step = step
+    work.step = Step()
     for keep in (False, True, True):
         work.once(keep)
     assert work.times == [2.0, 2.0] and len(done) == 12
@@ -119,3 +122,21 @@ def test_a_mistake_in_the_network_is_one_error(capsys: pytest.CaptureFixture[str
     assert main([str(ROOT / "configs/classify/lenet_mnist.yaml"), "model.options={widht: 1}", "--processes", "1"]) == 2
     err = capsys.readouterr().err
     assert "widht" in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("micro_batch=15", "128 images cannot be divided evenly"),
+        ("norm.sync=true", "key=value: norm.sync cannot be set: the variants differ in it"),
+        ("runtime={device: cuda}", "key=value: runtime.device cannot be set: processes compute on CPUs here"),
+    ],
+)
+def test_mistakes_are_one_error_before_processes_start(
+    change: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tools.scaling import main
+
+    assert main([str(ROOT / "configs/classify/lenet_mnist.yaml"), change, "--processes", "1"]) == 2
+    err = capsys.readouterr().err
+    assert text in err and err.startswith("error: ") and err.count("\n") == 1

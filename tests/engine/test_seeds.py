@@ -1,6 +1,7 @@
 """Groups of trainings that differ in their seed."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ FIRST = {"a0": [0.2, 0.4, 0.50], "a1": [0.3, 0.5, 0.54], "a2": [0.2, 0.5, 0.52]}
 OTHER = {"b0": [0.4, 0.55, 0.60], "b1": [0.3, 0.51, 0.61]}
 
 
-def runs(folder: Path, scores: dict[str, list[float]], every: int = 10) -> list[Path]:
+def runs(folder: Path, scores: Mapping[str, Sequence[float | None]], every: int = 10) -> list[Path]:
     for name, values in scores.items():
         (folder / name).mkdir(parents=True)
         rows = [
@@ -57,6 +58,19 @@ def test_a_shorter_group_is_compared_where_both_were_evaluated(tmp_path: Path) -
     line = seeds.compare(found, tmp_path / "seeds.png").splitlines()[2]
     gap = 100 * (0.5 - np.mean([0.4, 0.5, 0.5]))
     assert line.split() == ["one", "1", "1", "50.00%", f"{gap:+.2f}", "(epoch", "1)", "-", "-"]
+
+
+def test_runs_that_are_scored_before_their_end_are_told(tmp_path: Path) -> None:
+    good, bad, longer = runs(tmp_path, {"a0": [0.5, 0.6], "a1": [0.5, None], "b0": [0.5, 0.6, 0.7]})
+    assert seeds.cut_short({"a": [good], "b": [longer]}) == []
+    end = "; the score is that of step 10, the last one of all its runs"
+    assert seeds.cut_short({"a": [good, bad]}) == [
+        f"note: a: {good} goes on to step 20{end}",
+        f"note: a: the evaluation of {bad} after step 20 was not finite{end}",
+    ]
+    assert seeds.cut_short({"a": [good, longer]}) == [
+        f"note: a: {longer} goes on to step 30; the score is that of step 20, the last one of all its runs"
+    ]
 
 
 def test_only_common_evaluations_count(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def test_every_failure_is_found_and_kept(place: Path, monkeypatch: pytest.Monkey
         kept = place / f"failures/configs-{number}"
         assert text in failure and text in (kept / "what.txt").read_text() and (kept / "in/config.yaml").is_file()
     assert "in hangs" in (place / "failures/configs-6/what.txt").read_text()
+    for number in range(len(expected)):
+        assert "python tools/train.py '" in (place / f"failures/configs-{number}/what.txt").read_text()
     assert not report.right["configs"] and not report.refused["configs"]
 
 
