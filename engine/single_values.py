@@ -20,9 +20,8 @@ def allow_single_values(model: nn.Module) -> None:
     than one value keeps mean 0 and variance 1: it scales and shifts. SyncBatchNorm among several processes is left
     alone, it has the values of all of them.
 
-    Whitening layers, where each block has a single patch (a 1x1 map of one image): the blocks alone have a covariance,
-    of hardly any rank, and its averages over images are nothing that such a layer can be evaluated with. So it is
-    treated as batch norm; D is the identity until something else was averaged or calibrated.
+    Whitening layers, where each block has a single patch (a 1x1 map of one image), do so by themselves, and warn; not
+    here. D is the identity until something else was averaged or calibrated.
 
     Group norm, and instance norm as a group norm: the value less itself is 0, the output is the bias; so it is for two
     images, where torch raises nothing.
@@ -57,8 +56,11 @@ def _before_averaging(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str
         return
     shared = (isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "sync", False)) and distributed.world_size() > 1
     last = isinstance(layer, norm.Delinear) or getattr(layer, "features_last", False)
-    channels = values.shape[-1 if last else 1]
-    if layer.training and not shared and values.numel() == channels:
+    if isinstance(layer, norm.FastDeconv):
+        single = layer.alone(values)
+    else:
+        single = values.numel() == values.shape[-1 if last else 1]
+    if layer.training and not shared and single:
         layer.training = False  # of this layer alone and for this call: what it holds keeps its mode
         layer._single_value = True  # type: ignore[assignment]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,8 @@ class ChannelDeconv(Whitening):
             raise NormError(f"ChannelDeconv got an input of shape {tuple(x.shape)}; it takes (N, C) or (N, C, H, W)")
         if x.shape[1] < self.block:
             raise NormError(f"ChannelDeconv has block {self.block} but an input of {x.shape[1]} channels")
+        if self.training and self.alone(x):
+            return self._alone(x)
         self.seen = (x.shape[1], x.ndim)
         if x.numel() == 0 and not (self.training and self._joint()):
             return x  # no image, no statistics, as in the layers
@@ -104,6 +108,23 @@ class ChannelDeconv(Whitening):
             if self._moves():
                 self.num_batches_tracked.add_(1)
             return torch.cat(parts, 1).to(x.dtype)
+
+    def alone(self, x: Tensor) -> bool:
+        """Whether x is one vector, or a 1x1 map of one image, of all processes: see `FastDeconv.alone`."""
+        return x.numel() == x.shape[-1 if self.features_last else 1] and not self._joint()
+
+    def _alone(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                "ChannelDeconv: one vector alone has no covariance; it is taken with the averages, as in evaluation, "
+                "and they stay. Give two images or more, in an epoch's last batch too: DataLoader(..., drop_last=True)",
+                stacklevel=3,
+            )
+        self.training = False
+        try:
+            return self.forward(x)
+        finally:
+            self.training = True
 
     def _moves(self) -> bool:
         return self.training and (torch.compiler.is_compiling() or not self._again())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,21 +13,13 @@ from torch import Tensor, nn
 
 from norm import calibration
 from norm.adapters import class_name, kind_of, not_over_images
-from norm.checks import NormError
 from norm.plan import Overrides, Swap, plan
 from norm.products import FEW_STEPS
 from norm.registry import Recipe, recipe
 from norm.state import Whitening
+from norm.swapping import replace, take_over
 
 Batches = Tensor | Iterable[Tensor]
-
-_COMPUTED = "torch.nn.utils."
-"""Where the hooks live that set a layer's weight before each call."""
-
-
-_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-"""What torch keeps in each module: its children, parameters, hooks."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +112,7 @@ def convert(
         new = swap.new
         if new is not swap.old:
             new.train(swap.old.training)
-            share_hooks(swap.old, new)
+            take_over(swap.old, new)
             replacements[id(swap.old)] = new
             undo[id(new)] = swap.old
         rows.append(Row(swap.names[0], _describe(swap.old), _describe(new), swap.why, new is not swap.old))
@@ -157,68 +149,12 @@ def _warn_of_rounded_products(swaps: Iterable[Swap]) -> None:
         )
 
 
-def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put `replacements[id(layer)]` wherever `layer` stands below `model`, in plain lists of its modules too.
-
-    Raises:
-        NormError: a layer that is compiled by itself.
-    """
-    for name, parent in model.named_modules():
-        if class_name(parent) == _COMPILED and any(id(child) in replacements for child in parent.children()):
-            raise NormError(
-                f"{name or 'the network'}: torch.compile(layer) goes on with the layer that it was given; convert and "
-                "fold layers before they are compiled"
-            )
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is not None and id(child) in replacements:
-                parent._modules[key] = replacements[id(child)]
-        for key, value in list(vars(parent).items()):
-            if key not in _OF_EVERY_MODULE:
-                vars(parent)[key] = _replaced(value, replacements)
-
-
-def _replaced(value: Any, replacements: Mapping[int, nn.Module], depth: int = 3) -> Any:
-    """`value` with the layers in it replaced; lists and dictionaries are changed in place, not deeper than `depth`."""
-    if isinstance(value, nn.Module):
-        return replacements.get(id(value), value)
-    if depth and type(value) is list:
-        value[:] = [_replaced(each, replacements, depth - 1) for each in value]
-    elif depth and type(value) is tuple:
-        return tuple(_replaced(each, replacements, depth - 1) for each in value)
-    elif depth and type(value) in (dict, OrderedDict):
-        for key, each in value.items():
-            value[key] = _replaced(each, replacements, depth - 1)
-    return value
-
-
 def _work_out_of_place(model: nn.Module) -> None:
     """A norm makes a tensor of its own. Where it has gone, an activation in place would write into the norm's input,
     which a shortcut may read as well (pre-activation networks), and nothing would complain."""
     for module in model.modules():
         if getattr(module, "inplace", None) is True:
             module.inplace = False  # type: ignore[assignment]
-
-
-def computing_hooks(layer: nn.Module) -> dict[int, Callable[..., Any]]:
-    """Those that compute a weight of the layer before each forward."""
-    hooks = layer._forward_pre_hooks.items()
-    return {key: hook for key, hook in hooks if type(hook).__module__.startswith(_COMPUTED)}
-
-
-def share_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Hooks that something (a feature extractor, say) put on the old layer see the new one, and its handles work on.
-
-    Not those that compute a weight of the old layer (`torch.nn.utils.prune`, the old `weight_norm`).
-    """
-    for name in vars(old):
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name:
-            setattr(new, name, getattr(old, name))
-    if computing := computing_hooks(old):
-        new._forward_pre_hooks = OrderedDict(
-            (key, hook) for key, hook in old._forward_pre_hooks.items() if key not in computing
-        )
-    new._is_full_backward_hook = old._is_full_backward_hook
 
 
 def _describe(layer: nn.Module) -> str:

@@ -97,8 +97,8 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor, how: Geometry) -> Tensor:
     """F.conv2d, whose gradient of the weight is right in channels_last too."""
     arguments = (bias, how.stride, how.padding, how.dilation, how.groups)
     dtype = torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
-    last = x.is_contiguous(memory_format=torch.channels_last) and torch.is_grad_enabled()
-    if not (last and misled(dtype, x.device, weight, how.stride, how.dilation)):
+    wrong = torch.is_grad_enabled() and misled(dtype, x.device, weight, how.stride, how.dilation)
+    if not (wrong and x.is_contiguous(memory_format=torch.channels_last)):  # which torch.vmap cannot tell
         return F.conv2d(x, weight, *arguments)
     x, weight = (each.clone(memory_format=torch.contiguous_format) for each in (x, weight))  # see `_gradients`
     return F.conv2d(x, weight, *arguments).contiguous(memory_format=torch.channels_last)

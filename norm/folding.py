@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from norm.channel_deconv import ChannelDeconv
 from norm.checks import NormError
-from norm.conversion import computing_hooks, replace, share_hooks
 from norm.folded_conv import like
 from norm.inputs import check_network
 from norm.layers import Delinear, FastDeconv
 from norm.other_layers import ChannelAffine, Padded, WSConv2d
 from norm.replacements import conv_arguments
 from norm.state import Whitening
+from norm.swapping import computing_hooks, replace, take_over
 
 L = TypeVar("L", nn.Conv2d, nn.Linear)
 
 
+@torch.inference_mode(False)
 def fold(model: nn.Module) -> nn.Module:
     """A copy of `model` in evaluation mode, with Conv2d and Linear in place of the layers of `norm`.
 
@@ -49,7 +50,7 @@ def fold(model: nn.Module) -> nn.Module:
         for name, module in plain.named_modules():
             new = _folded(module, name)
             if new is not None:
-                share_hooks(module, new)
+                take_over(module, new)
                 replacements[id(module)] = new
     replace(plain, replacements)
     return plain

@@ -192,7 +192,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             raise NormError(f"FastDeconv expects an input (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
         self._check_dtype(x, self.weight.dtype)
         x, padding = self.pad(x)
-        if self.training:
+        if self.training and not self._single(x, padding):
             share = processes.share() if self.sync else ALONE
             windows = self.windows(x.shape, padding, share)
             if not torch.compiler.is_compiling():
@@ -205,20 +205,33 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         weight, bias = folded_conv.like(self.weight, weight, dtype), bias.to(dtype)
         return folded_conv.plain(x, weight, bias, self._geometry(padding))
 
+    def alone(self, x: Tensor) -> bool:
+        """Whether x is one image with one patch a block, of all processes: the average of its covariance, of hardly any
+        rank, with others would be far off."""
+        return x.ndim == 4 and len(x) == 1 and not self._joint() and self._one_window(*self.pad(x))
+
+    def _one_window(self, x: Tensor, padding: Pair) -> bool:
+        kernel, stride, dilation = (cast(Pair, each) for each in (self.kernel_size, self.stride, self.dilation))
+        return output_size((x.shape[2], x.shape[3]), kernel, stride, padding, dilation) == (1, 1)
+
+    def _single(self, x: Tensor, padding: Pair) -> bool:
+        single = len(x) == 1 and not self._joint() and self._one_window(x, padding)
+        if single and not torch.compiler.is_compiling():
+            warnings.warn(
+                "FastDeconv: one image with one patch a block (a 1x1 map, or a kernel as large as the map) has no "
+                "covariance; it is taken with the averages, as in evaluation, and they stay. Give two images or more, "
+                "in an epoch's last batch too: DataLoader(..., drop_last=True)",
+                stacklevel=3,
+            )
+        return single
+
     def _geometry(self, padding: Pair) -> Geometry:
         stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
         return Geometry(stride, padding, dilation, self.groups, self.grouping)
 
     def _warn_of_few(self, x: Tensor, windows: Windows, share: Share) -> None:
-        """Where the patches of x are too few; with `every` in the first step."""
-        if x.numel() == x.shape[1] and share.processes == 1:
-            warnings.warn(
-                "FastDeconv: a 1x1 map of one image has one patch a block; in evaluation, with the averages of such "
-                "statistics, the layer computes something else than in training. Give two images or more, or keep the "
-                "layer (overrides)",
-                stacklevel=2,
-            )
-        elif self.every and x.requires_grad and self._steps == 0:
+        """Where the patches of x are too few, with `every` in the first step."""
+        if self.every and x.requires_grad and self._steps == 0:
             rows = windows.rows(x.shape) * share.processes
             # without its shape's gradient, a layer that whitens few patches amplifies what goes back through it
             if 0 < 2 * rows < self.features:

@@ -19,7 +19,7 @@ from norm import processes
 from norm.channel_deconv import ChannelDeconv
 from norm.checks import NormError
 from norm.inputs import check_network, float_batches
-from norm.layers import Delinear
+from norm.layers import Delinear, FastDeconv
 from norm.state import Deconvolving
 
 
@@ -81,13 +81,15 @@ def _anew(layer: nn.Module) -> Iterator[Callable[[], int]]:
     """Inside, the layer is in training mode, its averages start anew and every call that moves them counts, of which
     the function given tells the number; its settings and counts come back, and its averages where there was no such
     call, or an error."""
+    before = {name: one.clone() for name, one in layer.named_buffers()}
     anew: dict[str, Any] = {"momentum": layer.momentum}
     if isinstance(layer, Deconvolving):
         anew |= {"every": min(layer.every, 1), "fresh_steps": 0, "_steps": 0}
+        if "steps" in before:
+            layer.steps.zero_()
         # of a layer that never freezes it is the class's: one of its own would compile the network again
         anew |= {"freeze": False} if layer.freeze else {}
     settings = {name: getattr(layer, name) for name in anew}
-    before = {name: one.clone() for name, one in layer.named_buffers()}
     calls = 0
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -95,7 +97,8 @@ def _anew(layer: nn.Module) -> Iterator[Callable[[], int]]:
         x = next(iter((*args, *kwargs.values())), None)
         joint = processes.active() and (isinstance(module, nn.SyncBatchNorm) or getattr(module, "sync", False))
         empty = isinstance(x, Tensor) and x.numel() == 0 and not joint
-        alone = isinstance(module, Delinear) and isinstance(x, Tensor) and module.alone(x)
+        layers = (FastDeconv, Delinear, ChannelDeconv)
+        alone = isinstance(module, layers) and isinstance(x, Tensor) and x.ndim > 0 and module.alone(x)
         # a batch norm's own hook may have it leave a single value out (`engine.single_values`)
         if empty or alone or not module.training:
             return

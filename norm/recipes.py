@@ -128,8 +128,9 @@ class GroupNorm(Recipe):
         if not self.weight_standardisation or at.last or old.weight[0].numel() == 1:
             return old
         from norm.other_layers import WSConv2d
-        from norm.replacements import conv_arguments, copy_conv
+        from norm.replacements import check_shape, conv_arguments, copy_conv
 
+        check_shape(old, at)
         return copy_conv(old, WSConv2d(**conv_arguments(old), bias=old.bias is not None))
 
 
@@ -182,8 +183,9 @@ class NoNorm(Recipe):
             return old
         from torch import nn
 
-        from norm.replacements import conv_arguments, copy_conv
+        from norm.replacements import check_shape, conv_arguments, copy_conv
 
+        check_shape(old, at)
         return copy_conv(old, nn.Conv2d(**conv_arguments(old), bias=True))
 
 
@@ -302,9 +304,10 @@ class Deconv(Recipe):
         if self.keep_depthwise and at.depthwise:
             return old
         from norm.layers import FastDeconv
-        from norm.replacements import check_wide, conv_arguments, copy_conv
+        from norm.replacements import check_shape, check_wide, conv_arguments, copy_conv
 
         check_wide(old.weight, at)
+        check_shape(old, at)
         last = at.last and old.kernel_size == (1, 1)
         block = self.block
         if self.block_features:
@@ -335,9 +338,10 @@ class Deconv(Recipe):
         if self.fc_block == 0:
             return old
         from norm.layers import Delinear
-        from norm.replacements import check_wide, copy_linear
+        from norm.replacements import check_shape, check_wide, copy_linear
 
         check_wide(old.weight, at)
+        check_shape(old, at)
         if not self.delinear:
             return self._behind_a_whitening(old)
         new = Delinear(

@@ -62,6 +62,21 @@ def check_wide(weight: Tensor, at: Place) -> None:
     raise NormError(f"{at.name} has weights of {weight.dtype}; whitening needs float32: {remedy}")
 
 
+def check_shape(old: nn.Conv2d | nn.Linear, at: Place) -> None:
+    """Raises NormError where the weight is of other sizes than the layer says: torch computes with the weight's, a new
+    layer would have the others."""
+    if isinstance(old, nn.Linear):
+        said: tuple[int, ...] = (old.out_features, old.in_features)
+    else:
+        said = (old.out_channels, old.in_channels // old.groups, *old.kernel_size)
+    if tuple(old.weight.shape) != said:
+        names = "out_features and in_features" if isinstance(old, nn.Linear) else "in_channels, out_channels and others"
+        raise NormError(
+            f"{at.name} has a weight of shape {tuple(old.weight.shape)}, but its {names} say {said}; set them to what "
+            "its weight is, or make a new layer, before converting"
+        )
+
+
 def group_norm(old: nn.BatchNorm2d, groups: int, eps: float) -> nn.Module:
     """A group norm with the weight and bias of `old`."""
     kind = ChannelNorm if groups == old.num_features else nn.GroupNorm

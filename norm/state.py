@@ -280,8 +280,8 @@ class Deconvolving(Whitening):
         return 10 * self.freeze_iter, self.freeze_iter + 1 if self.grouping == "published" else self.freeze_iter
 
     def train(self, mode: bool = True) -> Any:
-        if mode and not self.training and "steps" in self._buffers and not self.steps.is_meta:
-            self._steps = int(self.steps)  # somebody may have copied buffers, such as `torch.optim.swa_utils`
+        if mode and "steps" in self._buffers and not self.steps.is_meta:
+            self._steps = int(self.steps)  # somebody may have copied buffers: DistributedDataParallel, an average
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -383,14 +383,14 @@ class Deconvolving(Whitening):
         return moments.plus(Traffic(4, wide * (sums + shape)), 1 / self.every)
 
     def _count(self) -> int:
-        """The training steps before this one, counted on the host as well, so that no step waits for the device."""
+        """The training steps before this one, counted on the host as well, so that no step waits for a GPU."""
         if recorded.by_hand(self.steps):
             raise NormError(
                 f"{type(self).__name__} with every={self.every}, freeze={self.freeze} cannot be trained in a CUDA "
                 "graph that is recorded by hand: the host decides in each step what moves. Use torch.compile with "
                 'mode="reduce-overhead", or every=0 and freeze=False'
             )
-        steps = self._steps
+        steps = int(self.steps) if self.steps.device.type == "cpu" else self._steps
         self._steps = steps + 1
         self.steps.fill_(steps + 1)
         return steps

@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +223,22 @@ def test_few_patches_are_told_once(recwarn):
 
 
 @pytest.mark.parametrize(("every", "groups"), [(0, 1), (4, 1), (0, 2)])
-def test_one_patch_a_block_is_told(every: int, groups: int, recwarn):
-    layer = FastDeconv(128, 8, 1, every=every, groups=groups)
-    layer.eval()(torch.randn(1, 128, 1, 1))
-    layer.train()(torch.randn(64, 128, 1, 1))
-    assert not recwarn.list
-    with pytest.warns(UserWarning, match="one patch a block.*two images or more"):
-        layer(torch.randn(1, 128, 1, 1))
+@pytest.mark.parametrize("kernel, stride, size", [(1, 1, 1), (4, 1, 4), (4, 4, 5), (3, 1, 1)])
+def test_one_patch_a_block_is_told_and_moves_nothing(every: int, groups: int, kernel: int, stride: int, size: int):
+    """A 1x1 map, a kernel as large as the map, a patch embedding with one patch, and one among zeros."""
+    torch.manual_seed(0)
+    padding = int(kernel > size)
+    layer = FastDeconv(32, 8, kernel, stride, padding, block=16, every=every, groups=groups, fresh_steps=0)
+    one = torch.randn(1, 32, size, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.eval()(one)
+        layer.train()(torch.randn(300, 32, size, size))
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.warns(UserWarning, match="one image with one patch a block.*two images or more"):
+        found = layer(one)
+    assert all(torch.equal(held, before[key]) for key, held in layer.state_dict().items())
+    torch.testing.assert_close(found, copy.deepcopy(layer).eval()(one))
+    found.sum().backward()
+    assert layer.weight.grad is not None and (layer.weight.grad != 0).any()
+    assert norm.precise_statistics(layer, [one]) == 0

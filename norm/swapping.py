@@ -1,0 +1,125 @@
+"""Put layers in the place of others, wherever a network holds them."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from norm.adapters import class_name
+from norm.channel_deconv import ChannelDeconv
+from norm.checks import NormError
+from norm.layers import Delinear, FastDeconv
+
+_COMPUTED = "torch.nn.utils."
+"""Where the hooks live that set a layer's weight before each call."""
+
+
+_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""What torch keeps in each module: its children, parameters, hooks."""
+
+
+def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put `replacements[id(layer)]` wherever `layer` stands below `model`, in plain lists of its modules too.
+
+    Raises:
+        NormError: a layer that is compiled by itself.
+    """
+    for name, parent in model.named_modules():
+        if class_name(parent) == _COMPILED and any(id(child) in replacements for child in parent.children()):
+            raise NormError(
+                f"{name or 'the network'}: torch.compile(layer) goes on with the layer that it was given; convert and "
+                "fold layers before they are compiled"
+            )
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and id(child) in replacements:
+                parent._modules[key] = replacements[id(child)]
+        for key, value in list(vars(parent).items()):
+            if key not in _OF_EVERY_MODULE:
+                vars(parent)[key] = _replaced(value, replacements)
+
+
+def _replaced(value: Any, replacements: Mapping[int, nn.Module], depth: int = 3) -> Any:
+    """`value` with the layers in it replaced, not deeper than `depth`: collections that can be changed are, others are
+    made anew where they hold such a layer."""
+    if isinstance(value, nn.Module):
+        return replacements.get(id(value), value)
+    if isinstance(value, MethodType) and id(value.__self__) in replacements:
+        return getattr(replacements[id(value.__self__)], value.__name__, value)
+    if not depth:
+        return value
+    if isinstance(value, (list, deque)):
+        for index, each in enumerate(value):
+            if (new := _replaced(each, replacements, depth - 1)) is not each:
+                value[index] = new
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            if (new := _replaced(each, replacements, depth - 1)) is not each:
+                value[key] = new
+    elif isinstance(value, set):
+        for each in [each for each in value if isinstance(each, nn.Module) and id(each) in replacements]:
+            value.remove(each)
+            value.add(replacements[id(each)])
+    elif type(value) is tuple or hasattr(value, "_fields") and isinstance(value, tuple):
+        parts = [_replaced(each, replacements, depth - 1) for each in value]
+        if any(new is not each for new, each in zip(parts, value, strict=True)):
+            return tuple(parts) if type(value) is tuple else type(value)(*parts)
+    elif type(value) is functools.partial:
+        parts = [_replaced(each, replacements, depth - 1) for each in (value.func, *value.args)]
+        named = {key: _replaced(each, replacements, depth - 1) for key, each in value.keywords.items()}
+        before = [value.func, *value.args, *value.keywords.values()]
+        if any(new is not each for new, each in zip([*parts, *named.values()], before, strict=True)):
+            return functools.partial(*parts, **named)
+    return value
+
+
+def take_over(old: nn.Module, new: nn.Module) -> None:
+    """What the user has put on `old` is on `new`: hooks, and attributes of the layer and of its parameters (a
+    `no_weight_decay`, the indices that YOLO's networks read) that the new ones have not by themselves."""
+    share_hooks(old, new)
+    known = _of_layers()
+    for name, value in list(vars(old).items()):
+        if not (name.startswith("_") or name in known or name in _OF_EVERY_MODULE or hasattr(new, name)):
+            setattr(new, name, value)
+    mine = dict(new.named_parameters(recurse=False))
+    for name, parameter in old.named_parameters(recurse=False):
+        for key, value in vars(parameter).items() if name in mine else ():
+            if key not in vars(mine[name]):
+                setattr(mine[name], key, value)
+
+
+@functools.cache
+def _of_layers() -> frozenset[str]:
+    """Attributes that layers have from their classes' constructors."""
+    with torch.device("meta"):  # draws no random numbers
+        layers = [nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.BatchNorm2d(1)]
+        layers += [FastDeconv(1, 1, 1), Delinear(1, 1), ChannelDeconv(1)]
+    return frozenset(name for layer in layers for name in vars(layer))
+
+
+def computing_hooks(layer: nn.Module) -> dict[int, Callable[..., Any]]:
+    """Those that compute a weight of the layer before each forward."""
+    hooks = layer._forward_pre_hooks.items()
+    return {key: hook for key, hook in hooks if type(hook).__module__.startswith(_COMPUTED)}
+
+
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Hooks that something (a feature extractor, say) put on the old layer see the new one, and its handles work on.
+
+    Not those that compute a weight of the old layer (`torch.nn.utils.prune`, the old `weight_norm`).
+    """
+    for name in vars(old):
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and "state_dict" not in name:
+            setattr(new, name, getattr(old, name))
+    if computing := computing_hooks(old):
+        new._forward_pre_hooks = OrderedDict(
+            (key, hook) for key, hook in old._forward_pre_hooks.items() if key not in computing
+        )
+    new._is_full_backward_hook = old._is_full_backward_hook
