@@ -76,7 +76,7 @@ def _replaced(value: Any, replacements: Mapping[int, nn.Module], depth: int = 3)
         named = {key: _replaced(each, replacements, depth - 1) for key, each in value.keywords.items()}
         before = [value.func, *value.args, *value.keywords.values()]
         if any(new is not each for new, each in zip([*parts, *named.values()], before, strict=True)):
-            return functools.partial(*parts, **named)
+            return functools.partial(parts[0], *parts[1:], **named)
     return value
 
 

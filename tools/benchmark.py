@@ -102,8 +102,10 @@ def _between(section: dict[str, Any], channels: int) -> dict[str, Any]:
     from norm.recipes import largest_block
 
     features = section.get("block_features")
-    several = isinstance(features, int) and features > 0  # else refused later, or off
-    block = largest_block(channels, int(features)) if several else section.get("block", 64)
+    if isinstance(features, int) and features > 0:  # else refused later, or off
+        block = largest_block(channels, features)
+    else:
+        block = section.get("block", 64)
     return {"stem_freeze": False, "stem_n_iter": section.get("n_iter", 5), "last_block": block}
 
 
