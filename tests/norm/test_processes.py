@@ -89,6 +89,26 @@ def all_cases(folder: Path) -> None:
 
             torch.save(trained(name, D64, True, mine), folder / f"{name} {uneven} {rank}.pt")
     torch.save(trained("all rows", torch.float32, True, lambda x: x.chunk(WORLD)[rank]), folder / f"float32 {rank}.pt")
+    torch.save(loaded_by_the_first(), folder / f"loaded {rank}.pt")
+
+
+def loaded_by_the_first() -> list[Tensor]:
+    """What networks give of which the first process alone has loaded the weights, before DistributedDataParallel."""
+    found = []
+    for recipe in ("deconv", "deconv_fast"):
+        before, then = (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)) for _ in range(2))
+        norm.convert(before, recipe, freeze_iter=2, sampling_stride=1)
+        norm.convert(then, recipe, freeze_iter=2, sampling_stride=1, sync=True)
+        images = torch.randn(5, 6, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+        for x in images:
+            before(x)
+        if dist.get_rank() == 0:
+            then.load_state_dict(before.state_dict())
+        wrapped = nn.parallel.DistributedDataParallel(then)
+        y = wrapped(images[0])
+        y.square().mean().backward()
+        found += [y.detach(), *(each.clone() for each in then.buffers())]
+    return found
 
 
 class Network(nn.Module):
@@ -180,6 +200,15 @@ def test_processes_with_a_part_of_the_images_equal_one_with_all(several: Path, n
 
 def test_in_float32_they_are_equal_within_rounding(several: Path):
     check("all rows", torch.float32, [torch.load(several / f"float32 {rank}.pt") for rank in range(WORLD)], 1e-5)
+
+
+def test_a_checkpoint_that_the_first_process_loads_counts_for_all(several: Path):
+    """A count of their own had some hold the first layer while others averaged, and wait for each other's sums."""
+    first, *others = (torch.load(several / f"loaded {rank}.pt") for rank in range(WORLD))
+    assert len(first) > 10 and 6 in [int(one) for one in first if one.dtype == torch.int64]
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_without_sync_they_differ():
