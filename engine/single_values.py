@@ -55,8 +55,8 @@ def _before_averaging(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str
     if values is None:
         return
     shared = (isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "sync", False)) and distributed.world_size() > 1
-    last = isinstance(layer, norm.Delinear) or getattr(layer, "features_last", False)
-    if isinstance(layer, norm.FastDeconv):
+    last = isinstance(layer, norm.Delinear)
+    if isinstance(layer, (norm.FastDeconv, norm.ChannelDeconv)):
         single = layer.alone(values)
     else:
         single = values.numel() == values.shape[-1 if last else 1]

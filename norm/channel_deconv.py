@@ -110,8 +110,12 @@ class ChannelDeconv(Whitening):
             return torch.cat(parts, 1).to(x.dtype)
 
     def alone(self, x: Tensor) -> bool:
-        """Whether x is one vector, or a 1x1 map of one image, of all processes: see `FastDeconv.alone`."""
-        return x.numel() == x.shape[-1 if self.features_last else 1] and not self._joint()
+        """Whether x is one vector, or one image with one sampled pixel, of all processes: see `FastDeconv.alone`."""
+        if self._joint() or x.numel() == 0:
+            return False
+        if self.features_last:
+            return x.ndim > 0 and x.numel() == x.shape[-1]
+        return x.ndim in (2, 4) and len(x) == 1 and x.numel() // x.shape[1] <= self._every(x)
 
     def _alone(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():

@@ -208,17 +208,18 @@ class FastDeconv(Deconvolving, nn.Conv2d):
     def alone(self, x: Tensor) -> bool:
         """Whether x is one image with one patch a block, of all processes: the average of its covariance, of hardly any
         rank, with others would be far off."""
-        return x.ndim == 4 and len(x) == 1 and not self._joint() and self._one_window(*self.pad(x))
+        return x.ndim == 4 and len(x) == 1 and self._one_window(*self.pad(x))
 
     def _one_window(self, x: Tensor, padding: Pair) -> bool:
-        kernel, stride, dilation = (cast(Pair, each) for each in (self.kernel_size, self.stride, self.dilation))
-        return output_size((x.shape[2], x.shape[3]), kernel, stride, padding, dilation) == (1, 1)
+        if self._joint():
+            return False
+        return 0 < self.windows(x.shape, padding).rows(x.shape) <= self.in_channels // self.groups // self.block
 
     def _single(self, x: Tensor, padding: Pair) -> bool:
-        single = len(x) == 1 and not self._joint() and self._one_window(x, padding)
+        single = len(x) == 1 and self._one_window(x, padding)
         if single and not torch.compiler.is_compiling():
             warnings.warn(
-                "FastDeconv: one image with one patch a block (a 1x1 map, or a kernel as large as the map) has no "
+                "FastDeconv: one image with one patch a block (a 1x1 map, a kernel as large as the map) has no "
                 "covariance; it is taken with the averages, as in evaluation, and they stay. Give two images or more, "
                 "in an epoch's last batch too: DataLoader(..., drop_last=True)",
                 stacklevel=3,

@@ -41,6 +41,7 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
         for key, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 parent._modules[key] = replacements[id(child)]
+    for parent in [*model.modules(), *replacements.values()]:  # which have their old ones' attributes
         for key, value in list(vars(parent).items()):
             if key not in _OF_EVERY_MODULE:
                 vars(parent)[key] = _replaced(value, replacements)
@@ -51,8 +52,9 @@ def _replaced(value: Any, replacements: Mapping[int, nn.Module], depth: int = 3)
     made anew where they hold such a layer."""
     if isinstance(value, nn.Module):
         return replacements.get(id(value), value)
-    if isinstance(value, MethodType) and id(value.__self__) in replacements:
-        return getattr(replacements[id(value.__self__)], value.__name__, value)
+    if isinstance(value, MethodType) and (new := replacements.get(id(value.__self__))) is not None:
+        own = value.__func__ is getattr(type(value.__self__), value.__name__, None)
+        return getattr(new, value.__name__, value) if own else MethodType(value.__func__, new)
     if not depth:
         return value
     if isinstance(value, (list, deque)):
@@ -60,6 +62,10 @@ def _replaced(value: Any, replacements: Mapping[int, nn.Module], depth: int = 3)
             if (new := _replaced(each, replacements, depth - 1)) is not each:
                 value[index] = new
     elif isinstance(value, dict):
+        if any(isinstance(key, nn.Module) and id(key) in replacements for key in value):
+            items = [(_replaced(key, replacements, 0), each) for key, each in value.items()]
+            value.clear()
+            value.update(items)
         for key, each in value.items():
             if (new := _replaced(each, replacements, depth - 1)) is not each:
                 value[key] = new
@@ -67,6 +73,9 @@ def _replaced(value: Any, replacements: Mapping[int, nn.Module], depth: int = 3)
         for each in [each for each in value if isinstance(each, nn.Module) and id(each) in replacements]:
             value.remove(each)
             value.add(replacements[id(each)])
+    elif isinstance(value, frozenset):
+        if any(isinstance(each, nn.Module) and id(each) in replacements for each in value):
+            return frozenset(_replaced(each, replacements, 0) for each in value)
     elif type(value) is tuple or hasattr(value, "_fields") and isinstance(value, tuple):
         parts = [_replaced(each, replacements, depth - 1) for each in value]
         if any(new is not each for new, each in zip(parts, value, strict=True)):
@@ -88,11 +97,19 @@ def take_over(old: nn.Module, new: nn.Module) -> None:
     for name, value in list(vars(old).items()):
         if not (name.startswith("_") or name in known or name in _OF_EVERY_MODULE or hasattr(new, name)):
             setattr(new, name, value)
-    mine = dict(new.named_parameters(recurse=False))
-    for name, parameter in old.named_parameters(recurse=False):
-        for key, value in vars(parameter).items() if name in mine else ():
+    theirs, mine = (_by_last_name(layer) for layer in (old, new))
+    for name in theirs.keys() & mine.keys():
+        for key, value in vars(theirs[name]).items():
             if key not in vars(mine[name]):
                 setattr(mine[name], key, value)
+
+
+def _by_last_name(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Its parameters, or those of the one layer in it that has such."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in layer.named_parameters():
+        found.setdefault(name.rpartition(".")[2], []).append(parameter)
+    return {name: those[0] for name, those in found.items() if len(those) == 1}
 
 
 @functools.cache
@@ -100,7 +117,8 @@ def _of_layers() -> frozenset[str]:
     """Attributes that layers have from their classes' constructors."""
     with torch.device("meta"):  # draws no random numbers
         layers = [nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.BatchNorm2d(1)]
-        layers += [FastDeconv(1, 1, 1), Delinear(1, 1), ChannelDeconv(1)]
+        wide = torch.float32  # which the default need not be
+        layers += [FastDeconv(1, 1, 1, dtype=wide), Delinear(1, 1, dtype=wide), ChannelDeconv(1, dtype=wide)]
     return frozenset(name for layer in layers for name in vars(layer))
 
 

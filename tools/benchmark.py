@@ -106,7 +106,9 @@ def _between(section: dict[str, Any], channels: int) -> dict[str, Any]:
         block = largest_block(channels, features)
     else:
         block = section.get("block", 64)
-    return {"stem_freeze": False, "stem_n_iter": section.get("n_iter", 5), "last_block": block}
+    of_first = {} if "freeze_iter" in section else {"stem_freeze": False}
+    of_last = {"last_block": block} if isinstance(block, int) else {}
+    return {**of_first, "stem_n_iter": section.get("n_iter", 5), **of_last}
 
 
 def parse_norm(text: str, layer: dict[str, Any]) -> Any:
@@ -121,6 +123,11 @@ def parse_norm(text: str, layer: dict[str, Any]) -> Any:
     section = to_plain(parse_overrides([part for part in split_keys(rest) if part]))  # as on tools/train.py's line
     if idle := sorted(_OF_A_TRAINING & section.keys()):
         raise UserError(f"norm {text!r}: {idle[0]} has no effect on a step; leave it out")
+    if layer and name == "gn" and section.get("weight_standardisation"):
+        raise UserError(
+            f"norm {text!r}: a layer alone counts as a network's last one, whose weight is not standardised; measure "
+            "it in a network"
+        )
     try:
         more = _between(section, **layer) if layer and name.startswith("deconv") else {}
         return Variant(text, NormConfig(**{**more, **section, "name": name}))

@@ -71,6 +71,15 @@ def test_options_hold_for_a_layer_alone(layer: str, options: str, block: int, n_
     assert (model[0].block, model[0].n_iter) == (block, n_iter)
 
 
+def test_what_cannot_be_had_of_a_layer_alone_is_refused():
+    _, known = parse_case("conv:64,32,1:1x64x8x8")
+    with pytest.raises(UserError, match="a layer alone counts as a network's last one"):
+        parse_norm("gn:weight_standardisation=true", known)
+    with pytest.raises(UserError, match="block is 'a'"):
+        parse_norm("deconv:block=a", known)
+    assert parse_norm("deconv:freeze_iter=50", known).section.options["freeze_iter"] == 50
+
+
 def test_nothing_is_folded_where_the_norm_stays():
     rows = benchmark.measure(
         Case("x", layer, (2, 4, 16, 16)),

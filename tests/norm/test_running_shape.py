@@ -223,9 +223,10 @@ def test_few_patches_are_told_once(recwarn):
 
 
 @pytest.mark.parametrize(("every", "groups"), [(0, 1), (4, 1), (0, 2)])
-@pytest.mark.parametrize("kernel, stride, size", [(1, 1, 1), (4, 1, 4), (4, 4, 5), (3, 1, 1)])
+@pytest.mark.parametrize("kernel, stride, size", [(1, 1, 1), (4, 1, 4), (4, 4, 5), (3, 1, 1), (1, 1, 2), (2, 1, 4)])
 def test_one_patch_a_block_is_told_and_moves_nothing(every: int, groups: int, kernel: int, stride: int, size: int):
-    """A 1x1 map, a kernel as large as the map, a patch embedding with one patch, and one among zeros."""
+    """A 1x1 map, a kernel as large as the map, a patch embedding with one patch, one among zeros, and the one of a
+    small map that every third window gives."""
     torch.manual_seed(0)
     padding = int(kernel > size)
     layer = FastDeconv(32, 8, kernel, stride, padding, block=16, every=every, groups=groups, fresh_steps=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict, defaultdict, deque, namedtuple
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -46,6 +47,8 @@ HELD: dict[str, tuple[Any, Any]] = {
     "defaultdict": (of_default, lambda h, x: h["stage"][1](h["stage"][0](x))),
     "OrderedDict": (lambda c, b: OrderedDict(c=c, b=b), lambda h, x: h["b"](h["c"](x))),
     "deque": (lambda c, b: deque([c, b]), lambda h, x: h[1](h[0](x))),
+    "keys": (lambda c, b: {c: 1, b: 2}, lambda h, x: [*h][1]([*h][0](x))),
+    "frozenset": (lambda c, b: frozenset([c, b]), in_set),
     "set": (lambda c, b: {c, b}, in_set),
     "partial": (lambda c, b: (functools.partial(c), functools.partial(b)), lambda h, x: h[1](h[0](x))),
     "bound method": (lambda c, b: (c.forward, b.forward), lambda h, x: h[1](h[0](x))),
@@ -99,6 +102,43 @@ def test_what_was_put_on_a_layer_stays_on_it(recipe: str) -> None:
     x = torch.randn(2, 3, 8, 8)
     model.eval()(x)
     norm.fold(model)(x)
+
+
+def test_methods_and_layers_that_were_put_on_a_layer_go_with_it() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    first: Any = model[0]
+
+    def forward(self: Any) -> float:
+        return float(self.weight.detach().abs().sum())
+
+    first.penalty, first.twin = MethodType(forward, first), (model[2],)
+    model.call = first.penalty  # type: ignore[assignment]
+    norm.convert(model, "deconv")
+    now: Any = model[0]
+    nn.init.zeros_(now.weight)
+    assert now.penalty() == 0 and model.call() == 0 and now.twin[0] is model[2] is not None
+    assert isinstance(model[2], norm.FastDeconv)
+
+
+def test_parameters_of_wrapped_layers_keep_what_was_put_on_them() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    model[3].weight.lr_scale = 0.1
+    norm.convert(model, "deconv", fc_block=4, delinear=False)
+    (weight,) = (one for name, one in model[3].named_parameters() if name.endswith("weight"))
+    assert weight.lr_scale == 0.1
+
+
+def test_a_narrow_default_dtype_is_no_hindrance() -> None:
+    from norm import swapping
+
+    swapping._of_layers.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        norm.convert(model, "gn", groups=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert isinstance(model[1], nn.GroupNorm)
 
 
 def test_what_a_layer_has_by_itself_is_its_own() -> None:
