@@ -134,6 +134,8 @@ class Deconvolving(Whitening):
     freeze: bool = False
     freeze_iter: int = 100
     sync: bool = False
+    _written = -1
+    """The version of `steps` that this layer has written."""
 
     def _set_up(
         self,
@@ -280,9 +282,13 @@ class Deconvolving(Whitening):
         return 10 * self.freeze_iter, self.freeze_iter + 1 if self.grouping == "published" else self.freeze_iter
 
     def train(self, mode: bool = True) -> Any:
-        if mode and "steps" in self._buffers and not self.steps.is_meta:
+        if mode and "steps" in self._buffers and not self.steps.is_meta and not self._counted_last():
             self._steps = int(self.steps)  # somebody may have copied buffers: DistributedDataParallel, an average
         return super().train(mode)
+
+    def _counted_last(self) -> bool:
+        """Whether nobody has written to `steps` since this layer did: reading it would wait for a GPU."""
+        return not self.steps.is_inference() and self.steps._version == self._written
 
     def _replicate_for_data_parallel(self) -> Any:
         """For torch.nn.DataParallel: every replica counts the step by itself, as one and the same. The buffers of the
@@ -393,6 +399,7 @@ class Deconvolving(Whitening):
         steps = int(self.steps) if self.steps.device.type == "cpu" else self._steps
         self._steps = steps + 1
         self.steps.fill_(steps + 1)
+        self._written = self.steps._version if not self.steps.is_inference() else -1
         return steps
 
     @property

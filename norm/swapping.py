@@ -26,7 +26,8 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put `replacements[id(layer)]` wherever `layer` stands below `model`, in plain lists of its modules too.
+    """Put `replacements[id(layer)]` wherever `layer` stands below `model`, in collections, partials and bound methods
+    that its modules hold too.
 
     Raises:
         NormError: a layer that is compiled by itself.

@@ -203,9 +203,12 @@ def test_steps_are_those_of_the_buffers_that_are_given() -> None:
     for _ in range(4):
         net(torch.randn_like(x))
     later = {name: one.clone() for name, one in net.named_buffers()}
+    assert int(net[0].steps) == 5 and net[0].train()._counted_last()
     found = torch.func.functional_call(net, (dict(net.named_parameters()), fresh), (x,))
     torch.testing.assert_close(found, want)
     assert int(fresh["0.steps"]) == 1
+    net[0].steps.fill_(3)
+    assert not net[0]._counted_last() and net[0].train()._steps == 3
     other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     norm.convert(other, "deconv", freeze_iter=2)
     with torch.no_grad():
