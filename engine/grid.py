@@ -118,6 +118,12 @@ def owned(overrides: Sequence[str], own: Mapping[str, str]) -> str | None:
     return None
 
 
+def refuse(overrides: Sequence[str], own: Mapping[str, str]) -> None:
+    """Raises UserError if a change to the config sets one of the keys `own`, with the reason that stands there."""
+    if key := owned(overrides, own):
+        raise UserError(f"key=value: {key} cannot be set: {own[key]}; leave it out")
+
+
 def check_distinct(option: str, given: Sequence[Any]) -> None:
     """Raises UserError if something is there twice."""
     if twice := [str(one) for one in dict.fromkeys(given) if list(given).count(one) > 1]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from engine import checkpoint
 from engine.errors import UserError
-from engine.grid import owned
+from engine.grid import refuse
 from engine.report import METRICS, read_metrics
 from engine.resume import BEST, LAST
 
@@ -47,8 +47,7 @@ class Case:
 
 def check(overrides: Sequence[str]) -> None:
     """Raises UserError for changes to what the cases differ in, or are judged by."""
-    if key := owned(overrides, _OWN):
-        raise UserError(f"key=value: {key} cannot be set: {_OWN[key]}")
+    refuse(overrides, _OWN)
 
 
 def cases(seg: Sequence[str], classify: Sequence[str]) -> list[Case]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, program
+from engine.errors import program
 
 VARIANTS = {
     "bn": ["norm.name=bn"],
@@ -45,11 +45,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--rounds and --processes must be at least 1, --gpus at least 2")
     from engine import scaling
     from engine.config import load
-    from engine.grid import owned
+    from engine.grid import refuse
     from tools.train import schema
 
-    if key := owned(args.overrides, _OWN):
-        raise UserError(f"key=value: {key} cannot be set: {_OWN[key]}")
+    refuse(args.overrides, _OWN)
     more = [*args.overrides, "runtime.device=cpu"]
     configs = {label: load(args.config, [*more, *keys], schema).config for label, keys in VARIANTS.items()}
     workload = importlib.import_module(f"{configs['bn'].task}.plan").workload
