@@ -206,9 +206,9 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     how = settings(args)
+    torch.backends.cudnn.benchmark = True  # as in trainings, like the next
     if how.device.type == "cpu":
-        keep_freed_memory()  # as trainings do, both
-    torch.backends.cudnn.benchmark = True
+        keep_freed_memory()
     parsed = [parse_case(text) for text in args.cases]
     work = [
         (case, [parse_norm(text, layer) for text in args.norms or ["bn", "deconv", "deconv_fast"]])
