@@ -21,6 +21,8 @@ _COMPUTED = "torch.nn.utils."
 
 
 _COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
+_PLAIN = (nn.Conv2d, nn.Linear, FastDeconv, Delinear)
+"""Layers without children, all of whose tensors are known: what else they hold is the user's."""
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 """What torch keeps in each module: its children, parameters, hooks."""
 
@@ -91,9 +93,12 @@ def _replaced(value: Any, replacements: Mapping[int, nn.Module], depth: int = 3)
 
 
 def take_over(old: nn.Module, new: nn.Module) -> None:
-    """What the user has put on `old` is on `new`: hooks, and attributes of the layer and of its parameters (a
-    `no_weight_decay`, the indices that YOLO's networks read) that the new ones have not by themselves."""
+    """What the user has put on `old` is on `new`: hooks, attributes of the layer and of its parameters (a
+    `no_weight_decay`, the indices that YOLO's networks read) that the new ones have not by themselves, and tensors and
+    modules that were registered on a convolution or linear layer."""
     share_hooks(old, new)
+    if type(old) in _PLAIN and not computing_hooks(old):  # what those registered has gone into the weight
+        _share_registered(old, new)
     known = _of_layers()
     for name, value in list(vars(old).items()):
         if not (name.startswith("_") or name in known or name in _OF_EVERY_MODULE or hasattr(new, name)):
@@ -103,6 +108,19 @@ def take_over(old: nn.Module, new: nn.Module) -> None:
         for key, value in vars(theirs[name]).items():
             if key not in vars(mine[name]):
                 setattr(mine[name], key, value)
+
+
+def _share_registered(old: nn.Module, new: nn.Module) -> None:
+    own = _registered_by_layers()
+    for name, parameter in old._parameters.items():
+        if name not in own and not hasattr(new, name):
+            new.register_parameter(name, parameter)
+    for name, buffer in old._buffers.items():
+        if name not in own and not hasattr(new, name):
+            new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
+    for name, child in old._modules.items():
+        if not hasattr(new, name):
+            new.register_module(name, child)
 
 
 def _by_last_name(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -116,11 +134,21 @@ def _by_last_name(layer: nn.Module) -> dict[str, nn.Parameter]:
 @functools.cache
 def _of_layers() -> frozenset[str]:
     """Attributes that layers have from their classes' constructors."""
+    return frozenset(name for layer in _fresh_layers() for name in vars(layer))
+
+
+@functools.cache
+def _registered_by_layers() -> frozenset[str]:
+    """Names of the tensors that they have from there."""
+    return frozenset(name for layer in _fresh_layers() for name in (*layer._parameters, *layer._buffers))
+
+
+def _fresh_layers() -> list[nn.Module]:
+    wide = torch.float32  # which the default need not be
     with torch.device("meta"):  # draws no random numbers
-        layers = [nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.BatchNorm2d(1)]
-        wide = torch.float32  # which the default need not be
-        layers += [FastDeconv(1, 1, 1, dtype=wide), Delinear(1, 1, dtype=wide), ChannelDeconv(1, dtype=wide)]
-    return frozenset(name for layer in layers for name in vars(layer))
+        plain: list[nn.Module] = [nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.BatchNorm2d(1)]
+        exact = [FastDeconv(1, 1, 1, dtype=wide), Delinear(1, 1, dtype=wide), ChannelDeconv(1, dtype=wide)]
+        return [*plain, *exact, FastDeconv(1, 1, 1, every=1, dtype=wide)]
 
 
 def computing_hooks(layer: nn.Module) -> dict[int, Callable[..., Any]]:

@@ -238,6 +238,26 @@ def test_hooks_move_to_the_new_layer_and_its_folded_one_and_can_be_removed():
     assert seen == [FastDeconv, nn.Conv2d]
 
 
+def test_what_a_user_registered_on_a_layer_moves_with_the_hook_that_reads_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 7 * 7, 2))
+    for index, size in ((0, (4, 1, 1)), (4, (2,))):
+        model[index].register_buffer("mask", torch.rand(size))
+        model[index].register_buffer("passing", torch.ones(size), persistent=False)
+        model[index].register_parameter("strength", nn.Parameter(torch.rand(size)))
+        model[index].beside = nn.Linear(1, 1)
+        model[index].register_forward_hook(lambda layer, args, out: out * layer.mask * layer.passing * layer.strength)
+    theirs = {key: one for key, one in model.state_dict(keep_vars=True).items() if key.startswith(("0.", "4."))}
+    theirs = {key: one for key, one in theirs.items() if key.split(".")[1] not in ("weight", "bias")}
+    norm.convert(model, "deconv_fast", fc_block=8)
+    x = torch.randn(64, 3, 9, 9)
+    model(x)
+    held = model.state_dict(keep_vars=True)
+    assert len(theirs) == 8 and all(held[key] is one for key, one in theirs.items())
+    plain = norm.fold(model.eval())
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
+    assert set(plain.state_dict()) == {*theirs, "0.weight", "0.bias", "4.weight", "4.bias"}
+
+
 def test_backward_hooks_move_too():
     model = block()
     seen = []
