@@ -29,7 +29,7 @@ def leave_channels_last(model: nn.Module) -> int:
 
 def slow(model: nn.Module) -> str | None:
     """A sentence for the user where `model`, in torch's usual layout, may be faster in channels_last on a CPU, else
-    None: depthwise convolutions larger than 1x1 are (docs/performance.md has how much).
+    None: depthwise convolutions larger than 1x1 are (docs/step_times.md has how much).
     """
     convs = [one for one in model.modules() if isinstance(one, nn.Conv2d)]
     depthwise = sum(1 < one.groups == one.in_channels and max(one.kernel_size) > 1 for one in convs)
@@ -37,7 +37,7 @@ def slow(model: nn.Module) -> str | None:
         return None
     return (
         f"{depthwise} of {len(convs)} convolutions are depthwise: on CPUs runtime.channels_last=true may be "
-        "up to three times as fast (docs/performance.md)"
+        "up to three times as fast (docs/step_times.md)"
     )
 
 

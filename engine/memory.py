@@ -80,7 +80,7 @@ def quiet_profiler() -> None:
 
 def keep_freed_memory() -> bool:
     """Have glibc keep what this process frees, for what it allocates next, instead of handing it to the system and
-    taking it again, page by page, in every training step. It takes some memory more (docs/performance.md).
+    taking it again, page by page, in every training step. It takes some memory more (docs/step_times.md).
 
     For the whole process and as long as it runs, as there is no way back. It stays as it is where another C library is
     used, or where the environment says when glibc hands memory back (MALLOC_TRIM_THRESHOLD_ and others, mallopt(3)).

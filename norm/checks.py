@@ -7,7 +7,7 @@ import math
 
 FRESH_STEPS = 100
 """Weights change so fast at first that the shape of a few steps before amplifies what it should not: in VGG-16 at rate
-0.1 the loss rose from 2.5 to 3.7 within ten steps (docs/performance.md)."""
+0.1 the loss rose from 2.5 to 3.7 within ten steps (docs/experiments.md)."""
 
 
 class NormError(ValueError):

@@ -1,7 +1,7 @@
 """Matrix products on CPUs whose convolutions are twice as fast as their matrix products.
 
 torch multiplies float32 matrices with MKL, which takes AVX2 on AMD's processors, where oneDNN, which convolves, takes
-AVX-512 (docs/performance.md has figures). A product of matrices is a convolution of 1x1 too.
+AVX-512 (docs/step_times.md has figures). A product of matrices is a convolution of 1x1 too.
 """
 
 from __future__ import annotations

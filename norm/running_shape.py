@@ -166,7 +166,7 @@ def _average_root(held: Tensor, scale: Tensor, rate: float | Tensor) -> Tensor:
 
     The average of the scales themselves would be that of the few batches with an outlier, where activations have heavy
     tails, and D in evaluation far too small: an EfficientNet-B0 had 12% on test images where the batches' own
-    statistics gave 49% (docs/performance.md).
+    statistics gave 49% (docs/experiments.md).
     """
     return torch.lerp(held.rsqrt(), scale.to(held.dtype).rsqrt(), rate)
 
