@@ -94,7 +94,7 @@ def evaluate_checkpoint(
     from classify.network import from_checkpoint
     from engine.prepare import session
 
-    model, cfg, info = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    model, cfg, info = from_checkpoint(path, list(overrides), allow_imports=allow_imports, folded=True)
     split = split or cfg.data.val_split
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"val_split": split})})
     with session(cfg.runtime) as device:

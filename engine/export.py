@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-import norm
 from engine import checkpoint
 from engine.config import NormConfig
 from engine.errors import UserError
+from engine.prepare import for_prediction
 
 TOLERANCE = 1e-3
 """Largest difference of a program's output from the trained network's, relative to the largest output."""
@@ -92,10 +92,7 @@ def export(
     """
     if path.suffix not in (".pt2", ".safetensors"):
         raise UserError(f"--out {path}: expected a name that ends in .pt2 (a program) or .safetensors (weights)")
-    try:
-        folded = norm.fold(network)
-    except norm.NormError as error:
-        raise UserError(f"the network cannot be folded: {error}") from None
+    folded = for_prediction(network, "--out")
     if path.suffix == ".safetensors":
         checkpoint.export_weights(path, folded.get_submodule(part).state_dict())
         return Exported(path, "the folded network's weights" + (rebuilt and f", for\n  {rebuilt}"))

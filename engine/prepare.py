@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -143,6 +144,18 @@ def convert_norm(model: nn.Module, section: NormConfig, calibrate: Iterable[Tens
         raise UserError(f"norm: {error}") from None
     allow_single_values(model)
     return str(report)
+
+
+def for_prediction(model: nn.Module, path: Path | str) -> nn.Module:
+    """`norm.fold(model)`: plain layers in place of the norm's, which would compute their weights anew in each forward.
+
+    Raises:
+        UserError: the network cannot be folded; names `path`, its checkpoint.
+    """
+    try:
+        return norm.fold(model)
+    except norm.NormError as error:
+        raise UserError(f"{path}: the network cannot be folded: {error}") from None
 
 
 def prepare(

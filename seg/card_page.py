@@ -54,7 +54,7 @@ def write_card(
     Raises:
         UserError: bad data, a split without labels or with one image, a folder that can't be written: before the work.
     """
-    from engine.prepare import predicting
+    from engine.prepare import for_prediction, predicting
     from seg.html import write
     from seg.models import from_checkpoint
 
@@ -68,7 +68,7 @@ def write_card(
         for folder in (out, json_file.parent if json_file else out):
             check_writable(folder)
         samples = labelled(eval_batches(cfg, split).samples, cfg.data, split)
-        predictor = predictor_of(model, cfg, device, views)
+        predictor = predictor_of(for_prediction(model, path), cfg, device, views)
         chosen = spread(samples, corruption_images)
         measured = measure_split(predictor, cfg, samples, split)
         robustness = None

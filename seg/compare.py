@@ -46,7 +46,7 @@ def compare(
         Run(name, run / METRICS, {k.removeprefix("IoU/"): v for k, v in row["scalars"].items() if k.startswith("IoU/")})
         for run, name, row in zip(runs, names, best, strict=True)
     ]
-    load = partial(from_checkpoint, overrides=overrides, allow_imports=allow_imports)
+    load = partial(from_checkpoint, overrides=overrides, allow_imports=allow_imports, folded=True)
     shown, labels = _examples(runs, names, examples, load)
     plot_runs(drawn, picture, shown, table=labels)
     width = max(len(name) for name in names)

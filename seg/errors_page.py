@@ -111,7 +111,7 @@ def write_errors(
         UserError: bad data, a split without labels, a page that can't be written: before the work; or labels that are
             all ignored.
     """
-    from engine.prepare import predicting
+    from engine.prepare import for_prediction, predicting
     from seg.html import write
     from seg.models import from_checkpoint
 
@@ -127,7 +127,7 @@ def write_errors(
         check_writable(out.parent)
         split = split or cfg.data.val_split
         samples = labelled(eval_batches(cfg, split).samples, cfg.data, split)
-        predictor = predictor_of(model, cfg, device, views)
+        predictor = predictor_of(for_prediction(model, path), cfg, device, views)
         found = search(predictor, cfg, samples)
         if not any(one.matrix.any() for one in found.images.images):
             raise nothing_scored(split_name(cfg.data, split))

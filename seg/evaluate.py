@@ -144,7 +144,7 @@ def evaluate_checkpoint(
     from engine.prepare import predicting
     from seg.models import from_checkpoint
 
-    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports, folded=True)
     scored_table(cfg.data, meta, path)
     with predicting(cfg.runtime) as device:
         split = split or cfg.data.val_split

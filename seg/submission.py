@@ -66,7 +66,7 @@ def submit(
         raise UserError(f"--out: {out}; expected a name that ends in .zip")
     if out.is_dir():
         raise UserError(f"--out: {out} is a folder; expected the name of a zip file")
-    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports, folded=True)
     if (its := table_of(meta)).classes != CITYSCAPES.classes:
         raise UserError(
             f"{path}: predicts the {its.num_classes} classes of {its.name}; the Cityscapes test server takes its own "

@@ -96,7 +96,7 @@ def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
         raise UserError("--max-megapixels: is for images; a video's frames have one size")
     if args.smooth is not None and not videos:
         raise UserError("--smooth: is for a video; images are labelled each for itself")
-    model, cfg, meta = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
+    model, cfg, meta = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports, folded=True)
     with predicting(cfg.runtime) as device:
         predictor = Predictor.from_config(model, cfg, device)
         if videos:
@@ -126,7 +126,7 @@ def _classify(args: argparse.Namespace, max_pixels: int) -> Any:
     if args.save or args.smooth is not None:
         option = "--save" if args.save else "--smooth"
         raise UserError(f"{args.checkpoint}: a classifier; {option} is for segmentation networks")
-    model, cfg, info = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports)
+    model, cfg, info = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports, folded=True)
     with session(cfg.runtime) as device:
         predict = Predictor.from_config(model, cfg, info, device).predict
         topk = 1 if args.topk is None else args.topk

@@ -343,9 +343,9 @@ def test_a_checkpoint_is_scored_with_overrides(
     asked = []
 
     def from_checkpoint(
-        path: Path, overrides: list[str], allow_imports: bool
+        path: Path, overrides: list[str], allow_imports: bool, folded: bool
     ) -> tuple[nn.Module, SegConfig, dict[str, Any]]:
-        assert not allow_imports
+        assert folded and not allow_imports
         asked.append((path, overrides))
         return Coarse().eval(), config(sample_root), {}
 
