@@ -21,8 +21,11 @@ from engine.report import Log
 from engine.resume import check_data, open_work_dir
 
 
-def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None = None) -> Result:
-    """Train, evaluate and save as the config says; goes on from a checkpoint if `resume` names one ("auto" or a path).
+def run(
+    loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None = None, accept_changes: bool = False
+) -> Result:
+    """Train, evaluate and save as the config says; goes on from a checkpoint if `resume` names one ("auto" or a path),
+    with `accept_changes` where the keys of `engine.resume.ACCEPTED` differ too.
 
     Raises:
         UserError: bad data, config, checkpoint or work directory, or a loss that is not finite.
@@ -32,7 +35,10 @@ def run(loaded: Loaded[ClassifyConfig], work_dir: Path | str, resume: str | None
         info = describe(cfg.data)
         training = train_batches(cfg, device, distributed.world_size(), distributed.rank())
         validation = eval_batches(cfg, device, world=distributed.world_size(), rank=distributed.rank())
-        with open_work_dir(work_dir, loaded, resume) as state, Log(work_dir, cfg.report, resume=state) as log:
+        with (
+            open_work_dir(work_dir, loaded, resume, accept_changes) as state,
+            Log(work_dir, cfg.report, resume=state) as log,
+        ):
             images_of = {"train": training.digest, "val": validation.digest}
             if state is not None:  # a class folder that was renamed would give the others' images to other outputs
                 check_classes(network.from_facts(state["meta"]), info, state["path"])

@@ -254,7 +254,8 @@ class _Work:
             if path.resolve().parent != self.dir.resolve():
                 # its best.pt is elsewhere; this folder gets one of its own, even of a training that is finished
                 state.best_score, state.best_step, state.score = None, 0, None
-            self.log.message(f"resumed after step {state.step} of {plan.total}" + (f"; {remark}" if remark else ""))
+            told = [f"resumed after step {state.step} of {plan.total}", *resume.get("changed", []), remark]
+            self.log.message("; ".join(filter(None, told)))
             if state.step >= plan.total:
                 self.log.message("the training is finished; a greater length=... would go on")
             elif note := other_length(cfg.optim, Length.parse(resume["config"]["length"]), cfg.length, plan.per_epoch):
@@ -373,7 +374,7 @@ class _Work:
 
     def advice(self) -> str:
         amp = "" if self.cfg.runtime.amp == "none" else " or runtime.amp=none"
-        return f"{self.state.saved}; try a lower optim.lr or optim.clip_norm=1{amp}"
+        return f"{self.state.saved}; try a lower optim.lr or optim.clip_norm=1{amp} (--resume auto --accept-changes)"
 
     def report(self) -> None:
         """Log the mean loss since the last report, or stop if it is not finite."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import norm
-from engine import distributed, layout, precision, traffic
+from engine import advice, distributed, layout, precision, traffic
 from engine.config import ExperimentConfig, NormConfig, RuntimeConfig
 from engine.errors import LostProcess, UserError, is_lost_worker
 from engine.memory import keep_freed_memory
@@ -215,6 +215,7 @@ def prepare(
         report.append(note)
     if device.type == "cpu" and not cfg.runtime.channels_last and (note := layout.slow(model)):
         report.append(note)
+    report += filter(None, [advice.few_images(model, cfg, world), advice.not_compiled(model, cfg, device)])
     return Prepared(model, wrapped, device, "\n".join(report))
 
 

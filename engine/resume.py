@@ -36,14 +36,19 @@ FREE = (  # may differ when a run goes on ...
     "data.on_error",
 )
 BOUND = ("runtime.seed",)  # ... and among them those that decide which data comes next
+ACCEPTED = ("optim.lr", "optim.clip_norm", "micro_batch", "predict.")
+"""What may differ when it is said so: another rate after a loss that was not finite, less memory, not another run."""
 ENDED = (*BOUND, "runtime.amp", "runtime.matmul_precision")  # of a run that has ended: another result
 
 
-def find_resume(work_dir: str | Path, resume: str | Path | None, config: ExperimentConfig) -> dict[str, Any] | None:
+def find_resume(
+    work_dir: str | Path, resume: str | Path | None, config: ExperimentConfig, accept: bool = False
+) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None to start anew.
 
     `resume` is None (start anew), "auto" (the work directory's `last.pt`, if there is one), or the path of a checkpoint
-    or of a folder that holds `last.pt`. The path comes back as the key `path`.
+    or of a folder that holds `last.pt`. The path comes back as the key `path`; with `accept` keys of `ACCEPTED` may
+    differ, and come back as `changed`, as `differences` tells them.
 
     Raises:
         UserError: the work directory holds a run and `resume` does not name it, or the scores of one without
@@ -81,16 +86,18 @@ def find_resume(work_dir: str | Path, resume: str | Path | None, config: Experim
             )
     state = checkpoint.load(path)
     differing = differences(complete(state["config"], type(config)), config.model_dump(mode="json"))
-    if differing:
+    others = [line for line in differing if not line.startswith(ACCEPTED)]
+    if differing and (others or not accept):
+        remedy = "resume with the same configuration" + ("" if others else ", or accept these with --accept-changes")
         raise UserError(
             f"{path}: was trained with another configuration:\n  "
             + "\n  ".join(differing)
-            + "\n  choose another --work-dir, or resume with the same configuration (length, report.*, where the data "
-            "are and runtime.* but for runtime.seed may differ)"
+            + f"\n  choose another --work-dir, or {remedy} (length, report.*, where the data are and runtime.* but for "
+            "runtime.seed may differ)"
         )
     if path.resolve().parent == folder.resolve() and path.name != LAST:
         _check_latest(path, state["step"])
-    state["path"] = str(path)
+    state["path"], state["changed"] = str(path), differing
     return state
 
 
@@ -174,7 +181,7 @@ def _check_alike(folder: Path, state: Mapping[str, Any] | None) -> None:
 
 @contextmanager
 def open_work_dir(
-    work_dir: str | Path, loaded: Loaded[Any], resume: str | Path | None
+    work_dir: str | Path, loaded: Loaded[Any], resume: str | Path | None, accept: bool = False
 ) -> Iterator[dict[str, Any] | None]:
     """Make the work directory, write the resolved configuration into it, and yield what `find_resume` finds.
 
@@ -191,7 +198,7 @@ def open_work_dir(
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(_alone_in(folder))  # before its last.pt is read
         distributed.barrier()
-        state = find_resume(folder, resume, loaded.config)
+        state = find_resume(folder, resume, loaded.config, accept)
         _check_alike(folder, state)
         if distributed.is_main():
             with _told(folder):

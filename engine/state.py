@@ -135,10 +135,11 @@ class TrainingState:
         if self.ema is not None:
             checkpoint.load_weights(self.ema.module, content["ema"], path)
             self.ema.n_averaged.fill_(content["ema_updates"])
+        rates = list(self.scheduler.base_lrs)  # of this run, as is the length and so the schedule: both may be others
         self.optimizer.load_state_dict(content["optimizer"])
-        self.scheduler.load_state_dict(content["scheduler"])
-        for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas, strict=True):
-            group["lr"] = group["initial_lr"] * factor(content["step"])  # the length, so the schedule, may be another
+        self.scheduler.load_state_dict({**content["scheduler"], "base_lrs": rates})
+        for group, rate, factor in zip(self.optimizer.param_groups, rates, self.scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(content["step"])
         if content["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.step, self.score = content["step"], content["score"]

@@ -22,8 +22,11 @@ from seg.evaluate import check_scorable, evaluate_model
 from seg.labels import check_unchanged, table
 
 
-def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = None) -> Result:
-    """Train, evaluate and save as the config says; goes on from a checkpoint if `resume` names one ("auto" or a path).
+def run(
+    loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = None, accept_changes: bool = False
+) -> Result:
+    """Train, evaluate and save as the config says; goes on from a checkpoint if `resume` names one ("auto" or a path),
+    with `accept_changes` where the keys of `engine.resume.ACCEPTED` differ too.
 
     Raises:
         UserError: bad data, config, checkpoint or work directory, or a loss that is not finite.
@@ -41,7 +44,10 @@ def run(loaded: Loaded[SegConfig], work_dir: Path | str, resume: str | None = No
         training = train_batches(cfg, world_size(), rank(), cache=Path(work_dir))
         validation = eval_batches(cfg, world=world_size(), rank=rank())
         check_scorable(cfg.data)
-        with open_work_dir(work_dir, loaded, resume) as state, Log(work_dir, cfg.report, resume=state) as log:
+        with (
+            open_work_dir(work_dir, loaded, resume, accept_changes) as state,
+            Log(work_dir, cfg.report, resume=state) as log,
+        ):
             images_of = {"train": training.digest, "val": validation.digest}
             check_data(images_of, state)
             if state:

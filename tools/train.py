@@ -2,7 +2,8 @@
 
 python tools/train.py configs/seg/deeplabv3_resnet50_deconv.yaml data.root=/data/cityscapes
 python tools/train.py configs/classify/vgg11_cifar10.yaml norm.name=deconv norm.fc_block=512
-python tools/train.py CONFIG --resume auto --work-dir runs/x optim.lr=0.05 norm.name=bn
+python tools/train.py CONFIG --work-dir runs/x optim.lr=0.05 norm.name=bn
+python tools/train.py CONFIG --work-dir runs/x optim.lr=0.05 norm.name=bn --resume auto     # goes on with that run
 python tools/train.py CONFIG --show
 python tools/train.py CONFIG --explain            # what each key means; --explain optim a section's, optim.lr one alone
 python tools/train.py CONFIG --plan 11GiB
@@ -61,6 +62,11 @@ def main() -> int:
     )
     parser.add_argument("--work-dir", type=Path, help="folder for checkpoints and logs (default: runs/NAME OF CONFIG)")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from the work directory's last.pt, or from a file")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: go on though optim.lr, optim.clip_norm, micro_batch or predict.* are others than before",
+    )
     parser.add_argument("--show", action="store_true", help="print the resolved config and where each key comes from")
     parser.add_argument(
         "--explain", nargs="?", const="", metavar="KEY", help="print what each key, or this key or section, means"
@@ -83,7 +89,7 @@ def main() -> int:
     if args.plan is not None:
         return _plan(loaded, args.plan)
     trainer = importlib.import_module(f"{loaded.config.task}.train")
-    result = trainer.run(loaded, args.work_dir or Path("runs", args.config.stem), args.resume)
+    result = trainer.run(loaded, args.work_dir or Path("runs", args.config.stem), args.resume, args.accept_changes)
     return 128 + result.signal if result.signal else 0
 
 

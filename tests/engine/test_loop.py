@@ -258,6 +258,18 @@ def test_longer_length_goes_on_and_says_what_becomes_of_the_schedule(
         ) == told
 
 
+def test_another_rate_is_that_of_the_schedule_from_there_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config(steps=5), tmp_path)
+    slower = config(steps=10, optim__lr=0.01, optim__schedule="constant")
+    state = find_resume(tmp_path, "auto", config(steps=5, optim__lr=0.01), accept=True)
+    assert train(slower, tmp_path, resume=state).step == 10
+    assert "resumed after step 5 of 10; optim.lr: was 0.1, now 0.01\n" in capsys.readouterr().out
+    content = checkpoint.load(tmp_path / "last.pt")
+    assert [group["lr"] for group in content["optimizer"]["param_groups"]] == [0.01, 0.01]
+    rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    assert rates[-1] == 0.01
+
+
 # ---- not finite
 
 
@@ -269,7 +281,8 @@ def test_nan_stops_and_names_the_batch(tmp_path: Path) -> None:
         train(cfg, tmp_path)
     assert str(caught.value) == (
         f"the loss became nan at step 3; the files of its batch are listed in {tmp_path}/nan_batch.json; the last good "
-        f"checkpoint is {tmp_path}/last.pt (step 2); try a lower optim.lr or optim.clip_norm=1"
+        f"checkpoint is {tmp_path}/last.pt (step 2); try a lower optim.lr or optim.clip_norm=1 "
+        "(--resume auto --accept-changes)"
     )
     report = json.loads((tmp_path / "nan_batch.json").read_text())
     assert (report["step"], report["loss"]) == (3, "nan")

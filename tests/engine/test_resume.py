@@ -112,6 +112,22 @@ def test_missing_checkpoint(tmp_path: Path) -> None:
         find_resume(tmp_path, tmp_path / "gone.pt", config())
 
 
+def test_a_lower_rate_and_less_memory_are_taken_where_that_is_said(tmp_path: Path) -> None:
+    path = put(tmp_path, config())
+    other = config(optim__lr=0.05, optim__clip_norm=1.0, micro=1)
+    told = ["micro_batch: was None, now 1", "optim.lr: was 0.1, now 0.05", "optim.clip_norm: was None, now 1.0"]
+    with pytest.raises(
+        UserError, match=r"configuration:\n  micro_batch(.|\n)*or accept these with --accept-changes \("
+    ):
+        find_resume(tmp_path, "auto", other)
+    state = find_resume(tmp_path, "auto", other, accept=True)
+    assert state is not None and state["path"] == str(path) and state["changed"] == told
+    for accept in (False, True):
+        with pytest.raises(UserError, match="norm.name: was bn, now deconv") as caught:
+            find_resume(tmp_path, "auto", config(optim__lr=0.05, norm__name="deconv"), accept=accept)
+        assert "--accept-changes" not in str(caught.value)
+
+
 def test_another_configuration(tmp_path: Path) -> None:
     path = put(tmp_path, config(norm__name="deconv", norm__block=32))
     with pytest.raises(UserError) as caught:
