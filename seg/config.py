@@ -24,6 +24,7 @@ from engine.config import (
     load,
 )
 from engine.errors import UserError
+from engine.images import SUFFIXES
 
 Side = Annotated[int, Field(ge=16)]
 
@@ -43,6 +44,20 @@ def _joined(splits: str) -> str:
     return splits
 
 
+def _end_of_name(text: str) -> str:
+    if "/" in text or Path(f"name{text}").suffix.lower() in SUFFIXES:
+        raise ValueError(
+            f"found {text!r}, expected what names end in before the extension, such as _mask (not _mask.png)"
+        )
+    return text
+
+
+NameEnd = Annotated[str, AfterValidator(_end_of_name)]
+"""The end of a file's name before its extension."""
+OF_FOLDER = ("images", "masks", "image_suffix", "mask_suffix", "lists", "val_share")
+"""Keys of the data section that say where the files of `folder` lie."""
+
+
 class DataConfig(Section):
     name: Literal["cityscapes", "camvid", "bdd100k", "mapillary", "kitti", "acdc", "voc", "folder"] = "cityscapes"
     """The data set and its label table: see seg/datasets.py for the layout of each; `folder` is your own images, masks
@@ -51,6 +66,23 @@ class DataConfig(Section):
     """Folder of the data set: for cityscapes the one that holds leftImg8bit/ and gtFine/."""
     labels: HomePath | None = None
     """The table of labels for `folder` (null: labels.yaml in data.root) and `mapillary` (null: its newest config)."""
+    images: HomePath = Path("images")
+    """Folder of the images of `folder`, in data.root; in it the splits are folders."""
+    masks: HomePath = Path("masks")
+    """Folder of their masks, in data.root; it may be that of the images if the suffixes tell them apart."""
+    image_suffix: NameEnd = ""
+    """What the names of images in `folder` end in before the extension and their masks' do not, such as _leftImg8bit;
+    files without it are left out."""
+    mask_suffix: NameEnd = ""
+    """The same for the names of masks, such as _mask or _gtFine_labelIds."""
+    lists: HomePath | None = None
+    """Folder in data.root with a list of each split of `folder`, train.txt and val.txt: in each line an image's name
+    below data.images, without suffix and extension, or the paths of image and mask in data.root. null: the splits are
+    folders."""
+    val_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the images of `folder` that are val, and the rest train, where data.images has no folders train and val:
+    those whose name's hash is below it, so about as many. Neighbouring frames of a video in both splits make scores too
+    good: list whole drives under `lists` instead. 0: off."""
     train_split: Annotated[str, AfterValidator(_joined)] = "train"
     """Split that is trained on, or several: train+val, as for a submission."""
     val_split: str = "val"
@@ -90,6 +122,16 @@ class DataConfig(Section):
             raise ValueError(f"labels has no effect with name: {self.name}, whose table is fixed; set name: folder")
         if self.coarse_share and self.name != "cityscapes":
             raise ValueError(f"coarse_share needs name: cityscapes, which has coarse labels; found {self.name}")
+        for key in OF_FOLDER:
+            if self.name != "folder" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} has no effect with name: {self.name}, whose layout is fixed; set name: folder")
+        if self.lists is not None and self.val_share:
+            raise ValueError("val_share has no effect with lists, which say what is val; remove one of them")
+        if self.images == self.masks and self.image_suffix == self.mask_suffix:
+            raise ValueError(
+                f"images and masks are one folder, {str(self.images)!r}; give image_suffix or mask_suffix, which tell "
+                "the files apart"
+            )
         return self
 
 

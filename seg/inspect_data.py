@@ -21,9 +21,11 @@ from engine.images import stored_orientation
 from seg.cityscapes import Key, Listing
 from seg.config import DataConfig
 from seg.data import check_scales, read_rgb
-from seg.datasets import listing, near, parts, splits
+from seg.dataset_files import near
+from seg.datasets import listing, parts, splits
 from seg.labels import LabelTable, read_instance_ids, read_label_ids, table
 from seg.metrics import instance_label
+from seg.own_data import suffix_hint
 from seg.per_image import told
 
 RARE = 0.001
@@ -171,6 +173,8 @@ def find(data: DataConfig) -> tuple[list[Entry], list[Problem]]:
             continue
         entries += _entries(split, found)
         problems += [Problem("two files for one image", f"{a} and {b.name}") for a, b in found.twice]
+        if hint := suffix_hint(data, found.images, found.labels or {}):
+            problems.append(Problem("names with suffixes that are not given", f"{split}: {hint.strip()}"))
     if first is not None and all(entry.split == "test" for entry in entries):
         raise first
     return entries, list(dict.fromkeys(problems))

@@ -14,6 +14,7 @@ from seg.data import read_rgb
 from seg.html import chart, listing, page, paragraph, picture, row, section, table
 from seg.inspect_data import Entry, Inspection
 from seg.labels import IGNORE, LabelTable, read_label_ids
+from seg.own_data import division
 
 NOTES = (
     "rare class",
@@ -36,6 +37,7 @@ def mistakes(found: Inspection) -> int:
 def text(found: Inspection) -> str:
     """The whole report in plain text."""
     lines = [_title(found), "", *_aligned(*_split_rows(found)), "", *_aligned(*_class_rows(found))]
+    lines[1:1] = filter(None, [division(found.data)])
     colours = found.colours(found.data.train_split)
     if colours:
         lines += ["", "RGB of the training images: mean {}, std {}".format(*map(_three, colours))]
@@ -64,9 +66,10 @@ def document(found: Inspection) -> str:
     words = "Mean {} and standard deviation {} of R, G, B in the training images.".format(
         *map(_three, colours or ([], []))
     )
+    remarks = [division(found.data), words if colours else ""]
     return page(
         f"Data set {_title(found)}",
-        section("Splits", table(*_split_rows(found)), *([paragraph(words)] if colours else [])),
+        section("Splits", table(*_split_rows(found)), *map(paragraph, filter(None, remarks))),
         section("Problems and notes", paragraph(head, wrong=mistakes(found) > 0), *problems),
         section("Classes", table(*_class_rows(found)), _shares(found)),
         *([section("Cities", table(*_city_rows(found)))] if _has_cities(found) else []),

@@ -20,6 +20,7 @@ from seg.config import SegConfig
 from seg.data import EvalBatches, TrainBatches, eval_batches, train_batches
 from seg.evaluate import check_scorable, evaluate_model
 from seg.labels import check_unchanged, table
+from seg.own_data import division
 
 
 def run(
@@ -59,6 +60,7 @@ def run(
             summary = [line for line in prepared.report.splitlines() if " | " not in line]
             seen, split = _seen(training, validation), cfg.data.val_split
             note = [f"note: {split!r} is trained on too, so its scores are not those of other images"] if seen else []
+            note += filter(None, [division(cfg.data)])
             log.message("\n".join([*summary, *note, *passed_over(loaded), f"work directory: {work_dir}"]))
 
             def evaluate(network: nn.Module, max_batches: int | None) -> Evaluation:
