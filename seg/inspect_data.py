@@ -174,7 +174,7 @@ def find(data: DataConfig) -> tuple[list[Entry], list[Problem]]:
         entries += _entries(split, found)
         problems += [Problem("two files for one image", f"{a} and {b.name}") for a, b in found.twice]
         if hint := suffix_hint(data, found.images, found.labels or {}):
-            problems.append(Problem("names with suffixes that are not given", f"{split}: {hint.strip()}"))
+            problems.append(Problem("suffixes that are not given", f"{split}: {hint.strip()}"))
     if first is not None and all(entry.split == "test" for entry in entries):
         raise first
     return entries, list(dict.fromkeys(problems))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import UserError
+from engine.images import SUFFIXES
 from seg.cityscapes import Key, Listing
 from seg.config import DataConfig
 from seg.dataset_files import Files, files_in, folder_in, lines_of, list_of, listed, near
@@ -109,7 +110,7 @@ def _required(cfg: DataConfig, top: Path, masks: bool) -> Files:
     key, ending = ("mask_suffix", cfg.mask_suffix) if masks else ("image_suffix", cfg.image_suffix)
     if ending and not found.files and (others := files_in(top).files):
         raise UserError(
-            f"{top}: none of its {len(others)} images has a name that ends in {ending!r} (data.{key}) before the "
+            f"{top}: none of its {len(others)} image files has a name that ends in {ending!r} (data.{key}) before the "
             f"extension; the first is {next(iter(others.values())).relative_to(top)}."
         )
     return found
@@ -193,13 +194,14 @@ class _Reader:
     def read(self, line: str) -> _Line:
         """Raises _Refused."""
         image = self._named(line, self.images)
-        if image is None and (pair := self._pair(line)):
-            return pair
-        places = (self.cfg.root / line, self.top / line, self.top / self.split / line)
-        image = image or next(filter(isfile, places), None)
         if image is None:
-            where = f"below {self.top}" if self.top.is_dir() else f"since there is no folder {self.top} (data.images)"
-            raise _Refused(f"no image {line + self.cfg.image_suffix!r} {where}", line, self.images.files)
+            for pair in self._pairs(line):
+                if all(map(isfile, pair)):
+                    return _Line(*pair)
+            places = (self.cfg.root / line, self.top / line, self.top / self.split / line)
+            image = next(filter(isfile, places), None)
+        if image is None:
+            raise self._missing(line)
         return _Line(image, self._named(self.name(image), self.masks))
 
     def name(self, image: Path) -> str:
@@ -218,20 +220,18 @@ class _Reader:
             raise _Refused(f"{name!r} may be {hits[0]} or {others[0]}; remove or rename one of them")
         return hits[0] if hits else None
 
-    def _pair(self, line: str) -> _Line | None:
-        """Image and mask that a line names, at whichever of its blanks, or at the tab, there are two files; None where
-        there are none."""
+    def _pairs(self, line: str) -> list[tuple[Path, Path]]:
+        """What image and mask may be: the parts of a line on both sides of its tab, or of each of its blanks."""
         at = [found.span() for found in re.finditer(r"\s*\t\s*" if "\t" in line else r"\s+", line)]
-        pairs = [(self.cfg.root / line[:start], self.cfg.root / line[end:]) for start, end in at]
-        for image, mask in pairs:
-            if isfile(image) and isfile(mask):
-                return _Line(image, mask)
-        if len(pairs) == 1 and not isfile(self.cfg.root / line):
-            missing = [
-                f"{what} {path}" for what, path in zip(("image", "mask"), pairs[0], strict=True) if not isfile(path)
-            ]
-            raise _Refused(f"no {' and no '.join(missing)}")
-        return None
+        return [(self.cfg.root / line[:start], self.cfg.root / line[end:]) for start, end in at]
+
+    def _missing(self, line: str) -> _Refused:
+        pair = next(iter(self._pairs(line)), None)
+        if pair and pair[0].suffix.lower() in SUFFIXES:  # else a name may have a blank in it
+            there = [f"{what} {path}" for what, path in zip(("image", "mask"), pair, strict=True) if not isfile(path)]
+            return _Refused(f"no {' and no '.join(there)}")
+        where = f"below {self.top}" if self.top.is_dir() else f"since there is no folder {self.top} (data.images)"
+        return _Refused(f"no image {line + self.cfg.image_suffix!r} {where}", line, self.images.files)
 
 
 def _from_list(cfg: DataConfig, split: str, lists: Path) -> Listing:
