@@ -9,15 +9,13 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-import norm
 from classify import models
 from classify.config import ClassifyConfig, ModelConfig
 from classify.data import DataInfo, as_trained, check_crop
-from engine import checkpoint
-from engine.config import NormConfig, from_dict
+from engine import checkpoint, initial
+from engine.config import from_dict
 from engine.errors import UserError
 from engine.prepare import convert_norm, for_prediction
 
@@ -61,10 +59,7 @@ def fill(model: nn.Module, cfg: ModelConfig, info: DataInfo) -> str:
         )
     state: Any = _download(cfg.name) if source == "pretrained" else checkpoint.read(Path(source))
     note = "" if isinstance(state, dict) and "config" in state else _normalised_otherwise(model, info)
-    found = checkpoint.weights_in(state)
-    if found is None:
-        raise UserError(f"{source}: found a {type(state).__name__}, expected a file of weights")
-    tensors = {_unwrapped(key): value for key, value in found.items()}
+    tensors = initial.tensors_in(state, source)
     here = model.state_dict()
     tensors = {key: v for key, v in tensors.items() if key in here or not key.lower().startswith("aux")}  # extra heads
     names = [name for name in models.classifier_names(model) if name in here]
@@ -72,17 +67,11 @@ def fill(model: nn.Module, cfg: ModelConfig, info: DataInfo) -> str:
     if own and all(name.endswith("bias") for name in own):
         own = []  # the same classes: a file without the bias is another network
     why = "another number of classes"
-    if not own and (classes := _classes(state)) is not None and classes != info.classes:
+    if not own and (classes := initial.classes_in(state)) is not None and classes != info.classes:
         own, why = names, "other classes"
     checkpoint.load_weights(model, {**tensors, **{name: here[name] for name in own}}, source)
     anew = f"; {', '.join(own)} start anew ({why})" if own else ""
     return f"weights of {source}{anew}{note}"
-
-
-def _classes(state: Any) -> tuple[str, ...] | None:
-    """Those that a checkpoint of ours predicts, in its order."""
-    meta = state.get("meta") if isinstance(state, dict) and "config" in state else None
-    return tuple(meta["classes"]) if isinstance(meta, dict) and "classes" in meta else None
 
 
 def _normalised_otherwise(model: nn.Module, info: DataInfo) -> str:
@@ -104,32 +93,13 @@ def call(cfg: ModelConfig, info: DataInfo) -> str:
     return f"classify.models.build({', '.join(words)})"
 
 
-def _unwrapped(name: str) -> str:
-    """The name that a parameter has without DistributedDataParallel (`module.`) and the compiler (`_orig_mod.`)."""
-    while name.startswith(("module.", "_orig_mod.")):
-        name = name.partition(".")[2]
-    return name
-
-
 def fits_converted(cfg: ClassifyConfig) -> bool:
     """Whether model.weights is a checkpoint that was trained with the norm of `cfg`: it fits the network after the
     conversion, not before it. Raises UserError if it cannot be read."""
     if cfg.model.weights in (None, "pretrained"):
         return False
-    stored: Any = checkpoint.read(Path(str(cfg.model.weights)))
-    config = stored.get("config") if isinstance(stored, dict) else None
-    section = config.get("norm") if isinstance(config, dict) else None
-    if not isinstance(section, dict):
-        return False
-    if section == cfg.norm.model_dump(mode="json"):
-        return True
-    try:
-        theirs = NormConfig.model_validate(section)
-    except ValidationError:  # a recipe that is not known here
-        return False
-    # the batches that are shown to it make no other network, nor does a default that is written out
-    recipes = [norm.recipe(one.name, **one.options) for one in (theirs, cfg.norm)]
-    return recipes[0] == recipes[1] and theirs.overrides == cfg.norm.overrides
+    state = checkpoint.read(Path(str(cfg.model.weights)))
+    return initial.fits_converted(initial.config_in(state), cfg.norm)
 
 
 def blank_images(info: DataInfo) -> list[Tensor]:

@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -159,13 +159,19 @@ def for_prediction(model: nn.Module, path: Path | str) -> nn.Module:
 
 
 def prepare(
-    model: nn.Module, cfg: ExperimentConfig, *, images: Iterable[Tensor] | None = None, blank: Tensor | None = None
+    model: nn.Module,
+    cfg: ExperimentConfig,
+    *,
+    images: Iterable[Tensor] | None = None,
+    blank: Tensor | None = None,
+    fill: Callable[[nn.Module], None] | None = None,
 ) -> Prepared:
     """Device, norm recipe, memory layout, checkpointing, checks, compile, DistributedDataParallel, in that order.
 
     Call it inside `session`. `images` are batches N x C x H x W to calibrate with; `norm.calibrate_batches` of them are
     used. `blank`, one such batch of a size that the network takes, is for finding parameters that it does not use,
-    where there are several processes. `model` is changed in place.
+    where there are several processes. `fill` is called with the converted network, before processes share its weights,
+    to load weights that fit no other. `model` is changed in place.
 
     Raises:
         UserError: see `convert_norm` and `recompute_blocks`; sync_bn among several processes without GPUs; precise
@@ -176,6 +182,8 @@ def prepare(
     model.to(device)  # first, since calibration runs the network
     batches = [batch.to(device) for batch in islice(images, wanted)] if images is not None and wanted else None
     report = [convert_norm(model, cfg.norm, batches)]
+    if fill is not None:
+        fill(model)
     if cfg.norm.precise_batches and not averaging(model):
         raise UserError(
             f"norm.precise_batches: {cfg.norm.precise_batches} has no effect, since with norm.name={cfg.norm.name} no "

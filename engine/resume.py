@@ -101,6 +101,12 @@ def find_resume(
     return state
 
 
+def starts_anew(work_dir: str | Path, resume: str | Path | None) -> bool:
+    """Whether `find_resume` would find nothing to go on from: for what is looked at before the work directory is
+    opened."""
+    return resume is None or (str(resume) == "auto" and not (Path(work_dir) / LAST).exists())
+
+
 def _check_latest(path: Path, step: int) -> None:
     """Raises UserError where a later checkpoint lies beside this one, which is of this step."""
     for other in (path.parent / BEST, path.parent / LAST):

@@ -143,6 +143,11 @@ class ModelConfig(Section):
     options: dict[str, Any] = {}
     """Further arguments of the architecture of segmentation-models-pytorch, such as decoder_channels, or of timm's
     encoder, such as drop_path_rate."""
+    weights: HomeText | None = None
+    """Start from a whole trained network: null, or a path to a checkpoint of tools/train.py (its average, where one was
+    kept) or another file of weights (.pt, .pth, .safetensors) of the same architecture. The last layer starts anew
+    where the file has other classes. A checkpoint fits if it was trained with batch norm (norm.calibrate_batches keeps
+    its function where layers whiten), or with the norm of this config. backbone_weights is then not loaded."""
     backbone_weights: HomeText | None = None
     """Pretrained backbone: null (random); 'torchvision', 'timm' or 'imagenet' (downloaded by the library that the
     network is from); 'package:efficientnet-lite0' (the extra `pretrained`; its inputs are normalised with data.mean and

@@ -39,12 +39,18 @@ def build(cfg: ModelConfig, classes: int = len(TRAIN_CLASSES), *, pretrained: bo
     Args:
         cfg: name, options, backbone weights, output stride, auxiliary head.
         classes: number of classes that are predicted.
-        pretrained: load `cfg.backbone_weights`; False when a checkpoint will fill all weights anyway.
+        pretrained: load `cfg.backbone_weights`; False when a checkpoint, or `seg.start` from `cfg.weights`, will fill
+            all weights anyway.
 
     Raises:
         UserError: an unknown name, an output stride, head or options that the network cannot have, or backbone weights
             that are missing, of another network, or cannot be downloaded.
     """
+    return build_and_tell(cfg, classes, pretrained=pretrained)[0]
+
+
+def build_and_tell(cfg: ModelConfig, classes: int, *, pretrained: bool) -> tuple[nn.Module, str]:
+    """`build`, and what a user should know of the backbone weights; mostly nothing."""
     if cfg.name.startswith(smp_models.PREFIX):
         return smp_models.build(cfg, classes, pretrained=pretrained)
     if cfg.name not in _BUILDERS:
@@ -56,9 +62,8 @@ def build(cfg: ModelConfig, classes: int = len(TRAIN_CLASSES), *, pretrained: bo
     if cfg.options:
         raise UserError(f"model.options: {cfg.name} takes none; they are for the networks smp/ARCHITECTURE/ENCODER")
     model = _BUILDERS[cfg.name](cfg, classes)
-    if pretrained and cfg.backbone_weights is not None:
-        _load_backbone(model, cfg)
-    return model
+    said = _load_backbone(model, cfg) if pretrained and cfg.backbone_weights is not None else ""
+    return model, said
 
 
 def call(cfg: ModelConfig, classes: int) -> str:
@@ -166,8 +171,9 @@ _BUILDERS: dict[str, Builder] = {
 }
 
 
-def _load_backbone(model: nn.Module, cfg: ModelConfig) -> None:
-    """Fill `model.backbone` from torchvision's weights or a file, leaving out the classifier that came with them."""
+def _load_backbone(model: nn.Module, cfg: ModelConfig) -> str:
+    """Fill `model.backbone` from torchvision's weights or a file, leaving out the classifier that came with them; says
+    what else was left out."""
     source = str(cfg.backbone_weights)
     if source in ("torchvision", "imagenet"):
         state = weights.from_torchvision(cfg.name.split("_", 1)[1])
@@ -178,4 +184,4 @@ def _load_backbone(model: nn.Module, cfg: ModelConfig) -> None:
         )
     else:
         state = weights.from_file(source)
-    weights.load_exactly(model.get_submodule("backbone"), state, source)
+    return weights.load_exactly(model.get_submodule("backbone"), state, source)

@@ -82,8 +82,8 @@ def encoders() -> list[str]:
     return [*get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
 
 
-def build(cfg: ModelConfig, classes: int, *, pretrained: bool) -> AnySize:
-    """The network that `cfg.name` names.
+def build(cfg: ModelConfig, classes: int, *, pretrained: bool) -> tuple[AnySize, str]:
+    """The network that `cfg.name` names, and what a user should know of its encoder's weights; mostly nothing.
 
     Raises:
         UserError: an unknown architecture or encoder, an output stride that they cannot have, options that the
@@ -96,8 +96,8 @@ def build(cfg: ModelConfig, classes: int, *, pretrained: bool) -> AnySize:
     network = _construct(cfg, architecture, encoder, arguments | {"classes": classes})
     model = AnySize(network, *_multiple_and_smallest(architecture, int(network.encoder.output_stride)))  # type: ignore
     if pretrained and cfg.backbone_weights is not None:
-        _load(network.get_submodule("encoder"), encoder, cfg.backbone_weights)
-    return model
+        return model, _load(network.get_submodule("encoder"), encoder, cfg.backbone_weights)
+    return model, ""
 
 
 def call(cfg: ModelConfig, classes: int) -> str:
@@ -251,8 +251,8 @@ def _check_stride(cfg: ModelConfig, architecture: str, encoder: str, network: nn
         raise UserError(f"model.output_stride: {encoder} keeps {found}, {cfg.name} needs {wanted}")
 
 
-def _load(encoder: nn.Module, name: str, source: str) -> None:
-    """Fill the encoder from `model.backbone_weights`."""
+def _load(encoder: nn.Module, name: str, source: str) -> str:
+    """Fill the encoder from `model.backbone_weights`; see `weights.load_encoder`."""
     if source == "torchvision":
         state = weights.from_torchvision(name.removeprefix("tu-"))
     elif source.startswith("package:"):
@@ -266,4 +266,4 @@ def _load(encoder: nn.Module, name: str, source: str) -> None:
         )
     else:
         state = weights.from_file(source)
-    weights.load_encoder(encoder, state, source)
+    return weights.load_encoder(encoder, state, source)

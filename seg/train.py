@@ -12,13 +12,14 @@ from engine.distributed import rank, world_size
 from engine.errors import UserError
 from engine.loop import Evaluation, Result, fit
 from engine.optim import parameter_groups
-from engine.prepare import prepare, session
+from engine.prepare import Prepared, prepare, session
 from engine.report import Log
-from engine.resume import check_data, open_work_dir
-from seg import losses, models, weights
+from engine.resume import check_data, open_work_dir, starts_anew
+from seg import losses, models, start, weights
 from seg.config import SegConfig
 from seg.data import EvalBatches, TrainBatches, eval_batches, train_batches
 from seg.evaluate import check_scorable, evaluate_model
+from seg.label_tables import LabelTable
 from seg.labels import check_unchanged, table
 from seg.own_data import division
 
@@ -33,8 +34,11 @@ def run(
         UserError: bad data, config, checkpoint or work directory, or a loss that is not finite.
     """
     cfg = loaded.config
-    weights.check_normalisation(cfg.model.backbone_weights, cfg.data.mean, cfg.data.std)
+    if cfg.model.weights is None:
+        weights.check_normalisation(cfg.model.backbone_weights, cfg.data.mean, cfg.data.std)
     with session(cfg.runtime):
+        if cfg.model.weights is not None and starts_anew(work_dir, resume):
+            start.check(cfg.model.weights)
         loss = losses.build(cfg, cache=Path(work_dir))
         labels = table(cfg.data)
         if labels.num_classes < 2:
@@ -53,15 +57,14 @@ def run(
             check_data(images_of, state)
             if state:
                 check_unchanged(cfg.data, state["meta"], state["path"])  # the file of labels may have changed
-            model = models.build(cfg.model, labels.num_classes, pretrained=state is None)
-            images = models.blank_images() if state else (batch["image"] for batch in training.epoch(0))
-            prepared = prepare(model, cfg, images=images, blank=models.blank_images()[0])
+            prepared, started = _network(cfg, labels, training, resumed=state is not None)
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
             summary = [line for line in prepared.report.splitlines() if " | " not in line]
             seen, split = _seen(training, validation), cfg.data.val_split
             note = [f"note: {split!r} is trained on too, so its scores are not those of other images"] if seen else []
             note += filter(None, [division(cfg.data)])
-            log.message("\n".join([*summary, *note, *passed_over(loaded), f"work directory: {work_dir}"]))
+            log.message("
+".join([*started, *summary, *note, *passed_over(loaded), f"work directory: {work_dir}"]))
 
             def evaluate(network: nn.Module, max_batches: int | None) -> Evaluation:
                 scores, panels = evaluate_model(network, cfg, batches=validation, max_batches=max_batches)
@@ -81,6 +84,20 @@ def run(
                 resume=state,
                 meta={"classes": list(labels.classes), "labels": labels.to_plain(), "data": images_of},
             )
+
+
+def _network(cfg: SegConfig, labels: LabelTable, training: TrainBatches, resumed: bool) -> tuple[Prepared, list[str]]:
+    """The network, ready to train, and lines for the log about the weights that it starts from; those of a run that is
+    resumed come later."""
+    given = None if resumed else cfg.model.weights
+    model, said = models.build_and_tell(cfg.model, labels.num_classes, pretrained=not resumed and given is None)
+    begun = None if given is None else start.Start(cfg, labels.classes, model)
+    if begun is not None and not begun.converted:
+        begun.fill(model)
+    late = begun.fill if begun is not None and begun.converted else None
+    images = models.blank_images() if resumed or late else (batch["image"] for batch in training.epoch(0))
+    prepared = prepare(model, cfg, images=images, blank=models.blank_images()[0], fill=late)
+    return prepared, begun.report(prepared.raw) if begun is not None else [said] if said else []
 
 
 def _seen(training: TrainBatches, validation: EvalBatches) -> bool:

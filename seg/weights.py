@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +15,12 @@ from engine import checkpoint
 from engine.errors import UserError
 
 _HEADS = ("fc.", "classifier.", "aux_classifier.")
+_DECODERS = ("decoder", "segmentation_head", "classifier", "aux_classifier")
 _REMEDY = "check model.backbone_weights, which must be of the encoder that model.name names"
 _WRAPPERS = ("_orig_mod.", "module.", "network.", "backbone.", "encoder.", "model.")
+
+WHITENED = (".running_deconv", ".running_scale")
+"""How names of buffers end that whitening layers alone have."""
 
 
 class _Package(NamedTuple):
@@ -150,30 +154,70 @@ def from_file(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"model.backbone_weights: {error}") from None
 
 
-def load_exactly(backbone: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def load_exactly(backbone: nn.Module, state: Mapping[str, Tensor], source: str) -> str:
     """Fill `backbone`; only a classifier may be left over, and names may have the prefixes of wrappers.
 
+    Returns:
+        What of a whole segmentation network was left out, for the log; of others nothing.
+
     Raises:
-        UserError: layers differ, see `engine.checkpoint.load_weights`.
+        UserError: layers differ, see `engine.checkpoint.load_weights`, or are deconvolved.
     """
+    said = _left_out(state, source)
     for prefix in ("_orig_mod.", "module.", "backbone.", "features."):
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     kept = {k: v for k, v in state.items() if not k.startswith(_HEADS)}
+    _check_not_whitened(kept, source)
     checkpoint.load_weights(backbone, kept, source, remedy=_REMEDY)
+    return said
 
 
-def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor], source: str) -> str:
     """Fill an encoder, which may end before the network of the file does: what it has must be there.
 
     Names may have the prefixes of wrappers, and be those of timm's whole network (`stages.0.` for `stages_0.`).
 
+    Returns:
+        What of a whole segmentation network was left out, for the log; of others nothing.
+
     Raises:
-        UserError: a layer that is missing in the file or has another shape there.
+        UserError: a layer that is missing in the file or has another shape there, or is deconvolved.
     """
     folded = {_folded(key): value for key, value in state.items()}
     found = {key: folded[_folded(key)] for key in encoder.state_dict() if _folded(key) in folded}
+    layers = {_folded(key.rpartition(".")[0]) for key in found}
+    _check_not_whitened((key for key in state if _folded(key.rpartition(".")[0]) in layers), source)
     checkpoint.load_weights(encoder, found, source, remedy=_REMEDY)
+    return _left_out(state, source)
+
+
+def _left_out(state: Iterable[str], source: str) -> str:
+    """Beside the encoder, by the names that torchvision's networks, segmentation-models-pytorch's and ours have."""
+    parts = {key.partition(".")[0] for key in map(_outer, state)}
+    left = [part for part in _DECODERS if part in parts]
+    if not left or not parts & {"backbone", "encoder"}:
+        return ""
+    return (
+        f"note: model.backbone_weights: {source} is a whole segmentation network, of which the encoder alone was taken "
+        f"(not {', '.join(left)}); to take all, set model.weights to it"
+    )
+
+
+def _check_not_whitened(names: Iterable[str], source: str) -> None:
+    """Raises UserError where an encoder's tensors are those of whitening layers."""
+    if any(name.endswith(WHITENED) for name in names):
+        raise UserError(
+            f"model.backbone_weights: {source}: its encoder is deconvolved, but backbone weights are those of batch "
+            f"norm. Set model.weights={source} in its place, with the same norm, to take the whole network; or give an "
+            "encoder with batch norm"
+        )
+
+
+def _outer(key: str) -> str:
+    while key.startswith(("_orig_mod.", "module.", "network.", "model.")):
+        key = key.partition(".")[2]
+    return key
 
 
 def _folded(key: str) -> str:

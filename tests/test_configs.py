@@ -142,7 +142,9 @@ def test_a_data_sets_path_may_begin_at_home(schema: type[SegConfig | ClassifyCon
     assert schema.model_validate(plain).data.root == Path.home() / "x"
 
 
-@pytest.mark.parametrize(("schema", "key"), [(SegConfig, "backbone_weights"), (ClassifyConfig, "weights")])
+@pytest.mark.parametrize(
+    ("schema", "key"), [(SegConfig, "weights"), (SegConfig, "backbone_weights"), (ClassifyConfig, "weights")]
+)
 def test_the_path_of_weights_too(schema: type[SegConfig | ClassifyConfig], key: str) -> None:
     for given, path in (("~/x.pth", str(Path.home() / "x.pth")), ("pretrained", "pretrained")):
         plain = {"length": "1 epoch", "batch_size": 1, "model": {key: given}}

@@ -130,6 +130,18 @@ def test_other_seed_other_numbers() -> None:
     assert all(a != b for a, b in zip(first, second, strict=True))
 
 
+def test_weights_are_filled_in_after_the_conversion() -> None:
+    seen: list[str] = []
+
+    def fill(net: nn.Module) -> None:
+        seen.append(type(net.get_submodule("0")).__name__)
+        nn.init.constant_(net.get_parameter("0.weight"), 3.0)
+
+    with session(RuntimeConfig(device="cpu")):
+        prepared = prepare(small(), config(norm__name="deconv"), fill=fill)
+    assert seen == ["FastDeconv"] and bool((prepared.raw.get_parameter("0.weight") == 3).all())
+
+
 def test_precise_statistics_of_a_network_without_running_ones_are_refused() -> None:
     with session(RuntimeConfig(device="cpu")):
         cfg = config(norm__name="gn", norm__precise_batches=2)

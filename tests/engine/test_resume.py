@@ -13,7 +13,7 @@ from engine import checkpoint, loading
 from engine.checkpoint import KEYS
 from engine.config import Loaded
 from engine.errors import UserError
-from engine.resume import check_data, differences, find_resume, open_work_dir
+from engine.resume import check_data, differences, find_resume, open_work_dir, starts_anew
 from tests.engine.toy import ToyConfig, config
 
 
@@ -35,6 +35,9 @@ def test_auto_file_and_folder(tmp_path: Path) -> None:
     for work_dir, resume in (("run", "auto"), ("run", path), ("run", tmp_path / "run"), ("new", str(path))):
         state = find_resume(tmp_path / work_dir, resume, config())
         assert state is not None and (state["step"], state["path"]) == (7, str(path))
+        assert not starts_anew(tmp_path / work_dir, resume)
+    for work_dir, how in (("new", "auto"), ("new", None)):
+        assert starts_anew(tmp_path / work_dir, how) and find_resume(tmp_path / work_dir, how, config()) is None
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:

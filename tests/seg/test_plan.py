@@ -119,3 +119,8 @@ def test_a_validation_image_of_any_size_is_no_hindrance(
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
     work = workload(load(config, [f"data.root={sample_root}"], SegConfig).config)
     assert "taken for as large as data.crop" in work.remark
+
+
+def test_weights_to_start_from_are_not_read(config: Path, sample_root: Path):
+    overrides = [f"data.root={sample_root}", "model.weights=nowhere.pt"]
+    assert workload(load(config, overrides, SegConfig).config).build()

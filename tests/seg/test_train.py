@@ -287,3 +287,51 @@ def test_slow_bfloat16_is_told_once_by_a_training_and_once_by_a_program(
     assert capfd.readouterr().err.startswith("warning: runtime.amp=bf16: this processor has no instructions")
     evaluate_checkpoint(run_dir / "best.pt", ["runtime.workers=0"])
     assert "instructions" not in capfd.readouterr().err
+
+
+def test_a_training_starts_from_a_whole_network_once(
+    loaded, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A second stage; the file may be gone when the run is resumed or used."""
+    first = Path(shutil.copy(run_dir / "best.pt", tmp_path / "first.pt"))
+    options = [f"model.weights={first}", "model.backbone_weights=torchvision", "optim.lr=1.0e-9", "length=2 steps"]
+    train.run(loaded(*options), tmp_path / "second")
+    said = capsys.readouterr().out
+    assert f"weights of {first}; model.backbone_weights=torchvision is not loaded beside them\n" in said
+    a, b = (checkpoint.load(path)["model"] for path in (first, tmp_path / "second/last.pt"))
+    assert a.keys() == b.keys()
+    weights = [name for name in a if name.endswith("weight")]
+    assert weights and all(torch.allclose(a[name], b[name], atol=1e-6) for name in weights)
+    first.unlink()
+    train.run(loaded(*options[:3], "length=3 steps"), tmp_path / "second", "auto")
+    assert "weights of" not in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "second/last.pt")["step"] == 3
+    assert from_checkpoint(tmp_path / "second/best.pt")[1].model.weights == str(first)
+    with pytest.raises(UserError, match="model.weights: .*first.pt: cannot read the checkpoint: No such file"):
+        train.run(loaded(*options, "data.root=/nowhere"), tmp_path / "third", "auto")
+    assert not (tmp_path / "third").exists(), "told before the data"
+
+
+def test_a_network_of_other_classes_starts_from_one_with_batch_norm(
+    loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    train.run(loaded("norm={name: bn}", "length=2 steps"), tmp_path / "first")
+    stored = checkpoint.load(tmp_path / "first/last.pt")
+    for key in ("classifier.low_classifier", "classifier.high_classifier"):
+        for part in ("weight", "bias"):
+            stored["model"][f"{key}.{part}"] = stored["model"][f"{key}.{part}"][:7]
+    checkpoint.save(tmp_path / "seven.pt", {**stored, "meta": {**stored["meta"], "classes": list("abcdefg")}})
+    options = [f"model.weights={tmp_path / 'seven.pt'}", "norm.calibrate_batches=1", "length=1 step"]
+    capsys.readouterr()
+    train.run(loaded(*options), tmp_path / "second")
+    said = capsys.readouterr().out
+    heads = "classifier.low_classifier and classifier.high_classifier"
+    assert f"weights of {tmp_path / 'seven.pt'}; {heads} start anew (7 classes in the file, 19 here)\n" in said
+    assert "outputs differ from before by" in said
+
+
+def test_a_backbone_from_a_whole_network_is_told(loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train.run(loaded("norm={name: bn}", "length=1 step"), tmp_path / "first")
+    capsys.readouterr()
+    train.run(loaded(f"model.backbone_weights={tmp_path / 'first/last.pt'}", "length=1 step"), tmp_path / "second")
+    assert "the encoder alone was taken (not classifier); to take all, set model.weights" in capsys.readouterr().out

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model
 
-from engine.config import from_dict
+from engine.config import NormConfig, from_dict
 from engine.errors import UserError
+from engine.prepare import convert_norm
 from seg import models, train, weights
 from seg.config import ModelConfig, SegConfig
 
@@ -94,6 +95,46 @@ def test_a_file_of_another_encoder_names_the_key_to_look_at(tmp_path: Path, name
         models.build(ModelConfig(name=name, backbone_weights=str(tmp_path / "r18.pth")), 5)
     last = str(caught.value).splitlines()[-1]
     assert last == "  check model.backbone_weights, which must be of the encoder that model.name names"
+
+
+@pytest.mark.parametrize(
+    "name, left", [("smp/unet/resnet18", "decoder, segmentation_head"), ("fcn_resnet50", "classifier, aux_classifier")]
+)
+def test_a_whole_segmentation_network_gives_its_encoder_and_says_so(tmp_path: Path, name: str, left: str):
+    whole = models.build(ModelConfig(name=name, aux="fcn" in name), 7)
+    torch.save({"model": whole.state_dict(), "ema": None}, tmp_path / "best.pt")
+    cfg = ModelConfig(name=name, backbone_weights=str(tmp_path / "best.pt"))
+    model, said = models.build_and_tell(cfg, 5, pretrained=True)
+    part = "network.encoder" if "unet" in name else "backbone"
+    taken, there = (each.get_submodule(part).state_dict() for each in (model, whole))
+    assert all(torch.equal(one, there[key]) for key, one in taken.items())
+    assert said == (
+        f"note: model.backbone_weights: {tmp_path / 'best.pt'} is a whole segmentation network, of which the encoder "
+        f"alone was taken (not {left}); to take all, set model.weights to it"
+    )
+
+
+def test_of_an_encoders_file_nothing_is_said(tmp_path: Path):
+    torch.save(get_model("resnet18", weights=None).state_dict(), tmp_path / "r18.pth")
+    torch.save(get_model("mobilenet_v3_large", weights=None).state_dict(), tmp_path / "m.pth")  # with a classifier
+    for name, file in (("smp/unet/resnet18", "r18.pth"), ("lraspp_mobilenet_v3_large", "m.pth")):
+        cfg = ModelConfig(name=name, backbone_weights=str(tmp_path / file))
+        assert models.build_and_tell(cfg, 5, pretrained=True)[1] == ""
+
+
+@pytest.mark.parametrize("name", ["smp/unet/resnet18", "lraspp_mobilenet_v3_large"])
+@pytest.mark.parametrize("recipe", ["deconv", "deconv_fast"])
+def test_a_deconvolved_encoder_is_refused_and_a_deconvolved_decoder_is_not(tmp_path: Path, name: str, recipe: str):
+    path, cfg = tmp_path / "best.pt", ModelConfig(name=name)
+    for overrides in ({}, {"*backbone*|*encoder*": {"recipe": "keep"}}):
+        whole = models.build(cfg, 7)
+        convert_norm(whole, NormConfig.model_validate({"name": recipe, "block": 16, "overrides": overrides}))
+        torch.save(whole.state_dict(), path)
+        if overrides:
+            models.build(cfg.model_copy(update={"backbone_weights": str(path)}), 5)
+            continue
+        with pytest.raises(UserError, match=f"{path}: its encoder is deconvolved, .* Set model.weights={path} in its"):
+            models.build(cfg.model_copy(update={"backbone_weights": str(path)}), 5)
 
 
 def test_a_checkpoint_fills_everything_so_nothing_is_read():
@@ -179,3 +220,5 @@ def test_a_training_refuses_another_normalisation(tmp_path):
     }
     with pytest.raises(UserError, match="data.mean, data.std: found"):
         train.run(from_dict(config, [], SegConfig, "x"), tmp_path / "run")
+    with pytest.raises(UserError, match="model.weights: nowhere.pt: cannot read"):  # the backbone's are not loaded then
+        train.run(from_dict(config, ["model.weights=nowhere.pt"], SegConfig, "x"), tmp_path / "run")
