@@ -254,7 +254,7 @@ class ExperimentConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     report: ReportConfig = ReportConfig()
     imports: tuple[str, ...] = ()
-    """Python modules to import first, such as one that registers a norm recipe."""
+    """Python modules to import first, such as one that registers a norm recipe or a network."""
 
     @field_validator("recipes")
     @classmethod

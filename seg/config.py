@@ -139,10 +139,11 @@ class ModelConfig(Section):
     name: str = "deeplabv3_resnet50"
     """Name of the network: fcn_resnet50, fcn_resnet101, deeplabv3_resnet50, deeplabv3_resnet101,
     deeplabv3_mobilenet_v3_large or lraspp_mobilenet_v3_large of torchvision, or smp/ARCHITECTURE/ENCODER, such as
-    smp/deeplabv3plus/resnet50, of segmentation-models-pytorch; ENCODER may be 'tu-' and a name of timm's."""
+    smp/deeplabv3plus/resnet50, of segmentation-models-pytorch; ENCODER may be 'tu-' and a name of timm's. Or one that
+    a module under `imports` has registered by seg.models.register."""
     options: dict[str, Any] = {}
-    """Further arguments of the architecture of segmentation-models-pytorch, such as decoder_channels, or of timm's
-    encoder, such as drop_path_rate."""
+    """Further arguments of the architecture of segmentation-models-pytorch, such as decoder_channels, of timm's
+    encoder, such as drop_path_rate, or of a network of your own."""
     weights: HomeText | None = None
     """Start from a whole trained network: null, or a path to a checkpoint of tools/train.py (its average, where one was
     kept) or another file of weights (.pt, .pth, .safetensors) of the same architecture. The last layer starts anew

@@ -1,16 +1,23 @@
 """Networks by name, with plain convolutions and batch norm; `norm.convert` changes the norm afterwards.
 
 A network maps images (N, 3, H, W) to {"out": logits (N, classes, H, W)}, in training with "aux" beside it if it has the
-auxiliary head. To add one, write a function of (ModelConfig, classes) and enter it in `_BUILDERS`. Names
-that begin with `smp/` are those of `seg.smp_models`.
+auxiliary head `aux_classifier`. Names that begin with `smp/` are those of `seg.smp_models`. To add one of your own:
+
+    @seg.models.register("small")
+    def small(cfg, classes, *, width=32):
+        return SmallNetwork(classes, width)
+
+A config names the module of it under `imports:`. The learning rate of the part called `backbone` is multiplied by
+optim.backbone_lr_factor, and model.backbone_weights fills it.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +30,33 @@ from seg import smp_models, weights
 from seg.config import ModelConfig, SegConfig
 from seg.labels import TRAIN_CLASSES, table_of
 
-Builder = Callable[[ModelConfig, int], nn.Module]
+Builder = Callable[..., nn.Module]
+B = TypeVar("B", bound=Builder)
 _RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}
 """Atrous rates of DeepLabV3's head by output stride (Chen et al., arXiv 1706.05587, section 4)."""
+
+
+def register(name: str) -> Callable[[B], B]:
+    """Decorator that makes a function of (ModelConfig, classes) known as the network `name`.
+
+    It gets the config's section `model` and the number of classes, and what `model.options` says as its keyword-only
+    parameters, which it names; it returns the network with random weights, see above. It is to raise UserError for a
+    `cfg.output_stride` that the network cannot have. Where none is set, images are padded to a multiple of 8.
+
+    Raises:
+        UserError: the name is taken by another function, or begins with `smp/`.
+    """
+    if name.startswith(smp_models.PREFIX):
+        raise UserError(f"network {name!r}: names that begin with {smp_models.PREFIX} are those of the library")
+
+    def add(function: B) -> B:
+        known = _BUILDERS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+            raise UserError(f"network {name!r} is already known, by {known.__module__}.{known.__qualname__}")
+        _BUILDERS[name] = function
+        return function
+
+    return add
 
 
 def available() -> list[str]:
@@ -59,9 +90,9 @@ def build_and_tell(cfg: ModelConfig, classes: int, *, pretrained: bool) -> tuple
             f"model.name: unknown network {cfg.name!r}{f'; did you mean {near[0]}?' if near else ''}; known: "
             f"{', '.join(available())}, and smp/ARCHITECTURE/ENCODER of segmentation-models-pytorch"
         )
-    if cfg.options:
-        raise UserError(f"model.options: {cfg.name} takes none; they are for the networks smp/ARCHITECTURE/ENCODER")
-    model = _BUILDERS[cfg.name](cfg, classes)
+    _check_options(cfg)
+    model = _BUILDERS[cfg.name](cfg, classes, **cfg.options)
+    _check_network(model, cfg, classes)
     said = _load_backbone(model, cfg) if pretrained and cfg.backbone_weights is not None else ""
     return model, said
 
@@ -70,21 +101,35 @@ def call(cfg: ModelConfig, classes: int) -> str:
     """Python that makes the network which `build` does, without the auxiliary head: by its library if that can."""
     if cfg.name.startswith(smp_models.PREFIX):
         return smp_models.call(cfg, classes)
+    if cfg.name not in _TORCHVISION:
+        return _own_call(cfg, classes)
     if cfg.output_stride in (None, 8) or "mobilenet" in cfg.name:
         return f"torchvision.models.get_model({cfg.name!r}, weights=None, weights_backbone=None, num_classes={classes})"
     own = f"name={cfg.name!r}, output_stride={cfg.output_stride}, aux=False, backbone_weights=None"
     return f"seg.models.build(seg.config.ModelConfig({own}), {classes})"
 
 
+def _own_call(cfg: ModelConfig, classes: int) -> str:
+    """Python that calls a function that was registered, where its module can be imported."""
+    function = _BUILDERS[cfg.name]
+    words = {"name": cfg.name, "output_stride": cfg.output_stride, "options": cfg.options}
+    section = f"seg.config.ModelConfig({', '.join(f'{key}={one!r}' for key, one in words.items() if one)})"
+    if function.__module__ == "__main__" or not function.__qualname__.isidentifier():
+        return f"seg.models.build({section}, {classes})"
+    options = "".join(f", {key}={one!r}" for key, one in cfg.options.items())
+    return f"{function.__module__}.{function.__name__}({section}, {classes}{options})"
+
+
 def multiple(cfg: ModelConfig) -> int:
     """What the sides of images should be multiples of; 1 for the networks of `seg.smp_models`, which pad inside."""
     if cfg.name.startswith(smp_models.PREFIX):
         return 1
-    return cfg.output_stride or (16 if "mobilenet" in cfg.name else 8)
+    return cfg.output_stride or (16 if cfg.name in _TORCHVISION and "mobilenet" in cfg.name else 8)
 
 
 def is_backbone(parameter: str) -> bool:
-    """Whether a parameter's name belongs to the backbone (for its own learning rate)."""
+    """Whether a parameter's name belongs to the backbone (for its own learning rate): the part `backbone`, and the
+    encoder of the networks of `seg.smp_models`."""
     return parameter.startswith(("backbone.", "network.encoder."))
 
 
@@ -113,6 +158,15 @@ def from_checkpoint(
     """
     content = checkpoint.load_trained(path, "seg")
     cfg = from_dict(content["config"], overrides, SegConfig, str(path), allow_imports).config
+    if (
+        cfg.imports
+        and not allow_imports
+        and not (cfg.model.name in _BUILDERS or cfg.model.name.startswith(smp_models.PREFIX))
+    ):
+        raise UserError(
+            f"{path}: model.name: {cfg.model.name!r} is not known here, and imports: {list(cfg.imports)} were not "
+            "imported, which --allow-imports permits"
+        )
     labels = table_of(content["meta"], path)
     classes = content["meta"].get("classes", list(labels.classes))
     if classes != list(labels.classes):
@@ -169,12 +223,57 @@ _BUILDERS: dict[str, Builder] = {
     "deeplabv3_mobilenet_v3_large": _mobilenet("deeplabv3_mobilenet_v3_large", True),
     "lraspp_mobilenet_v3_large": _mobilenet("lraspp_mobilenet_v3_large", False),
 }
+_TORCHVISION = frozenset(_BUILDERS)
+
+
+def _check_options(cfg: ModelConfig) -> None:
+    """Raises UserError unless the network has the options, or takes any."""
+    parameters = inspect.signature(_BUILDERS[cfg.name]).parameters.values()
+    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return
+    for key in cfg.options:
+        if not known:
+            raise UserError(f"model.options: {cfg.name} takes none; they are for the networks smp/ARCHITECTURE/ENCODER")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"model.options.{key}: {cfg.name} has no such option{hint}; known: {', '.join(known)}")
+
+
+def _check_network(model: nn.Module, cfg: ModelConfig, classes: int) -> None:
+    """Raises UserError where a function that was registered gave no network as it is described above."""
+    if cfg.name in _TORCHVISION:
+        return
+    source = _BUILDERS[cfg.name]
+    where = f"model.name: {cfg.name}, of {source.__module__}.{source.__qualname__}"
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{where}: gave a {type(model).__name__}, expected an nn.Module")
+    if cfg.aux and getattr(model, "aux_classifier", None) is None:
+        raise UserError(f"model.aux: {cfg.name} has no auxiliary head (aux_classifier); set model.aux=false")
+    training = model.training
+    try:
+        with torch.no_grad():
+            output: Any = model.eval()(blank_images()[0])
+    except (RuntimeError, ValueError):  # it takes no image as small as this; a training will see
+        return
+    finally:
+        model.train(training)
+    out = output.get("out") if isinstance(output, dict) else None
+    if not isinstance(out, Tensor) or tuple(out.shape) != (2, classes, 64, 64):
+        found = f"a {type(output).__name__}" if out is None else f"'out' of shape {tuple(getattr(out, 'shape', ()))}"
+        raise UserError(
+            f"{where}: its network gives {found} for images (2, 3, 64, 64), expected {{'out': logits of shape "
+            f"(2, {classes}, 64, 64)}}"
+        )
 
 
 def _load_backbone(model: nn.Module, cfg: ModelConfig) -> str:
     """Fill `model.backbone` from torchvision's weights or a file, leaving out the classifier that came with them; says
     what else was left out."""
     source = str(cfg.backbone_weights)
+    if cfg.name not in _TORCHVISION:
+        _check_own_backbone(model, cfg.name, source)
     if source in ("torchvision", "imagenet"):
         state = weights.from_torchvision(cfg.name.split("_", 1)[1])
     elif source == "timm" or source.startswith("package:"):
@@ -185,3 +284,16 @@ def _load_backbone(model: nn.Module, cfg: ModelConfig) -> str:
     else:
         state = weights.from_file(source)
     return weights.load_exactly(model.get_submodule("backbone"), state, source)
+
+
+def _check_own_backbone(model: nn.Module, name: str, source: str) -> None:
+    """Raises UserError where a network that was registered has no part to fill, or nothing is known to fill it with."""
+    if not isinstance(getattr(model, "backbone", None), nn.Module):
+        raise UserError(
+            f"model.backbone_weights: {name} has no part called 'backbone' that they could fill; set null, or "
+            "model.weights for a whole network"
+        )
+    if source in ("torchvision", "imagenet", "timm") or source.startswith("package:"):
+        raise UserError(
+            f"model.backbone_weights: no weights {source!r} are known for {name}; give the path of a file, or null"
+        )

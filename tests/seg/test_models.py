@@ -1,15 +1,21 @@
 """Networks by name, backbone weights, and what comes back from a checkpoint."""
 
 import pickle
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torchvision.models import get_model
 
+import seg.config
+from engine.config import load
 from engine.errors import UserError
-from seg import models
-from seg.config import ModelConfig
+from seg import models, train
+from seg.config import ModelConfig, SegConfig
 
 NAMES = [
     "deeplabv3_mobilenet_v3_large",
@@ -137,3 +143,120 @@ def test_sources_of_weights_that_are_for_other_networks():
     for source in ("timm", "package:efficientnet-lite0"):
         with pytest.raises(UserError, match=f"'{source}' is for encoders of timm's, .*; for fcn_resnet50 set 'torchv"):
             models.build(ModelConfig(name="fcn_resnet50", backbone_weights=source))
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample_root: Path) -> Path:
+    """A config of the network in docs/segmentation.md, in a folder with its module."""
+    monkeypatch.setattr(models, "_BUILDERS", dict(models._BUILDERS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_networks", raising=False)
+    page = (Path(__file__).parents[2] / "docs/segmentation.md").read_text(encoding="utf-8")
+    (tmp_path / "my_networks.py").write_text(re.findall(r"```python\n(.*?)```", page, re.S)[0])
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        f"{{task: seg, length: 2 steps, batch_size: 2, data: {{root: {sample_root}, crop: [64, 96]}}, "
+        "imports: [my_networks], model: {name: small, options: {width: 8}}, norm: {name: deconv, block: 16}, "
+        "optim: {lr: 0.01, backbone_lr_factor: 0}, runtime: {workers: 0, device: cpu}, report: {tensorboard: false}}"
+    )
+    return config
+
+
+def test_a_network_of_ones_own_trains_and_comes_back(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded = load(own, [], SegConfig)
+    torch.manual_seed(loaded.config.runtime.seed)
+    before = models.build(loaded.config.model).state_dict()
+    train.run(loaded, tmp_path / "run")
+    model, cfg, _ = models.from_checkpoint(tmp_path / "run/last.pt")
+    assert type(model).__name__ == "Small" and cfg.model.options == {"width": 8}
+    after = model.state_dict()
+    assert torch.equal(after["backbone.0.weight"], before["backbone.0.weight"]), "backbone_lr_factor"
+    assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
+    made = eval(models.call(cfg.model, 19), {"my_networks": sys.modules["my_networks"], "seg": seg})
+    assert type(made) is type(model) and made.state_dict().keys() == before.keys()
+    monkeypatch.delitem(models._BUILDERS, "small")
+    with pytest.raises(
+        UserError, match=r"last.pt: model.name: 'small' is not known here.*my_networks.*--allow-imports"
+    ):
+        models.from_checkpoint(tmp_path / "run/last.pt")
+    monkeypatch.delitem(sys.modules, "my_networks")
+    assert models.from_checkpoint(tmp_path / "run/last.pt", allow_imports=True)
+
+
+def test_a_network_of_ones_own_starts_from_a_trained_one(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    first = models.build(load(own, ["norm={name: bn}"], SegConfig).config.model, 7)
+    torch.save(first.state_dict(), tmp_path / "first.pt")
+    options = [f"model.weights={tmp_path / 'first.pt'}", "length=1 step", "norm.calibrate_batches=1"]
+    train.run(load(own, options, SegConfig), tmp_path / "run")
+    assert "first.pt; classifier starts anew (7 classes in the file, 19 here)" in capsys.readouterr().out
+    torch.save(first.backbone.state_dict(), tmp_path / "backbone.pt")
+    cfg = ModelConfig(name="small", options={"width": 8}, backbone_weights=str(tmp_path / "backbone.pt"))
+    found = models.build(cfg, 5).get_parameter("backbone.0.weight")
+    assert torch.equal(found, first.get_parameter("backbone.0.weight"))
+
+
+def test_what_a_network_of_ones_own_cannot_have(own: Path):
+    load(own, [], SegConfig)
+
+    def build(**more) -> None:
+        models.build(ModelConfig(name="small", **more), 5)
+
+    with pytest.raises(
+        UserError, match="model.options.widht: small has no such option; did you mean width.; known: wi"
+    ):
+        build(options={"widht": 8})
+    with pytest.raises(UserError, match="model.aux: small has no auxiliary head .aux_classifier.; set model.aux=false"):
+        build(aux=True)
+    with pytest.raises(
+        UserError, match="model.backbone_weights: no weights 'imagenet' are known for small; give the p"
+    ):
+        build(backbone_weights="imagenet")
+
+
+class Logits(nn.Conv2d):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {"out": super().forward(images)}
+
+
+def test_functions_that_make_no_such_network(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(models, "_BUILDERS", dict(models._BUILDERS))
+
+    def built(network: object, **more) -> nn.Module:
+        models._BUILDERS.pop("x", None)
+        models.register("x")(lambda cfg, classes: network)
+        return models.build(ModelConfig(name="x", **more), 5)
+
+    with pytest.raises(UserError, match="model.name: x, of .*: gave a int, expected an nn.Module"):
+        built(3)
+    with pytest.raises(
+        UserError, match=r"gives a Tensor for images \(2, 3, 64, 64\), expected {'out': logits of shape"
+    ):
+        built(nn.Conv2d(3, 5, 1))
+    with pytest.raises(UserError, match=r"gives 'out' of shape \(2, 5, 32, 32\) for images"):
+        built(Logits(3, 5, 1, 2))
+    assert built(Logits(3, 5, 1))
+    with pytest.raises(
+        UserError, match="x has no part called 'backbone' that they could fill; set null, or model.weig"
+    ):
+        built(Logits(3, 5, 1), backbone_weights="x.pt")
+    assert models.call(ModelConfig(name="x", output_stride=16), 5) == (
+        "seg.models.build(seg.config.ModelConfig(name='x', output_stride=16), 5)"
+    ), "a function without a name of its own"
+
+
+def test_names_of_networks_are_given_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(models, "_BUILDERS", dict(models._BUILDERS))
+
+    @models.register("y")
+    def first(cfg: ModelConfig, classes: int) -> nn.Module:
+        return nn.Identity()
+
+    models.register("y")(first)  # a module that is imported again
+    for name, told in (
+        ("y", "network 'y' is already known, by .*first"),
+        ("fcn_resnet50", "already known, by seg.mod"),
+    ):
+        with pytest.raises(UserError, match=told):
+            models.register(name)(lambda cfg, classes: nn.Identity())
+    with pytest.raises(UserError, match="network 'smp/y': names that begin with smp/ are those of the library"):
+        models.register("smp/y")
