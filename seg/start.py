@@ -82,7 +82,7 @@ class Start:
         self.notes = [*self._leave_aux(here), *self._leave_heads(here, initial.classes_in(state), classes)]
         self.built = {name: one for name, one in here.items() if self._is_anew(name)}
         self.same_norm = initial.fits_converted(self.config, cfg.norm)
-        alike = dict(self.config.get("norm") or {}).get("name") == cfg.norm.name
+        alike = self._stored("norm").get("name") == cfg.norm.name
         whitened = not self.config and any(name.endswith(WHITENED) for name in self.tensors)
         self.converted = self.same_norm or ((alike or whitened) and not self._fits(here))
         """Whether `fill` wants the network after the conversion of its norm."""
@@ -103,7 +103,7 @@ class Start:
         try:
             checkpoint.load_weights(model, {**tensors, **own}, self.source, remedy=self._remedy(here))
         except UserError as error:
-            raise UserError(f"model.weights: {self._other_norm() or error}") from None
+            raise UserError(f"model.weights: {self._other_network() or self._other_norm() or error}") from None
         if self.converted:
             self._restore_built(model)
 
@@ -112,7 +112,7 @@ class Start:
         lines = ["; ".join([f"weights of {self.source}", *self.notes])]
         if self.cfg.model.backbone_weights is not None:
             lines[0] += f"; model.backbone_weights={self.cfg.model.backbone_weights} is not loaded beside them"
-        data = self.config.get("data") or {}
+        data = self._stored("data")
         for key, ours in (("mean", self.cfg.data.mean), ("std", self.cfg.data.std)):
             if (theirs := data.get(key, list(ours))) != list(ours):
                 lines.append(f"note: the file's network was trained with data.{key}={theirs}, here it is {list(ours)}")
@@ -184,12 +184,10 @@ class Start:
 
     def _remedy(self, here: Mapping[str, Tensor]) -> str:
         """What to do where the layers differ."""
-        ours = self.cfg.model.model_dump(mode="json")
-        theirs = dict(self.config.get("model") or {})
-        if other := [key for key in ("name", "options") if theirs.get(key, ours[key]) != ours[key]]:
-            found = ", ".join(f"model.{key}: {theirs[key]} in the file, {ours[key]} here" for key in other)
-            return f"{found}; set what the file has, or take its encoder alone, by model.backbone_weights"
-        batches = [each.get("calibrate_batches", 0) for each in (self.config.get("norm") or {}, dict(self.cfg.norm))]
+        ours = self.cfg.model.options
+        if (theirs := self._stored("model").get("options", ours)) != ours:
+            return f"model.options: {theirs} in the file, {ours} here; set what the file has"
+        batches = [each.get("calibrate_batches", 0) for each in (self._stored("norm"), dict(self.cfg.norm))]
         if self.same_norm and bool(batches[0]) != bool(batches[1]):
             return (
                 f"norm.calibrate_batches: {batches[0]} in the file, {batches[1]} here, which makes other layers; set "
@@ -206,10 +204,25 @@ class Start:
             "encoder alone goes into model.backbone_weights"
         )
 
+    def _other_network(self) -> str:
+        """What to say where the file is of another architecture, whose layers need not be listed; else nothing."""
+        theirs, ours = self._stored("model").get("name", self.cfg.model.name), self.cfg.model.name
+        if theirs == ours:
+            return ""
+        return (
+            f"{self.source}: these weights are of another network: model.name: {theirs} in the file, {ours} here; set "
+            "what the file has, or, if it has the same encoder, take that alone, by model.backbone_weights"
+        )
+
+    def _stored(self, section: str) -> dict[str, Any]:
+        """A section of the configuration that the file holds."""
+        found = self.config.get(section)
+        return found if isinstance(found, dict) else {}
+
     def _other_norm(self) -> str:
         """What to say where the weights do not fit since the file's network has another norm; else nothing."""
         changes = initial.norm_changes(self.config, self.cfg.norm)
-        if not changes or dict(self.config.get("model") or {}).get("name") != self.cfg.model.name:
+        if not changes:
             return ""
         found = [f"  {key}: {there} in the file, {here} here" for key, (there, here) in changes.items()]
         words = " ".join(shlex.quote(f"{key}={there}") for key, (there, _) in changes.items())
