@@ -63,8 +63,7 @@ def run(
             seen, split = _seen(training, validation), cfg.data.val_split
             note = [f"note: {split!r} is trained on too, so its scores are not those of other images"] if seen else []
             note += filter(None, [division(cfg.data)])
-            log.message("
-".join([*started, *summary, *note, *passed_over(loaded), f"work directory: {work_dir}"]))
+            log.message("\n".join([*started, *summary, *note, *passed_over(loaded), f"work directory: {work_dir}"]))
 
             def evaluate(network: nn.Module, max_batches: int | None) -> Evaluation:
                 scores, panels = evaluate_model(network, cfg, batches=validation, max_batches=max_batches)
