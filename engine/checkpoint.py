@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import pickle
 import pickletools
@@ -152,6 +153,35 @@ def load_trained(path: str | Path, task: str) -> dict[str, Any]:
             found, expected = type(state[key]).__name__, kind[0].__name__
             raise UserError(f"{path}: {key}: found a {found}, expected a {expected}; the checkpoint was tampered with")
     return state
+
+
+def load_identified(path: str | Path, task: str) -> tuple[dict[str, Any], str]:
+    """`load_trained`, and the SHA-256 of the very file that was read, though a training may replace it meanwhile.
+
+    Raises:
+        UserError: as `load_trained`, or the file is another one each time it is read.
+    """
+    after = _sha256(Path(path))
+    for _ in range(3):
+        state = load_trained(path, task)
+        before, after = after, _sha256(Path(path))
+        if before == after is not None:
+            return state, after
+    raise UserError(
+        f"{path}: the checkpoint is replaced faster than it can be read; copy it, and give the copy to this program"
+    )
+
+
+def _sha256(path: Path) -> str | None:
+    """None for what cannot be read, which `read` has an error for."""
+    found = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    except OSError:
+        return None
+    return found.hexdigest()
 
 
 def _check_sums(path: Path) -> None:

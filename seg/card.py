@@ -6,11 +6,9 @@ under corruptions. Every image goes through the network once for all of it (and 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from seg.datasets import instead_of_scores, split_name
 from seg.html import counted
 from seg.labels import table
 from seg.metrics import ConfusionMatrix, Scores, mean, nothing_scored
+from seg.models import Origin
 from seg.per_image import Ids, ImageScores, told
 from seg.predict import Predictor
 from seg.robustness import Robustness
@@ -148,20 +147,17 @@ def spread(samples: Sequence[Sample], wanted: int | None) -> list[Sample]:
 
 
 def describe(
-    path: Path, model: nn.Module, cfg: SegConfig, split: str, samples: Sequence[Sample], views: Views | None
+    origin: Origin, model: nn.Module, cfg: SegConfig, split: str, samples: Sequence[Sample], views: Views | None
 ) -> dict[str, str]:
     """What was measured, by which checkpoint, on what."""
-    from engine import checkpoint
-
-    stored = checkpoint.load(path)
     cities = len({sample.city for sample in samples} - {""})
     where = ", ".join([counted(len(samples), "image"), *[counted(cities, "city", "cities")] * (cities > 0)])
-    weights = "the average of the weights" if stored["ema"] is not None else "the weights"
+    weights = "the average of the weights" if origin.averaged else "the weights"
     return {
-        "checkpoint": str(path),
-        "SHA-256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "checkpoint": str(origin.path),
+        "SHA-256": origin.sha256,
         "network": f"{cfg.model.name}, {sum(p.numel() for p in model.parameters()):,} parameters, norm {cfg.norm.name}",
-        "trained for": f"{stored['step']:,} steps; {weights} of that step",
+        "trained for": f"{origin.step:,} steps; {weights} of that step",
         "data": f"{cfg.data.root}, split {split}: {where}",
         "prediction": str(views or Views()),
         "torch": torch.__version__,

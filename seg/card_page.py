@@ -56,9 +56,9 @@ def write_card(
     """
     from engine.prepare import for_prediction, predicting
     from seg.html import write
-    from seg.models import from_checkpoint
+    from seg.models import with_origin
 
-    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    model, cfg, meta, origin = with_origin(path, list(overrides), allow_imports=allow_imports)
     classes = scored_table(cfg.data, meta, path).num_classes
     with predicting(cfg.runtime) as device:
         split = split or cfg.data.val_split
@@ -81,7 +81,7 @@ def write_card(
                 seed=cfg.runtime.seed,
                 wrap=lambda found: told(found, len(chosen), "corrupted images"),
             )
-    facts = describe(path, model, cfg, split, samples, views)
+    facts = describe(origin, model, cfg, split, samples, views)
     card = Card(facts, config_text(cfg), *measured, robustness)
     json_file = json_file or out / "card.json"
     write_bytes(json_file, (json.dumps(card.to_json(), indent=1, allow_nan=False) + "\n").encode())

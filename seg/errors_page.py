@@ -113,7 +113,7 @@ def write_errors(
     """
     from engine.prepare import for_prediction, predicting
     from seg.html import write
-    from seg.models import from_checkpoint
+    from seg.models import with_origin
 
     if by not in ("miou", "pixels"):
         raise UserError(f"--by: found {by!r}, expected miou or pixels")
@@ -121,7 +121,7 @@ def write_errors(
         raise UserError(f"--worst, --suspects: found {min(worst, suspects)}, expected 0 or more")
     if out.is_dir():
         raise UserError(f"--out: {out} is a folder; expected the name of a page, such as errors.html")
-    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports)
+    model, cfg, meta, origin = with_origin(path, list(overrides), allow_imports=allow_imports)
     scored_table(cfg.data, meta, path)
     with predicting(cfg.runtime) as device:
         check_writable(out.parent)
@@ -131,7 +131,7 @@ def write_errors(
         found = search(predictor, cfg, samples)
         if not any(one.matrix.any() for one in found.images.images):
             raise nothing_scored(split_name(cfg.data, split))
-        facts = describe(path, model, cfg, split, samples, views)
+        facts = describe(origin, model, cfg, split, samples, views)
         write(out, document(found, facts, _Pictures(predictor, cfg, samples), worst, by, suspects))
     wrong = sum(int(one.matrix.sum() - np.trace(one.matrix)) for one in found.images.images)
     return (

@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,6 +58,18 @@ def register(name: str) -> Callable[[B], B]:
         return function
 
     return add
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a network's weights are of, as it was when they were read from it."""
+
+    path: Path
+    sha256: str
+    """Of the file."""
+    step: int
+    averaged: bool
+    """Whether the weights are the average that was kept beside those of the step."""
 
 
 def available() -> list[str]:
@@ -156,7 +169,26 @@ def from_checkpoint(
         UserError: no such file, damaged, of another task, or weights that do not fit the config; a network that cannot
             be folded.
     """
-    content = checkpoint.load_trained(path, "seg")
+    return _restored(checkpoint.load_trained(path, "seg"), path, overrides, allow_imports, folded)
+
+
+def with_origin(
+    path: Path, overrides: Sequence[str] = (), *, allow_imports: bool = False, folded: bool = False
+) -> tuple[nn.Module, SegConfig, dict[str, Any], Origin]:
+    """`from_checkpoint`, and which checkpoint that was: a running training may replace the file at any time.
+
+    Raises:
+        UserError: as `from_checkpoint`, or the file is another one each time it is read.
+    """
+    content, sha256 = checkpoint.load_identified(path, "seg")
+    model, cfg, meta = _restored(content, path, overrides, allow_imports, folded)
+    return model, cfg, meta, Origin(path, sha256, content["step"], content["ema"] is not None)
+
+
+def _restored(
+    content: dict[str, Any], path: Path | str, overrides: Sequence[str], allow_imports: bool, folded: bool
+) -> tuple[nn.Module, SegConfig, dict[str, Any]]:
+    """What `from_checkpoint` returns, of what its file holds."""
     cfg = from_dict(content["config"], overrides, SegConfig, str(path), allow_imports).config
     if (
         cfg.imports

@@ -7,7 +7,6 @@ with the same checkpoint and options. The zip appears under its name only when i
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from seg.averaging import Averaged, Views, predictor_of
 from seg.config import SegConfig
 from seg.data import EvalBatches, Sample, eval_batches
 from seg.labels import CITYSCAPES, TRAIN_LABEL_IDS, read_label_ids, table_of, to_label_ids
+from seg.models import Origin
 from seg.per_image import told
 from seg.predict import Predictor
 
@@ -60,13 +60,13 @@ def submit(
             be written, a part of another checkpoint, or a check that failed.
     """
     from engine.prepare import predicting
-    from seg.models import from_checkpoint
+    from seg.models import with_origin
 
     if out.suffix != ".zip":
         raise UserError(f"--out: {out}; expected a name that ends in .zip")
     if out.is_dir():
         raise UserError(f"--out: {out} is a folder; expected the name of a zip file")
-    model, cfg, meta = from_checkpoint(path, list(overrides), allow_imports=allow_imports, folded=True)
+    model, cfg, meta, origin = with_origin(path, list(overrides), allow_imports=allow_imports, folded=True)
     if (its := table_of(meta)).classes != CITYSCAPES.classes:
         raise UserError(
             f"{path}: predicts the {its.num_classes} classes of {its.name}; the Cityscapes test server takes its own "
@@ -76,7 +76,7 @@ def submit(
         check_writable(out.parent)
         samples = named(eval_batches(cfg, SPLIT).samples)
         parts = out.with_name(f"{out.name}.parts")
-        done = _open_parts(parts, _fingerprint(path, cfg, views))
+        done = _open_parts(parts, _fingerprint(origin, cfg, views))
         if done:
             say(f"{parts}: goes on after {done} of {len(samples)} images")
         sizes = predict_missing(predictor_of(model, cfg, device, views), cfg, samples, parts, say)
@@ -195,11 +195,11 @@ def _open_parts(parts: Path, fingerprint: str) -> int:
     return sum(1 for _ in parts.glob("*_labelIds.png"))
 
 
-def _fingerprint(path: Path, cfg: SegConfig, views: Views | None) -> str:
+def _fingerprint(origin: Origin, cfg: SegConfig, views: Views | None) -> str:
     """What a prediction depends on: weights, config, views."""
     config = cfg.model_dump(mode="json", exclude={"runtime", "report"})
     facts = {
-        "checkpoint": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "checkpoint": origin.sha256,
         "views": str(views or Views()),
         "amp": cfg.runtime.amp,
         "config": config,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import resource
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from engine.checkpoint import KEYS, export_weights, load, load_trained, load_weights, read, save
+from engine import checkpoint
+from engine.checkpoint import KEYS, export_weights, load, load_identified, load_trained, load_weights, read, save
 from engine.errors import UserError
 
 
@@ -356,3 +358,29 @@ def test_layers_that_ask_for_the_version_of_their_weights(tmp_path: Path) -> Non
         model[0].weight.data.zero_()
         load_weights(model, state, "x")
         assert torch.equal(model[0].weight, source[0].weight)
+
+
+def test_the_checksum_is_of_the_file_that_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, steps = tmp_path / "best.pt", iter(range(2, 9))
+
+    def replaced(*given: Any) -> dict[str, Any]:
+        found = load_trained(*given)
+        if (step := next(steps)) <= last:
+            save(path, trained(step))
+        return found
+
+    def trained(step: int) -> dict[str, Any]:
+        return state(task="seg", config={}, meta={}, step=step)
+
+    monkeypatch.setattr(checkpoint, "load_trained", replaced)
+    for last in (0, 3):  # a training replaces it never, twice, and always
+        save(path, trained(1))
+        found, digest = load_identified(path, "seg")
+        assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert found["step"] == load(path)["step"] == max(1, last)
+        steps = iter(range(2, 9))
+    last = 9
+    with pytest.raises(UserError, match=r"best\.pt: the checkpoint is replaced faster than it can be read; copy it"):
+        load_identified(path, "seg")
+    with pytest.raises(UserError, match="none.pt: cannot read the checkpoint: No such file"):
+        load_identified(tmp_path / "none.pt", "seg")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine import checkpoint
 from engine.errors import UserError
-from seg import card, card_page, evaluate
+from seg import card, card_page, errors_page, evaluate
 from seg.averaging import Views, predictor_of
 from seg.boundary import BoundaryIoU
 from seg.config import SegConfig
 from seg.data import Cityscapes, eval_batches, read_pair
 from seg.labels import to_train_ids
-from seg.models import from_checkpoint
+from seg.models import from_checkpoint, with_origin
 from seg.robustness import Robustness
 from tests.seg import layouts
 
@@ -103,6 +106,30 @@ def test_the_card_of_a_checkpoint(small_checkpoint: Path, tmp_path: Path, monkey
     assert document.count("<img") == 2 + 1 + 1 + 2 * 3 + 1 + 2  # classes, calibration, images, examples, robustness
 
 
+@pytest.mark.parametrize("later", ["replaced", "deleted"])
+def test_the_pages_name_the_checkpoint_that_was_measured(
+    later: str, small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, state = tmp_path / "best.pt", checkpoint.load(small_checkpoint)
+
+    def meanwhile(work: Callable[..., Any], *given: Any) -> Any:
+        path.unlink()
+        if later == "replaced":
+            checkpoint.save(path, {**state, "step": 8, "ema": state["model"]})
+        return work(*given)
+
+    monkeypatch.setattr(card_page, "measure_split", partial(meanwhile, card_page.measure_split))
+    monkeypatch.setattr(errors_page, "search", partial(meanwhile, errors_page.search))
+    expected = "<td>7 steps; the weights of that step<", hashlib.sha256(small_checkpoint.read_bytes()).hexdigest()
+    shutil.copy(small_checkpoint, path)
+    card_page.write_card(path, out=tmp_path)
+    shutil.copy(small_checkpoint, path)
+    errors_page.write_errors(path, tmp_path / "errors.html")
+    for page in ("card.html", "errors.html"):
+        document = (tmp_path / page).read_text()
+        assert all(words in document for words in expected)
+
+
 def test_views_reach_the_scores(small_checkpoint: Path, report_config: Make) -> None:
     views = Views((0.5, 1.0), flip=True, sliding_window=True)
     model, cfg, _ = from_checkpoint(small_checkpoint)
@@ -173,7 +200,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, report_config: Make) -> SegC
 
 def page_of(cfg: SegConfig, path: Path, upper: int, robustness: Robustness | None = None) -> str:
     samples = eval_batches(cfg).samples
-    facts = card.describe(path, torch.nn.Identity(), cfg, "val", samples, None)
+    facts = card.describe(with_origin(path)[3], torch.nn.Identity(), cfg, "val", samples, None)
     measured = card.measure_split(Unicorns(upper), cfg, samples)  # type: ignore[arg-type]
     return card_page.document(card.Card(facts, "", *measured, robustness))
 
