@@ -136,7 +136,7 @@ def corrupt(image: Rgb, corruption: str, severity: int, name: str, seed: int = 0
     spec = CORRUPTIONS[corruption]
     options = parameters(corruption, severity, min(image.shape[:2]))
     pipeline = A.Compose([getattr(A, spec.transform)(**options, p=1)])
-    key = zlib.crc32(f"{name}/{corruption}".encode())
+    key = zlib.crc32(f"{name}/{corruption}".encode(errors="surrogatepass"))  # a file's name may be no text
     generator = np.random.default_rng([seed, key])
     pipeline.set_random_state(generator, random.Random(int(generator.integers(2**63))))
     height, width = image.shape[:2]

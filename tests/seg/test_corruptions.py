@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from itertools import combinations
 from pathlib import Path
 
 import cv2
@@ -62,6 +64,17 @@ def test_images_and_seeds_have_draws_of_their_own(image: np.ndarray, name: str) 
     one = corrupt(image, name, 3, "a")
     assert not np.array_equal(one, corrupt(image, name, 3, "b"))
     assert not np.array_equal(one, corrupt(image, name, 3, "a", seed=1))
+
+
+def test_names_that_are_no_text_have_draws_of_their_own_too(image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [os.fsdecode(b"a\xfe"), os.fsdecode(b"a\xff"), "a\ud800"]
+    found = [corrupt(image, "gaussian_noise", 3, name) for name in names]
+    assert not any(np.array_equal(one, other) for one, other in combinations(found, 2))
+    assert np.array_equal(found[1], corrupt(image, "gaussian_noise", 3, names[1]))
+    seen: list[bytes] = []
+    monkeypatch.setattr(corruptions.zlib, "crc32", lambda data: seen.append(data) or 0)
+    corrupt(image, "fog", 3, "a\u00e9")
+    assert seen == ["a\u00e9/fog".encode()]  # other draws would be other scores than those of earlier cards
 
 
 def test_groups_and_lengths() -> None:
