@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from engine.errors import UserError
+from engine.prepare import predicting
 from engine.report import METRICS
 from engine.resume import BEST
 from engine.runs import best_evaluation
@@ -34,7 +35,8 @@ def compare(
     """Draw `picture` and return a table: run, best mIoU, the step of it.
 
     The class IoUs are those of each run's best evaluation, the predictions those of its best.pt on validation images of
-    the first run's data set. `overrides` and `allow_imports` are those of `seg.models.from_checkpoint`.
+    the first run's data set, on the device of each run's config. `overrides` and `allow_imports` are those of
+    `seg.models.from_checkpoint`.
 
     Raises:
         UserError: a folder that holds no run, or one without an evaluation; bad data; a picture that can't be written.
@@ -73,9 +75,10 @@ def _examples(
             places = np.linspace(0, len(every) - 1, min(wanted, len(every))).round()
             samples = [every[int(place)] for place in places]
             predictions = [{} for _ in samples]
-        predictor = Predictor.from_config(model, cfg)
-        for sample, found in zip(samples, predictions, strict=True):
-            found[name] = predictor.predict(read_pair(sample)[0])
+        with predicting(cfg.runtime) as device:
+            predictor = Predictor.from_config(model, cfg, device)
+            for sample, found in zip(samples, predictions, strict=True):
+                found[name] = predictor.predict(read_pair(sample)[0])
     pairs = [read_pair(sample) for sample in samples]
     examples = [
         Example(image, labels.to_train_ids(label, str(sample.label)), found)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.errors import UserError, program
+from engine.errors import UserError, one_process, program
 
 
 def task_of(runs: list[Path]) -> str:
@@ -34,7 +34,7 @@ def task_of(runs: list[Path]) -> str:
 
 def names_of(runs: list[Path]) -> list[str]:
     """The folders' names; their paths where two have the same name."""
-    names = [run.name for run in runs]
+    names = [run.name if run.name not in ("", "..") else run.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
@@ -53,6 +53,7 @@ def main() -> int:
     )
     seg.add_argument("--allow-imports", action="store_true", help="run the modules that the runs' configs import")
     args = parser.parse_args()
+    one_process("tools/compare.py")
     from engine.runs import other_data
 
     if args.examples is not None and args.examples < 0:

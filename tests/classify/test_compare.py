@@ -126,6 +126,17 @@ def test_the_program_tells_the_task_from_the_runs(tmp_path: Path, monkeypatch, c
     assert "none: no run in this folder" in capsys.readouterr().err
 
 
+def test_a_run_that_is_named_by_dots_has_its_folders_name(tmp_path: Path, monkeypatch, capsys):
+    folder = write(tmp_path / "bn", 1.0) / "deep"
+    folder.mkdir()
+    for here, run in ((tmp_path / "bn", "."), (folder, "..")):
+        monkeypatch.chdir(here)
+        assert start(monkeypatch, run, "--out", tmp_path / "c.png") == 0
+        assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["bn", "40.00%"]
+    (tmp_path / "link").symlink_to(tmp_path / "bn")
+    assert tool.names_of([tmp_path / "link", Path("..")]) == ["link", "bn"]
+
+
 def test_folders_of_one_name_are_two_runs_but_by_names_seeds(tmp_path: Path, monkeypatch, capsys):
     runs = [write(tmp_path / "a/run", 1.0), write(tmp_path / "b/run", 1.5)]
     assert start(monkeypatch, *runs, "--out", tmp_path / "c.png") == 0
