@@ -135,6 +135,47 @@ def test_folders_that_do_not_do(tmp_path: Path) -> None:
         convert_masks(tmp_path / "empty", tmp_path / "out", VOC)
 
 
+def test_masks_in_a_folder_within_the_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "color/deep").mkdir(parents=True)
+    for name, value in (("a", (0, 0, 0)), ("deep/b", (128, 0, 0))):
+        Image.new("RGB", (2, 2), value).save(tmp_path / f"color/{name}.png")
+    for _ in range(2):  # what was written lies beside the folder of the masks, and is none of them
+        assert convert_masks(tmp_path / "color", tmp_path, VOC) == 2
+        assert (read_label_ids(tmp_path / "a.png") == 0).all() and (read_label_ids(tmp_path / "deep/b.png") == 1).all()
+    assert Image.open(tmp_path / "color/a.png").mode == "RGB"
+
+
+def test_a_mask_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "color/color").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(tmp_path / "color/a.png")
+    Image.new("RGB", (2, 2), (128, 0, 0)).save(tmp_path / "color/color/a.jpg")
+    Image.new("RGB", (2, 2), (128, 0, 0)).save(tmp_path / "color/0.png")
+    told = r"color/a\.png is one of the masks and would be overwritten by the ids of .*color/color/a\.jpg; name another"
+    with pytest.raises(UserError, match=told):
+        convert_masks(tmp_path / "color", tmp_path, VOC)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["color"]  # nothing was written before
+
+
+@pytest.mark.parametrize("name", ["a.png", "b.png"])
+def test_a_link_to_a_file_in_the_output_folder(tmp_path: Path, name: str) -> None:
+    for folder in ("in", "out", "other"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (2, 2), (128, 0, 0)).save(tmp_path / f"out/{name}")
+    Image.new("RGB", (2, 2)).save(tmp_path / "in/b.png")
+    (tmp_path / "in/a.png").symlink_to(tmp_path / f"out/{name}")
+    before = (tmp_path / f"out/{name}").read_bytes()
+    told = (
+        rf"out/{name}, where the link .*in/a\.png leads, is one of the masks and would be overwritten by .*in/{name};"
+    )
+    with pytest.raises(UserError, match=told):
+        convert_masks(tmp_path / "in", tmp_path / "out", VOC)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / f"out/{name}").read_bytes() == before
+    (tmp_path / "other/b.png").symlink_to(tmp_path / "in/b.png")  # is replaced, and the mask stays
+    assert convert_masks(tmp_path / "in", tmp_path / "other", VOC) == 2
+    assert not (tmp_path / "other/b.png").is_symlink() and Image.open(tmp_path / "in/b.png").mode == "RGB"
+
+
 def test_the_program(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "in/a.png")
