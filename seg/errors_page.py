@@ -30,7 +30,7 @@ from seg.datasets import split_name
 from seg.html import legend, page, paragraph, percent, picture, row, section, table
 from seg.labels import IGNORE, scored_table
 from seg.metrics import nothing_scored
-from seg.per_image import Ids, ImageScore, ImageScores, told
+from seg.per_image import Ids, ImageScores, Matrix, told
 from seg.predict import Predictor
 
 SURE = 0.9
@@ -75,7 +75,7 @@ class Findings:
 
     def largest(self, wanted: int) -> list[tuple[int, int, int]]:
         """The confusions with the most pixels: (true, predicted, pixels)."""
-        matrix = np.sum([one.matrix for one in self.images.images], axis=0)
+        matrix = self.images.total.copy()
         np.fill_diagonal(matrix, 0)
         order = np.argsort(-matrix, axis=None, kind="stable")[:wanted]
         pairs = [divmod(int(place), len(matrix)) for place in order]
@@ -129,14 +129,14 @@ def write_errors(
         samples = labelled(eval_batches(cfg, split).samples, cfg.data, split)
         predictor = predictor_of(for_prediction(model, path), cfg, device, views)
         found = search(predictor, cfg, samples)
-        if not any(one.matrix.any() for one in found.images.images):
+        total = found.images.total
+        if not total.any():
             raise nothing_scored(split_name(cfg.data, split))
         facts = describe(origin, model, cfg, split, samples, views)
         write(out, document(found, facts, _Pictures(predictor, cfg, samples), worst, by, suspects))
-    wrong = sum(int(one.matrix.sum() - np.trace(one.matrix)) for one in found.images.images)
     return (
-        f"{out}: {len(samples)} images, {wrong} wrong pixels, {len(found.confusions)} kinds of confusion, "
-        f"{len(found.suspects)} suspected label errors"
+        f"{out}: {len(samples)} images, {total.sum() - np.trace(total)} wrong pixels, {len(found.confusions)} kinds of "
+        f"confusion, {len(found.suspects)} suspected label errors"
     )
 
 
@@ -151,8 +151,8 @@ def search(predictor: Predictor | Averaged, cfg: SegConfig, samples: Sequence[Sa
         truth = known.to_train_ids(item["label"], sample.label)
         best, ids = predictor.probabilities(item["image"]).max(0)
         prediction, sure = ids.to(torch.uint8).cpu().numpy(), best.cpu().numpy()
-        one = found.images.update(prediction, truth, sample)
-        for region in confused(prediction, truth, sure, sample, one, found.confusions):
+        matrix = found.images.update(prediction, truth, sample)
+        for region in confused(prediction, truth, sure, sample, matrix, found.confusions):
             kept = found.confusions.setdefault((region.true, region.predicted), [])
             kept.append(region)
             kept.sort(key=lambda region: region.order)
@@ -167,7 +167,7 @@ def confused(
     truth: Ids,
     sure: NDArray[np.float32],
     sample: Sample,
-    one: ImageScore,
+    matrix: Matrix,
     known: Mapping[tuple[int, int], list[Region]],
 ) -> list[Region]:
     """The largest connected region of each confusion in an image.
@@ -176,11 +176,11 @@ def confused(
         prediction, truth: train ids, uint8 (H, W), 255 in the truth where void.
         sure: probability of the predicted class, float32 (H, W).
         sample: the image.
-        one: its score, whose matrix says which confusions there are.
+        matrix: its pixels by true and predicted class, int64 (C, C), which say what confusions there are.
         known: regions of each confusion in other images, the largest first; what cannot be larger is left out.
     """
     regions = []
-    wrong = one.matrix.copy()
+    wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     for true, predicted in np.argwhere(wrong).tolist():
         kept = known.get((true, predicted), [])
@@ -238,7 +238,7 @@ class _Pictures:
 def document(found: Findings, facts: dict[str, str], pictures: _Pictures, worst: int, by: str, suspects: int) -> str:
     """The page."""
     largest, names = found.largest(_PAIRS), found.images.classes
-    total = sum(int(one.matrix.sum()) for one in found.images.images)
+    total = int(found.images.total.sum())
     rows = [
         [names[true], names[predicted], f"{pixels:,}", percent(pixels / max(1, total))]
         for true, predicted, pixels in largest
@@ -267,7 +267,7 @@ def document(found: Findings, facts: dict[str, str], pictures: _Pictures, worst:
 
 
 def _worst(found: Findings, pictures: _Pictures, wanted: int, by: str) -> list[str]:
-    scored = [one for one in found.images.images if one.matrix.any()]
+    scored = [one for one in found.images.images if one.pixels]
     key = (lambda one: one.mean_iou) if by == "miou" else (lambda one: -one.wrong)
     parts = []
     for one in sorted(scored, key=lambda one: (key(one), one.name))[:wanted]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,22 +26,26 @@ class ImageScore:
 
     name: str
     city: str
-    matrix: Matrix
-    """Valid pixels by true (row) and predicted class, int64 (C, C)."""
+    mean_iou: float
+    """Mean IoU over the classes that its label or its prediction holds; nan without valid pixels.
+
+    The mean over images differs from the score of a data set, where the pixels are added up first."""
+    pixels: int
+    """Valid ones."""
+    right: int
+    """Those whose class was predicted."""
     images: int = 1
 
-    @property
-    def mean_iou(self) -> float:
-        """Mean IoU over the classes that its label or its prediction holds; nan without valid pixels.
-
-        The mean over images differs from the score of a data set, where the pixels are added up first."""
-        return mean_iou(self.matrix)
+    @classmethod
+    def of(cls, matrix: Matrix, name: str, city: str, images: int = 1) -> ImageScore:
+        """From the valid pixels by true (row) and predicted class, int64 (C, C), which is not kept: with many classes
+        those of many images would fill the memory."""
+        return cls(name, city, mean_iou(matrix), int(matrix.sum()), int(np.trace(matrix)), images)
 
     @property
     def wrong(self) -> float:
         """Share of wrong ones among the valid pixels; nan without any."""
-        pixels = int(self.matrix.sum())
-        return 1 - float(np.trace(self.matrix)) / pixels if pixels else math.nan
+        return 1 - self.right / self.pixels if self.pixels else math.nan
 
     def to_json(self) -> dict[str, Any]:
         values = {"mIoU": self.mean_iou, "wrongPixels": self.wrong}
@@ -48,23 +53,29 @@ class ImageScore:
             "name": self.name,
             "city": self.city,
             "images": self.images,
-            "pixels": int(self.matrix.sum()),
+            "pixels": self.pixels,
             **{key: None if math.isnan(value) else value for key, value in values.items()},
         }
 
 
 class ImageScores:
-    """Collects the scores of images."""
+    """Collects the scores of images, in memory that hardly grows with their number."""
 
     def __init__(self, classes: Sequence[str] = TRAIN_CLASSES) -> None:
         self.classes = tuple(classes)
         self.images: list[ImageScore] = []
+        self.total: Matrix = np.zeros((len(self.classes), len(self.classes)), np.int64)
+        """Valid pixels of all images by true (row) and predicted class, int64 (C, C)."""
+        self._cities: dict[str, Matrix] = {}
 
-    def update(self, prediction: Ids, truth: Ids, sample: Sample) -> ImageScore:
-        """Add an image: train ids, uint8 (H, W), 255 in the truth where void."""
-        one = ImageScore(sample.name, sample.city, confusion(prediction, truth, len(self.classes)))
-        self.images.append(one)
-        return one
+    def update(self, prediction: Ids, truth: Ids, sample: Sample) -> Matrix:
+        """Add an image: train ids, uint8 (H, W), 255 in the truth where void. Returns its `confusion`."""
+        matrix = confusion(prediction, truth, len(self.classes))
+        self.images.append(ImageScore.of(matrix, sample.name, sample.city))
+        self.total += matrix
+        if sample.city:
+            self._cities[sample.city] = self._cities.get(sample.city, 0) + matrix
+        return matrix
 
     def worst(self, wanted: int) -> list[ImageScore]:
         """The images with the lowest mean IoU, the worst first; those without valid pixels are left out."""
@@ -73,11 +84,8 @@ class ImageScores:
 
     def cities(self) -> list[ImageScore]:
         """The scores of each city, its pixels added up, in the order of the names; most data sets know of none."""
-        found = []
-        for city in sorted({one.city for one in self.images} - {""}):
-            matrices = [one.matrix for one in self.images if one.city == city]
-            found.append(ImageScore(city, city, np.sum(matrices, axis=0), len(matrices)))
-        return found
+        often = Counter(one.city for one in self.images)
+        return [ImageScore.of(matrix, city, city, often[city]) for city, matrix in sorted(self._cities.items())]
 
 
 def confusion(prediction: Ids, truth: Ids, classes: int) -> Matrix:

@@ -76,7 +76,7 @@ def test_everything_is_measured_on_all_images(four: tuple[SegConfig, list[Any]])
     assert found["ece"] == pytest.approx(abs(found["accuracy"] - 0.8), abs=1e-6)
     assert [one.name for one in images.images] == sorted(sample.name for sample in samples)
     assert [e.name for e in examples] == [one.name for one in images.worst(4)]
-    assert np.array_equal(np.sum([one.matrix for one in images.images], 0).sum(), pixels)
+    assert images.total.sum() == sum(one.pixels for one in images.images) == pixels
 
 
 def test_the_card_of_a_checkpoint(small_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

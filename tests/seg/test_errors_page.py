@@ -57,13 +57,13 @@ def test_a_region_at_the_edge_of_the_image_is_measured_to_the_edge() -> None:
 def test_each_confusion_gives_its_largest_region() -> None:
     prediction, truth, sure = scene()
     prediction[120:160, 100:110] = 0  # the second of the two becomes the smaller one
-    one = ImageScores().update(prediction, truth, SAMPLE)
-    found = {(r.true, r.predicted): r for r in errors_page.confused(prediction, truth, sure, SAMPLE, one, {})}
+    matrix = ImageScores().update(prediction, truth, SAMPLE)
+    found = {(r.true, r.predicted): r for r in errors_page.confused(prediction, truth, sure, SAMPLE, matrix, {})}
     assert set(found) == {(0, 13), (0, 8), (0, 2)}
     assert found[0, 13].area == 2400 and found[0, 13].box == (50, 100, 40, 60)
     assert found[0, 8].area == 600 and found[0, 2].sure == pytest.approx(0.99)
     three = {(0, 8): [found[0, 13]] * 3, (0, 13): [found[0, 13]] * 2}  # three larger ones of one confusion are known
-    again = errors_page.confused(prediction, truth, sure, SAMPLE, one, three)
+    again = errors_page.confused(prediction, truth, sure, SAMPLE, matrix, three)
     assert {(r.true, r.predicted) for r in again} == {(0, 13), (0, 2)}
 
 

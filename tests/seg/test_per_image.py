@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from seg import per_image
 from seg.data import Sample
-from seg.per_image import ImageScores, confusion, told
+from seg.per_image import ImageScore, ImageScores, confusion, mean_iou, told
 
 
 def sample(city: str, number: int) -> Sample:
@@ -45,15 +46,31 @@ def test_images_cities_and_the_worst() -> None:
     scores = ImageScores(("a", "b", "c", "d"))
     for number in range(4):
         scores.update(*pair(number), sample(("ulm", "jena")[number % 2], number))
-    void = scores.update(np.zeros((2, 2), np.uint8), np.full((2, 2), 255, np.uint8), sample("ulm", 9))
+    scores.update(np.zeros((2, 2), np.uint8), np.full((2, 2), 255, np.uint8), sample("ulm", 9))
+    void = scores.images[-1]
     assert math.isnan(void.mean_iou) and math.isnan(void.wrong) and void.to_json()["mIoU"] is None
     cities = {city.name: city for city in scores.cities()}
     assert list(cities) == ["jena", "ulm"] and [c.images for c in cities.values()] == [2, 3]
-    assert np.array_equal(cities["jena"].matrix, confusion(*pair(1), 4) + confusion(*pair(3), 4))
+    whole = confusion(*pair(1), 4) + confusion(*pair(3), 4)
+    assert cities["jena"] == ImageScore("jena", "jena", mean_iou(whole), whole.sum(), whole.trace(), 2)
+    assert np.array_equal(scores.total, whole + confusion(*pair(0), 4) + confusion(*pair(2), 4))
     values = sorted(one.mean_iou for one in scores.images if one.name != "ulm_9")
     assert [one.mean_iou for one in scores.worst(2)] == values[:2] and len(scores.worst(9)) == 4
     wrong = [(p != t)[t != 255].mean() for p, t in (pair(i) for i in range(4))]
     assert [one.wrong for one in scores.images[:4]] == pytest.approx(wrong)
+
+
+def test_memory_does_not_grow_by_a_matrix_an_image() -> None:
+    scores = ImageScores([str(i) for i in range(150)])
+    ids = np.zeros((2, 2), np.uint8)
+    tracemalloc.start()
+    try:
+        for number in range(50):
+            assert scores.update(ids, ids, sample("ulm", number)).shape == (150, 150)
+        scores.cities()
+        assert tracemalloc.get_traced_memory()[1] < 10 * scores.total.nbytes  # of 50 images
+    finally:
+        tracemalloc.stop()
 
 
 def test_mistakes_of_the_caller() -> None:

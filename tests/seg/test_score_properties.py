@@ -185,7 +185,8 @@ def test_scores_of_an_image_and_of_a_city_are_those_of_its_images_alone(
         truth = np.where(hidden, 0, scene.truth).astype(np.uint8)
         seen.append(Scene(scene.prediction, truth, scene.instances))
         sample = Sample(Path("x.png"), None, None, f"{cities[number]}_{number}", cities[number])
-        one = scorer.update(to_train_ids(scene.prediction, "p"), to_train_ids(truth, "t"), sample)
+        scorer.update(to_train_ids(scene.prediction, "p"), to_train_ids(truth, "t"), sample)
+        one = scorer.images[-1]
         reference = official(referee, [seen[-1]], tmp_path, False)
         assert same(one.mean_iou, reference["averageScoreClasses"])
         valid = np.isin(truth, TRAIN_LABEL_IDS)
