@@ -81,8 +81,7 @@ def submit(
             say(f"{parts}: goes on after {done} of {len(samples)} images")
         sizes = predict_missing(predictor_of(model, cfg, device, views), cfg, samples, parts, say)
     write_zip(samples, sizes, parts, out)
-    shutil.rmtree(parts)
-    return _report(out, sizes)
+    return "\n".join([_report(out, sizes), *_remove(parts)])
 
 
 def named(samples: Sequence[Sample]) -> Sequence[Sample]:
@@ -184,15 +183,37 @@ def png_name(sample: Sample) -> str:
 def _open_parts(parts: Path, fingerprint: str) -> int:
     """Make the folder, or find out whether what lies there may be gone on with; returns the PNGs in it."""
     mark = parts / _MARK
-    if not parts.exists():
+    if os.path.lexists(parts) and not parts.is_dir():
+        found = "a link that leads to no folder" if parts.is_symlink() else "a file"
+        raise UserError(
+            f"{parts}: is {found}, where predictions are kept until the zip is written; remove it, or choose another "
+            "--out."
+        )
+    # what was killed while it wrote its first file has left a part of it, or nothing at all
+    if not parts.exists() or all(re.fullmatch(r"\.[0-9a-f]+\.part", path.name) for path in parts.iterdir()):
         write_bytes(mark, fingerprint.encode())
         return 0
-    if not mark.is_file() or mark.read_text() != fingerprint:
+    if not mark.is_file() or mark.read_bytes() != fingerprint.encode():
         raise UserError(
-            f"{parts}: holds predictions of another checkpoint, data set or options, which must not be mixed; remove "
-            "this folder, or choose another --out."
+            f"{parts}: holds predictions of another checkpoint, data set or options, or other files, which must not be "
+            "mixed; remove this folder, or choose another --out."
         )
     return sum(1 for _ in parts.glob("*_labelIds.png"))
+
+
+def _remove(parts: Path) -> list[str]:
+    """Remove the folder; of one that a link leads to, the files in it and the link. Returns what is to be said of it:
+    the zip is written, and what cannot be removed is no error."""
+    try:
+        if parts.is_symlink():
+            for path in parts.iterdir():
+                path.unlink()
+            parts.unlink()
+        else:
+            shutil.rmtree(parts)
+    except OSError as error:
+        return [f"note: {parts} is needed no more, but cannot be removed ({error.strerror or error})"]
+    return []
 
 
 def _fingerprint(origin: Origin, cfg: SegConfig, views: Views | None) -> str:

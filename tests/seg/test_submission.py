@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import io
@@ -151,6 +152,30 @@ def test_a_damaged_part_is_predicted_again(
     assert out.read_bytes() == (tmp_path / "whole.zip").read_bytes()
 
 
+def test_a_folder_for_the_parts_that_is_there_already(small_checkpoint: Path, root: Path, tmp_path: Path) -> None:
+    out, parts, disk = tmp_path / "s.zip", tmp_path / "s.zip.parts", tmp_path / "disk"
+    parts.mkdir()
+    disk.mkdir()
+    (disk / ".0123456789ab.part").touch()  # left by one that was killed while it wrote its first file
+    text = submission.submit(small_checkpoint, out, [f"data.root={root}"])
+    assert "cannot be removed" not in text and not parts.exists()
+    parts.symlink_to(disk)
+    again = submission.submit(small_checkpoint, out, [f"data.root={root}"])
+    assert again == text and not parts.is_symlink() and list(disk.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "s.zip"]
+
+
+def test_parts_that_cannot_be_removed_are_no_error(
+    small_checkpoint: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(submission.shutil, "rmtree", fails)
+    text = submission.submit(small_checkpoint, tmp_path / "s.zip", [f"data.root={root}"])
+    assert text.endswith("s.zip.parts is needed no more, but cannot be removed (Permission denied)")
+
+
 def test_an_older_zip_stays_until_the_new_one_is_checked(
     small_checkpoint: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +237,17 @@ def test_mistakes_come_before_the_work(
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: cannot write there"):
         submission.submit(small_checkpoint, tmp_path / "file" / "s.zip", data)
+    parts = tmp_path / "s.zip.parts"
+    for make, found in ((parts.touch, "a file"), (lambda: parts.symlink_to("none"), "a link that leads to no folder")):
+        make()
+        with pytest.raises(UserError, match=f"s.zip.parts: is {found}, where predictions are kept until the zip is"):
+            submission.submit(small_checkpoint, tmp_path / "s.zip", data)
+        parts.unlink()
+    parts.mkdir()
+    (parts / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"s.zip.parts: holds .* or other files, which must not be mixed; remove this"):
+        submission.submit(small_checkpoint, tmp_path / "s.zip", data)
+    shutil.rmtree(parts)
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     first = sorted((copy / "leftImg8bit" / "test").glob("*/*"))[0]
