@@ -27,7 +27,7 @@ from seg.card import describe, labelled
 from seg.config import SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
 from seg.datasets import split_name
-from seg.html import legend, page, paragraph, percent, picture, row, section, table
+from seg.html import MAX_ROWS, legend, page, paragraph, percent, picture, row, section, table
 from seg.labels import IGNORE, scored_table
 from seg.metrics import nothing_scored
 from seg.per_image import Ids, ImageScores, Matrix, told
@@ -321,8 +321,8 @@ def around(box: tuple[int, int, int, int], height: int, width: int) -> tuple[sli
 
 
 def _enlarged(pixels: Rgb) -> Rgb:
-    """A small crop in whole multiples, so that its pixels can be seen."""
-    factor = max(1, 280 // pixels.shape[1])
+    """A small crop in whole multiples, so that its pixels can be seen; a thin one not beyond what `picture` shows."""
+    factor = max(1, min(280 // pixels.shape[1], MAX_ROWS // pixels.shape[0]))
     return np.repeat(np.repeat(pixels, factor, 0), factor, 1)
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.uint8]
 
+MAX_ROWS = 4096
+"""Height of a picture at most: browsers show, and JPEG holds, no picture of a hundred thousand rows."""
+
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; margin: 2em auto; max-width: 1180px; padding: 0 1em }
 h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin-top: 2em; border-bottom: 1px solid #ccc }
@@ -81,11 +84,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def picture(pixels: Array, caption: str = "", photo: bool = False, max_width: int = 640) -> str:
-    """A picture, at most `max_width` pixels wide; a photo as JPEG (smaller), all else as PNG (exact)."""
+    """A picture, at most `max_width` pixels wide and `MAX_ROWS` high; a photo as JPEG (smaller), all else as PNG
+    (exact)."""
     image = Image.fromarray(pixels)
-    if image.width > max_width:
-        way = Image.Resampling.BOX if photo else Image.Resampling.NEAREST
-        image = image.resize((max_width, max(1, round(image.height * max_width / image.width))), way)
+    width, height = image.size
+    if width > max_width:
+        width, height = max_width, max(1, round(height * max_width / width))
+    if height > MAX_ROWS:
+        width, height = max(1, round(width * MAX_ROWS / height)), MAX_ROWS
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BOX if photo else Image.Resampling.NEAREST)
     data = io.BytesIO()
     if photo:
         image.save(data, "jpeg", quality=88)

@@ -72,6 +72,12 @@ def test_the_window_around_a_region_stays_in_the_image() -> None:
     assert errors_page.around((0, 290, 4, 10), 200, 300) == (slice(0, 28), slice(266, 300))
 
 
+def test_crops_are_enlarged_as_far_as_a_picture_goes() -> None:
+    sizes = {(30, 50): (150, 250), (300, 400): (300, 400), (70000, 1): (70000, 1), (600, 2): (3600, 12)}
+    for size, shown in sizes.items():
+        assert errors_page._enlarged(np.zeros((*size, 3), np.uint8)).shape == (*shown, 3)
+
+
 class Planted:
     """Predicts the truth, but 'car' in a square of one image; is sure of all of it."""
 

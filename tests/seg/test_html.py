@@ -56,6 +56,16 @@ def test_pictures_are_exact_as_png_and_close_as_photo() -> None:
     assert photo.shape == pixels.shape and np.abs(photo.astype(int) - pixels).mean() < 12
 
 
+@pytest.mark.parametrize("photo", [False, True])
+def test_pictures_of_very_thin_images(photo: bool) -> None:
+    """JPEG takes 65,500 rows at most."""
+    sizes = {(70000, 2): (4096, 1), (70000, 700): (4096, 41), (2, 70000): (1, 640), (4096, 640): (4096, 640)}
+    for size, shown in sizes.items():
+        pixels = np.full((*size, 3), 77, np.uint8)
+        (found,) = embedded(html.picture(pixels, photo=photo))
+        assert found.shape == (*shown, 3) and (found == 77).all()
+
+
 def test_a_legend_names_every_colour() -> None:
     found = html.legend(["road", "<a>"], np.array([[1, 2, 3], [255, 0, 9]], np.uint8))
     pairs = re.findall(r"rgb\((\d+), (\d+), (\d+)\)\"></i>([^ ]*?)</span>", found)
