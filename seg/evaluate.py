@@ -18,7 +18,7 @@ from torch import nn
 
 from engine import distributed
 from engine.errors import NotFiniteError, UserError
-from engine.images import check_results_writable, write_bytes, write_png
+from engine.images import check_results_writable, show, write_bytes, write_png
 from engine.score_files import described, scores_folder, written
 from seg import draw
 from seg.averaging import Views, predictor_of
@@ -26,6 +26,7 @@ from seg.config import DataConfig, SegConfig
 from seg.data import EvalBatches, Rgb, Sample, eval_batches
 from seg.datasets import instead_of_scores, split_name
 from seg.datasets import samples as samples_of
+from seg.html import counted
 from seg.labels import (
     CITYSCAPES,
     IGNORE,
@@ -265,12 +266,15 @@ def report(
     out: Path | None = None,
     about: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write the files asked for, the JSON with what is told `about` it, and then print the table."""
+    """Write the files asked for, the JSON with what is told `about` it, and then print the table, and which pictures in
+    `out` are others: an earlier evaluation there may have drawn more."""
     if json_file:
         write_json(scores, json_file, about)
-    if out:
-        write_pictures(scores, pictures, out)
+    others = write_pictures(scores, pictures, out) if out else []
     print(scores.table())
+    if others:
+        found = counted(len(others), "picture")
+        print(f"note: {out} also holds {found} not of this evaluation, such as {show(others[0])}")
 
 
 def write_json(scores: Scores, path: Path | str, about: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -281,9 +285,10 @@ def write_json(scores: Scores, path: Path | str, about: Mapping[str, Any] = Mapp
     write_bytes(path, (json.dumps({**about, **scores.to_json()}, indent=1, allow_nan=False) + "\n").encode())
 
 
-def write_pictures(scores: Scores, pictures: Mapping[str, Rgb], out: Path | str) -> None:
+def write_pictures(scores: Scores, pictures: Mapping[str, Rgb], out: Path | str) -> list[str]:
     """Write `confusion.png`, `class_iou.png` and the panels to a folder, that of an image of such a name as
-    `image_NAME.png`. Raises UserError when that can't be done.
+    `image_NAME.png`. Returns the names of the other PNGs that it holds, sorted. Raises UserError when that can't be
+    done.
 
     The matrix is drawn for the evaluated classes; what was predicted as void is left out, of the percents too, and that
     is said.
@@ -295,8 +300,10 @@ def write_pictures(scores: Scores, pictures: Mapping[str, Rgb], out: Path | str)
     plots = ("confusion", "class_iou")
     draw.plot_confusion(matrix, scores.labels.classes, out / f"{plots[0]}.png", title)
     draw.plot_class_iou(scores.class_iou, out / f"{plots[1]}.png")
-    for name, picture in pictures.items():
-        write_png(out / (f"image_{name}.png" if name.casefold() in plots else f"{name}.png"), picture)
+    panels = {f"image_{name}.png" if name.casefold() in plots else f"{name}.png": one for name, one in pictures.items()}
+    for name, picture in panels.items():
+        write_png(out / name, picture)
+    return sorted({path.name for path in out.glob("*.png")} - {*panels, *(f"{name}.png" for name in plots)})
 
 
 def _spread(samples: Sequence[Sample], wanted: int) -> set[Sample]:

@@ -324,6 +324,22 @@ def test_pictures_are_written(sample_root: Path, tmp_path: Path) -> None:
     assert min(Image.open(tmp_path / "out" / "confusion.png").size) > 300
 
 
+def test_pictures_of_an_earlier_evaluation_are_told_of(
+    sample_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores, pictures = evaluate.evaluate_model(Coarse(), config(sample_root))
+    first, second = sorted(pictures)
+    for found in (pictures, pictures, {second: pictures[second]}, {}):
+        evaluate.report(scores, found, out=tmp_path / "out")
+    table = scores.table()
+    note = f"note: {tmp_path / 'out'} also holds"
+    assert capsys.readouterr().out == (
+        f"{table}\n{table}\n{table}\n{note} 1 picture not of this evaluation, such as {first}.png\n"
+        f"{table}\n{note} 2 pictures not of this evaluation, such as {first}.png\n"
+    )
+    assert len(list((tmp_path / "out").iterdir())) == 4  # which are the user's
+
+
 def test_a_drawn_matrix_says_that_void_predictions_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
