@@ -82,6 +82,15 @@ def test_the_papers_recipes_for_classification():
     assert (str(imagenet.length), imagenet.batch_size, imagenet.optim.weight_decay) == ("90 epochs", 256, 1e-4)
 
 
+@pytest.mark.parametrize("norm", ["bn", "deconv"])
+def test_the_rates_of_the_papers_table_2(norm: str) -> None:
+    """As "[Re] Network Deconvolution" (arXiv 2410.01189) lists them; VGG-11's is also in the authors' README."""
+    for network, rate in (("vgg11", 0.01), ("resnet18", 0.1), ("densenet121", 0.1)):
+        path = ROOT / f"configs/classify/{network}_imagenet.yaml"
+        optim = load(path, [f"norm.name={norm}"], ClassifyConfig).config.optim
+        assert (optim.lr, optim.momentum, optim.schedule) == (rate, 0.9, "cosine")
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_the_cheap_method_converts_the_same_layers_by_the_same_options(path: Path):
     schema = SegConfig if path in SEG else ClassifyConfig
