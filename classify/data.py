@@ -98,7 +98,7 @@ def train_batches(cfg: ClassifyConfig, device: torch.device, world: int = 1, ran
         files = folder.Files(*_limited(files, data.train_limit))
         return folder.FolderTrainBatches(files, cfg, Normalize(info.mean, info.std), mixing, world, rank)
     arrays = Arrays(*_limited(sets.load(data, data.train_split), data.train_limit))
-    return memory.MemoryTrainBatches(memory.resized(arrays, data.size), cfg, normalize, mixing, device, world, rank)
+    return memory.MemoryTrainBatches(arrays, cfg, normalize, mixing, device, world, rank)
 
 
 def eval_batches(
@@ -109,7 +109,7 @@ def eval_batches(
     if data.name == "folder":
         files = folder.find(data.root, split, info.classes)
         return folder.FolderEvalBatches(files, cfg, Normalize(info.mean, info.std), world, rank)
-    arrays = memory.resized(sets.load(data, split), data.size)
+    arrays = sets.load(data, split)
     return memory.MemoryEvalBatches(arrays, cfg, Normalize(info.mean, info.std, device), device, split, world, rank)
 
 

@@ -7,6 +7,7 @@ An image's crop, flip, RandAugment and erasing are pure functions of (seed, epoc
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,13 @@ def resized(data: Arrays, size: int | None) -> Arrays:
     return Arrays(images, data.labels)
 
 
+def fingerprint(data: Arrays) -> str:
+    """`loading.digest` of the labels, to which earlier versions kept, and a checksum of the pixels, such as
+    "50000 images, 1f0c5a2b, 9a8b7c6d". Before resizing, which need not give the same pixels on every processor."""
+    labels = digest(len(data.labels), [data.labels.tobytes()])
+    return f"{labels}, {zlib.crc32(np.ascontiguousarray(data.images).data):08x}"
+
+
 def draws(count: int, padding: int, flip: float, seed: int, epoch: int) -> Table:
     """For each of `count` images the crop's top and left in the padded image, and whether it is flipped: (3, count)."""
     random = np.random.default_rng([augment.CROPS, seed, epoch])
@@ -92,9 +100,10 @@ class MemoryTrainBatches:
     cutmix, float32 (N, classes), "name" list[str]}, the tensors on the device.
 
     Step s of an epoch is the s-th `batch_size` of the shuffled images whatever the number of ranks and micro-batches.
+    `data` are the images as the set has them; they are resized to `data.size`.
 
     Raises:
-        UserError: fewer images than a batch.
+        UserError: fewer images than a batch; see `resized`.
     """
 
     def __init__(
@@ -113,7 +122,8 @@ class MemoryTrainBatches:
         self.randaugment, self.erasing = augment.randaugment(cfg.data), augment.erasing(cfg.data)
         where = f"the split {cfg.data.train_split!r} of {cfg.data.name}"
         self.order = Order(len(data.labels), cfg, world, rank, where)
-        self.digest = digest(len(data.labels), [data.labels.tobytes()])
+        self.digest = fingerprint(data)
+        data = resized(data, cfg.data.size)
         self.padded = F.pad(torch.from_numpy(data.images), (cfg.data.crop_padding,) * 4).to(device)
         self.labels = torch.from_numpy(data.labels).to(device)
         values = self.order.micro_batch * data.images[0].size
@@ -155,7 +165,10 @@ class MemoryTrainBatches:
 
 class MemoryEvalBatches:
     """One rank's share of a split, each image on exactly one rank and once, in batches of `data.eval_batch_size`:
-    {"image" float32 (N, C, H, W), "target" int64 (N,), "name" list[str]}, the tensors on the device."""
+    {"image" float32 (N, C, H, W), "target" int64 (N,), "name" list[str]}, the tensors on the device.
+
+    `data` are the images as the set has them; they are resized to `data.size`. Raises UserError as `resized`.
+    """
 
     def __init__(
         self,
@@ -170,7 +183,8 @@ class MemoryEvalBatches:
         self.problems: list[str] = []
         self.normalize, self.size, self.prefix = normalize, cfg.data.eval_batch_size, f"{cfg.data.name}/{split}/"
         self.numbers = range(len(data.labels))[rank::world]
-        self.digest = digest(len(data.labels), [data.labels.tobytes()])
+        self.digest = fingerprint(data)
+        data = resized(data, cfg.data.size)
         self.images, self.labels = (torch.from_numpy(array[rank::world]).to(device) for array in data)
 
     def __len__(self) -> int:

@@ -39,6 +39,7 @@ BOUND = ("runtime.seed",)  # ... and among them those that decide which data com
 ACCEPTED = ("optim.lr", "optim.clip_norm", "micro_batch", "predict.")
 """What may differ when it is said so: another rate after a loss that was not finite, less memory, not another run."""
 ENDED = (*BOUND, "runtime.amp", "runtime.matmul_precision")  # of a run that has ended: another result
+_MEANING = "after the number of images come checksums: of the names, or of labels and pixels"
 
 
 def find_resume(
@@ -151,8 +152,8 @@ def check_data(splits: Mapping[str, str], state: Mapping[str, Any] | None) -> No
     """Whether all processes have the same images, and the checkpoint `state`, if there is one, was trained on them.
 
     Args:
-        splits: "train" and "val", each with its `engine.loading.digest`.
-        state: what `find_resume` found; those of earlier versions do not say.
+        splits: "train" and "val", each with its `engine.loading.digest`, to which more may be added after a comma.
+        state: what `find_resume` found; those of earlier versions do not say, or not what was added.
 
     Raises:
         UserError: they differ.
@@ -163,13 +164,13 @@ def check_data(splits: Mapping[str, str], state: Mapping[str, Any] | None) -> No
         if other := next((rank for rank, one in enumerate(found) if one != found[0]), 0):
             raise UserError(
                 f"the processes have different images: of {name!r} process 0 has {found[0]}, process {other} "
-                f"{found[other]} (a number of the names follows that of the images); complete the data on its machine"
+                f"{found[other]} ({_MEANING}); complete the data on its machine"
             )
         then = here if state is None else state["meta"].get("data", {}).get(name, here)
-        if state is not None and then != here:
+        if state is not None and then != here and not here.startswith(f"{then}, "):
             raise UserError(
-                f"{state['path']}: was trained with other images: of {name!r} it had {then}, now there are {here} (a "
-                "number of the names follows that of the images); put them back as they were, or start anew in another "
+                f"{state['path']}: was trained with other images: of {name!r} it had {then}, now there are {here} "
+                f"({_MEANING}); put them back as they were, or start anew in another "
                 "--work-dir"
             )
 

@@ -261,6 +261,21 @@ def test_each_validation_image_is_on_one_rank_as_it_is() -> None:
     assert len(found) == 23
 
 
+def test_the_digest_is_of_labels_and_of_pixels_before_resizing() -> None:
+    data = arrays()
+    other = Arrays(data.images.copy(), data.labels)
+    other.images[7, 1, 3, 4] ^= 1
+    found = {name: memory.fingerprint(one) for name, one in (("as", data), ("other", other))}
+    assert found["as"].startswith("40 images, ") and found["as"] != found["other"]
+    assert found["as"].rpartition(", ")[0] == found["other"].rpartition(", ")[0], "that of the labels alone"
+    turned = Arrays(np.ascontiguousarray(data.images.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2), data.labels)
+    assert not turned.images.flags.c_contiguous and memory.fingerprint(turned) == found["as"]
+    for size in (None, 6):
+        batches = MemoryEvalBatches(data, config(size=size), augment.Normalize(MEAN, STD), CPU, "test", 2, 1)
+        assert batches.digest == training(config(size=size), data).digest == found["as"]
+        assert next(iter(batches))["image"].shape[2:] == (size or 12, size or 12)
+
+
 def test_resized() -> None:
     data = arrays(3)
     assert memory.resized(data, None) is data and memory.resized(data, 12) is data

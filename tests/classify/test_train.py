@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,23 @@ def test_a_class_that_is_called_otherwise_ends_a_resumed_training(image_root: Pa
         (root / split / "tram").rename(root / split / "a tram")
     with pytest.raises(UserError, match=r"run/last.pt: the network's class 'bus' is 'a tram' in the data set"):
         train.run(loaded(root, "batch_size=6", "length=2 steps", **options), tmp_path / "run", "auto")
+
+
+def test_a_training_goes_on_with_the_pixels_that_it_began_with(cifar_root: Path, tmp_path: Path) -> None:
+    """Such as those of a copy of CIFAR whose images were encoded anew; earlier versions noted the labels alone."""
+    root, last = Path(shutil.copytree(cifar_root, tmp_path / "data")), tmp_path / "run/last.pt"
+    train.run(loaded(root, "length=1 step"), tmp_path / "run")
+    began = checkpoint.load(last)
+    labels = {name: one.rpartition(", ")[0] for name, one in began["meta"]["data"].items()}
+    file = root / "cifar-10-batches-py/test_batch"
+    entry = pickle.loads(file.read_bytes())
+    file.write_bytes(pickle.dumps({**entry, "data": entry["data"] ^ 1}))
+    said = rf"{last}: was trained with other images: of 'val' it had {began['meta']['data']['val']}, now there are "
+    with pytest.raises(UserError, match=said + rf"{labels['val']}, \w+ \(after the number of images come checksums"):
+        train.run(loaded(root, "length=2 steps"), tmp_path / "run", "auto")
+    checkpoint.save(last, {**began, "meta": {**began["meta"], "data": labels}})
+    assert train.run(loaded(root, "length=2 steps"), tmp_path / "run", "auto").step == 2
+    assert checkpoint.load(last)["meta"]["data"]["train"] == began["meta"]["data"]["train"]
 
 
 def test_weights_of_another_number_of_classes_start_the_classifier_anew(

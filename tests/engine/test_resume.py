@@ -105,6 +105,9 @@ def test_the_images_are_the_same_everywhere_and_as_they_were(monkeypatch: pytest
     assert loading.digest(2, [b"ab", b"c"]) != loading.digest(2, [b"a", b"bc"])
     with pytest.raises(UserError, match=r"x/last.pt: was trained with other images: of 'val' it had 1 images, "):
         check_data(other, state)
+    check_data({name: f"{one}, 89abcdef" for name, one in splits.items()}, state)  # of before something was added
+    with pytest.raises(UserError, match=r"of 'train' it had 3 images, \w+, now there are 3 images, \w{9}, "):
+        check_data({name: f"{one}0, 89abcdef" for name, one in splits.items()}, state)
     on_two(monkeypatch, lambda value: {**value, "train": "2 images, 0"})
     with pytest.raises(UserError, match=r"of 'train' process 0 has 3 images, \w+, process 1 2 images, 0 "):
         check_data(splits, None)
