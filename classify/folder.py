@@ -167,7 +167,10 @@ class _Problems:
         batch, errors = loaded
         for error in errors:
             if not self.skip:
-                raise UserError(f"{error} Repair or remove it; data.on_error=skip goes on without such images.")
+                raise UserError(
+                    f"{error} Repair it; data.on_error=skip goes on without such images. To remove it makes another "
+                    "data set: do that only where no training on it has begun, which would not go on."
+                )
             self.found[str(error)] = None
         return batch
 
@@ -233,7 +236,8 @@ class FolderTrainBatches:
             if batch is None:
                 raise UserError(
                     f"none of the {rows.shape[1]} images of a micro-batch can be read, so there is nothing to train "
-                    f"on; repair or remove such files. The last one: {self.problems[-1]}"
+                    "on; repair such files, or remove them and start anew. The last one: "
+                    f"{self.problems[-1]}"
                 )
             image, target = self.mixing(batch["image"], batch["target"], self.seed, epoch, number, self.rank)
             yield {**batch, "image": image, "target": target}

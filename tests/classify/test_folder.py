@@ -297,7 +297,10 @@ def test_a_micro_batch_without_a_readable_image(root: Path) -> None:
     for path in root.glob("*/*/*"):
         path.write_bytes(b"no image")
     cfg = config(root, on_error="skip")
-    with pytest.raises(UserError, match="none of the 4 images of a micro-batch can be read.*The last one: /.*/train/"):
+    with pytest.raises(
+        UserError,
+        match="none of the 4 images of a micro-batch can be read.*repair such files, or.*The last one: /.*/train/",
+    ):
         list(data.train_batches(cfg, CPU).epoch(0))
     validation = data.eval_batches(cfg, CPU)
     assert list(validation) == [] and len(validation.problems) == 6

@@ -97,7 +97,7 @@ def test_a_folder_of_images_with_a_broken_one(image_root: Path, tmp_path: Path, 
     (root / "train/bus/2.png").write_bytes(b"broken")
     options = ["data.on_error=skip", "batch_size=6", "length=3 epochs", "data.size=32"]
     experiment = loaded(root, *options, name="folder", val_split="val")
-    with pytest.raises(UserError, match="(2|1).png: .* Repair or remove it; data.on_error=skip goes on without such"):
+    with pytest.raises(UserError, match="(2|1).png: .* Repair it; data.on_error=skip goes on without such"):
         train.run(loaded(root, *options, "data.on_error=stop", name="folder", val_split="val"), tmp_path / "stopped")
     train.run(experiment, tmp_path / "run")
     said = capsys.readouterr().out
@@ -111,8 +111,12 @@ def test_what_the_error_of_a_broken_image_advises_goes_on(image_root: Path, tmp_
     options = dict(name="folder", val_split="val", size=32)
     train.run(loaded(root, "batch_size=6", "length=1 epoch", **options), tmp_path / "run")
     (root / "train/bus/2.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match="data.on_error=skip goes on without such images"):
+    with pytest.raises(UserError, match="data.on_error=skip goes on without such images. To remove it makes another"):
         train.run(loaded(root, "batch_size=6", "length=3 epochs", **options), tmp_path / "run", "auto")
+    removed = Path(shutil.copytree(root, tmp_path / "removed"))
+    (removed / "train/bus/2.png").unlink()
+    with pytest.raises(UserError, match="was trained with other images: of 'train' it had 18 images"):
+        train.run(loaded(removed, "batch_size=6", "length=3 epochs", **options), tmp_path / "run", "auto")
     skip = loaded(root, "batch_size=6", "length=3 epochs", "data.on_error=skip", **options)
     done = train.run(skip, tmp_path / "run", "auto")
     assert not done.stopped and (tmp_path / "run/best.pt").exists()
