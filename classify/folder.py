@@ -181,8 +181,8 @@ def _collate(items: list[Any]) -> tuple[Any, list[UserError]]:
 
 
 def _digest(files: Files, data: DataConfig) -> str:
-    start = len(os.fsencode(data.root))
-    return loading.digest(len(files.labels), (path[start:] for path in files.paths.tolist()))
+    start = len(os.fsencode(data.root / "x")) - 1  # of "." and "/" too, whose length says nothing of a path's start
+    return loading.digest(len(files.labels), (b"/" + path[start:] for path in files.paths.tolist()))
 
 
 class FolderTrainBatches:

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from classify import augment, data, folder
 from classify.config import ClassifyConfig
+from engine import loading
 from engine.errors import UserError
 
 CPU = torch.device("cpu")
@@ -304,6 +305,18 @@ def test_a_micro_batch_without_a_readable_image(root: Path) -> None:
         list(data.train_batches(cfg, CPU).epoch(0))
     validation = data.eval_batches(cfg, CPU)
     assert list(validation) == [] and len(validation.problems) == 6
+
+
+def test_the_digest_is_of_the_same_names_wherever_they_lie(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from the folder itself, whose paths do not begin with "./"."""
+    names = (f"/train/{name}/{i}.{'jpg' if i % 2 else 'png'}".encode() for name in CLASSES for i in range(4))
+    expected = loading.digest(12, names)
+    for here, place in ((root, "."), (root, ""), (root.parent, root.name), (root / "val", ".."), (root, str(root))):
+        monkeypatch.chdir(here)
+        assert data.train_batches(config(Path(place)), CPU).digest == expected, place
+    top = [path.replace(os.fsencode(root), b"") for path in folder.find(root, "train", CLASSES).paths.tolist()]
+    at_top = folder.Files(np.array(top), np.zeros(12, np.int64))
+    assert folder._digest(at_top, config(Path("/")).data) == expected
 
 
 def test_datasets_go_to_processes_that_are_not_forked(root: Path) -> None:
