@@ -37,6 +37,14 @@ class Normalize:
         return images.float().mul_(self.factor).add_(self.offset)
 
 
+def grey(image: Tensor) -> Tensor:
+    """RGB uint8 (3, H, W) -> uint8 (1, H, W), the nearest level of the luma (ITU-R BT.601); where all channels have the
+    same value, that one. torchvision's weights sum to 0.9999 and it cuts off, so that all of these were a level darker.
+    """
+    red, green, blue = image
+    return red.mul(0.299).add_(green, alpha=0.587).add_(blue, alpha=0.114).round_().to(torch.uint8)[None]
+
+
 def randaugment(cfg: DataConfig) -> v2.RandAugment | None:
     """RandAugment of one uint8 image (C, H, W), or None if it is off."""
     return v2.RandAugment(cfg.randaugment, cfg.randaugment_magnitude) if cfg.randaugment else None

@@ -147,7 +147,7 @@ class FolderDataset(Dataset[dict[str, Any]]):
         path = Path(os.fsdecode(self.files.paths[index]))
         image = torch.from_numpy(images.read_image(path)).permute(2, 0, 1)
         if self.grey:
-            image = v2.functional.rgb_to_grayscale(image)
+            image = augment.grey(image)
         with augment.seeded(augment.FOLDER, self.seed, epoch, index):
             image = self.normalize(self.steps(image))
             if self.erasing is not None:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from classify.augment import Normalize, evaluation_steps
+from classify.augment import Normalize, evaluation_steps, grey
 from classify.config import ClassifyConfig, LossConfig
 from classify.data import DataInfo
 from classify.losses import probabilities
@@ -49,7 +48,7 @@ class Predictor:
 
         def transform(image: Array) -> Tensor:
             pixels = torch.from_numpy(image).permute(2, 0, 1)
-            return normalize(steps(rgb_to_grayscale(pixels) if info.channels == 1 else pixels))
+            return normalize(steps(grey(pixels) if info.channels == 1 else pixels))
 
         return cls(model.eval(), transform, device, cfg.loss, last)
 

@@ -260,6 +260,23 @@ def test_images_of_all_modes_become_rgb_or_grey(root: Path, mode: str) -> None:
     assert data.describe(config(root, mean=(0.5,), std=(0.5,)).data).channels == 1
 
 
+def test_grey_images_keep_their_values_in_a_grey_network(tmp_path: Path) -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for name in CLASSES:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.fromarray(levels).save(tmp_path / "val" / name / "x.png")
+    (batch,) = data.eval_batches(config(tmp_path, mean=(0.0,), std=(1.0,), eval_resize=16), CPU)
+    torch.testing.assert_close(batch["image"] * 255, torch.from_numpy(levels).float().expand(3, 1, 16, 16))
+
+
+def test_the_grey_of_colours_is_that_of_pillow() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    found = augment.grey(torch.from_numpy(pixels).permute(2, 0, 1))
+    assert found.shape == (1, 50, 60) and found.dtype == torch.uint8
+    theirs = torch.from_numpy(np.array(Image.fromarray(pixels).convert("L"))).int()
+    assert (found.int() - theirs).abs().max() <= 1 and (found != theirs).float().mean() < 0.01
+
+
 # ---------------------------------------------------------------- unreadable images
 
 
