@@ -6,7 +6,6 @@ speed. Images of any kind become RGB, or grey where the config's mean has one nu
 
 from __future__ import annotations
 
-import functools
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
 
 from classify import augment, sets
@@ -76,7 +74,7 @@ def _folders(place: Path) -> list[str]:
 def find(root: Path, split: str, classes: tuple[str, ...]) -> Files:
     """The images of a split, also those in folders below a class's, but not hidden ones; class i is `classes[i]`.
 
-    Links to folders are followed, but not to one that they lie in.
+    Links to folders are followed, but not to one that they lie in or that the way to them has been through.
 
     Raises:
         UserError: as `class_folders`; the split has other classes, or a class has no image.
@@ -89,37 +87,47 @@ def find(root: Path, split: str, classes: tuple[str, ...]) -> Files:
             f"{place}: its class folders are not the {len(classes)} of the training split: {'; '.join(parts)}. The "
             "splits must have the same class folders."
         )
-    which = {name: i for i, name in enumerate(classes)}
-    circular = functools.cache(functools.partial(_circular, str(place)))
-
-    def wanted(path: str) -> bool:
-        return _is_image(place, path) and not circular(os.path.dirname(path))
-
-    samples = make_dataset(str(place), which, None, wanted, allow_empty=True)
-    labels = np.array([label for _, label in samples], np.int64)
+    by_class = [_images_below(os.path.join(place, name), os.path.realpath(place)) for name in classes]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(paths) for paths in by_class])
     empty = [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]
     if empty:
         raise UserError(
             f"{place}: no image in {len(empty)} of {len(classes)} class folders: {_some(empty)}. Fill or remove them, "
             f"in all splits; an image's name ends in one of {' '.join(sorted(images.SUFFIXES))}."
         )
-    return Files(np.array([os.fsencode(path) for path, _ in samples]), labels)
+    return Files(np.array([os.fsencode(path) for paths in by_class for path in paths]), labels)
 
 
-def _is_image(place: Path, path: str) -> bool:
-    parts = os.path.relpath(path, place).split(os.sep)
-    return os.path.splitext(path)[1].lower() in images.SUFFIXES and not any(part.startswith(".") for part in parts)
+def _images_below(top: str, place: str) -> list[str]:
+    """The images of a class's folder `top` in the order of torchvision's make_dataset, which would enter links in a
+    circle: images come forty times then, those of other classes as this one's, and two such links make 2 ** 40 folders.
+
+    `place` is the real path of the split's folder.
+    """
+    first = _way(top, (place,))
+    if first is None:
+        return []
+    ways, found = {top: first}, list[tuple[str, list[str]]]()
+    for folder, below, names in os.walk(top, followlinks=True):
+        shown = [os.path.join(folder, name) for name in below if not name.startswith(".")]
+        entered = {path: way for path in shown if (way := _way(path, ways[folder])) is not None}
+        ways.update(entered)
+        below[:] = map(os.path.basename, entered)
+        found.append((folder, sorted(names)))
+    return [os.path.join(folder, name) for folder, names in sorted(found) for name in names if _is_image(name)]
 
 
-def _circular(place: str, folder: str) -> bool:
-    """Whether the way from `place` down to `folder` takes a link to a folder that it lies in: its images would come
-    forty times, and those of other classes as this one's."""
-    while len(folder) > len(place):
-        above = os.path.dirname(folder)
-        if os.path.islink(folder) and Path(os.path.realpath(above)).is_relative_to(os.path.realpath(folder)):
-            return True
-        folder = above
-    return False
+def _way(folder: str, above: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The real folders in which the way down to `folder` leaves off for a link, and its own, from those of the folder
+    it lies in; None for a link back to one of them, or to one that they lie in."""
+    if not os.path.islink(folder):
+        return (*above[:-1], os.path.join(above[-1], os.path.basename(folder)))
+    real = os.path.realpath(folder)
+    return None if any(Path(one).is_relative_to(real) for one in above) else (*above, real)
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in images.SUFFIXES and not name.startswith(".")
 
 
 def _some(names: list[str]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets.folder import make_dataset
 from torchvision.transforms import v2
 
 from classify import augment, data, folder
@@ -106,6 +107,43 @@ def test_links_in_a_circle_add_no_images(tmp_path: Path, target: str) -> None:
     names = [os.path.relpath(os.fsdecode(path), tmp_path / "train") for path in files.paths]
     assert names == ["a/x.png", "a/more/x.png", "b/x.png"]
     assert files.labels.tolist() == [0, 0, 1]
+
+
+def test_many_links_in_a_circle_are_not_walked(tmp_path: Path) -> None:
+    """Each doubles the folders of a walk that enters them, at forty levels."""
+    for place in ("train/a/below", "train/b"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "x.png").touch()
+    for name in ("one", "two"):
+        (tmp_path / "train/a" / name).symlink_to("..")
+        (tmp_path / "train/a/below" / name).symlink_to(tmp_path / "train/a")
+        (tmp_path / "train/b" / name).symlink_to("../a/below")
+    (tmp_path / "train/a/below/b").symlink_to("../../b")  # and from there back to below
+    files = folder.find(tmp_path, "train", ("a", "b"))
+    names = [os.path.relpath(os.fsdecode(path), tmp_path / "train") for path in files.paths]
+    assert names == ["a/below/x.png", "a/below/b/x.png", "b/x.png", "b/one/x.png", "b/two/x.png"]
+    (tmp_path / "train/c").symlink_to(".")
+    with pytest.raises(UserError, match="train: no image in 1 of 3 class folders: c."):
+        folder.find(tmp_path, "train", ("a", "b", "c"))
+
+
+def test_the_order_is_that_of_torchvision(tmp_path: Path) -> None:
+    """A run that began with an earlier version goes on with the same order."""
+    for i, name in enumerate(("a/b", "a-b", "a/b-c", "a/b/c", "a/b c", "a/B", "a/b.png", "é/\udce9", "é")):
+        for suffix in ("2.png", "10.JPG", "b.webp", "x.txt"):
+            (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "train" / name / f"{i}{suffix}").touch()
+    (tmp_path / "elsewhere/below").mkdir(parents=True)
+    (tmp_path / "elsewhere/below/y.png").touch()
+    (tmp_path / "train/a/a link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train/a/b/z.png").symlink_to("nothing")
+    place, classes = str(tmp_path / "train"), folder.class_folders(tmp_path, "train")
+    which = {name: i for i, name in enumerate(classes)}
+    expected = make_dataset(place, which, None, lambda path: not path.endswith("txt"))
+    files = folder.find(tmp_path, "train", classes)
+    assert [os.fsdecode(path) for path in files.paths] == [path for path, _ in expected]
+    assert files.labels.tolist() == [label for _, label in expected] and len(expected) == 9 * 3 + 2
+    assert files.labels.dtype == np.int64
 
 
 def test_empty_class_folders_are_named(root: Path) -> None:
