@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from classify import losses
+from classify import losses, sets
 from classify.config import ClassifyConfig
 from classify.data import DataInfo, describe, eval_batches
 from classify.draw import plot_class_accuracy, plot_mistakes
@@ -117,12 +117,22 @@ def check_classes(network: DataInfo, data: DataInfo, path: Path | str) -> None:
         here, there = next((a, b) for a, b in zip(network.classes, data.classes, strict=True) if a != b)
         raise UserError(
             f"{path}: the network's class {here!r} is {there!r} in the data set; the classes and their order must be "
-            "those of the training"
+            f"those of the training{_about_names(network, data)}"
         )
     if network.channels != data.channels:
         raise UserError(
             f"{path}: the network takes images of {network.channels} channels, the data set's have {data.channels}"
         )
+
+
+def _about_names(network: DataInfo, data: DataInfo) -> str:
+    """What to do where the one or the other may be of the same set without the file that names its classes."""
+    if sets.UNNAMED not in (network.classes, data.classes):
+        return ""
+    what = f"put the {sets.NAMES_FILE} of the training into data.root"
+    if network.classes == sets.UNNAMED:
+        what = f"move {sets.NAMES_FILE}, which the training did not have, out of data.root"
+    return f"; if both are the downsampled ImageNet, {what}"
 
 
 def evaluate_and_report(

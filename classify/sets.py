@@ -28,6 +28,12 @@ IMAGENET_MEAN: Numbers = (0.485, 0.456, 0.406)
 IMAGENET_STD: Numbers = (0.229, 0.224, 0.225)
 
 
+UNNAMED = tuple(f"class {i}" for i in range(1, 1001))
+"""The classes of the downsampled ImageNet, whose files do not name them ..."""
+NAMES_FILE = "map_clsloc.txt"
+"""... where data.root has no such file."""
+
+
 class File(NamedTuple):
     path: Path
     md5: str | None = None
@@ -196,7 +202,7 @@ def _imagenet_files(size: int, root: Path, split: str) -> list[File]:
 
 def _imagenet(size: int) -> KnownSet:
     return KnownSet(
-        tuple(f"class {i}" for i in range(1, 1001)),
+        UNNAMED,
         (3, size, size),
         IMAGENET_MEAN,
         IMAGENET_STD,
@@ -217,7 +223,7 @@ def class_names(cfg: DataConfig) -> tuple[str, ...]:
         UserError: map_clsloc.txt doesn't name each of the classes 1 ... 1000 once.
     """
     classes = SETS[cfg.name].classes
-    path = cfg.root / "map_clsloc.txt"
+    path = cfg.root / NAMES_FILE
     if not cfg.name.startswith("imagenet") or not path.is_file():
         return classes
     try:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from classify.config import ClassifyConfig
-from classify.data import DataInfo
+from classify.config import ClassifyConfig, DataConfig
+from classify.data import DataInfo, describe
 from classify.evaluate import check_classes, draw, evaluate_and_report, evaluate_model
 from classify.scores import Scores, left_out
 from engine.errors import UserError
@@ -118,6 +118,20 @@ def test_a_data_set_with_other_classes_is_an_error():
         check_classes(two, DataInfo(("b", "a"), 3, 4, (0.5,) * 3, (0.5,) * 3), "x.pt")
     with pytest.raises(UserError, match="takes images of 3 channels, the data set's have 1"):
         check_classes(two, DataInfo(("a", "b"), 1, 4, (0.5,), (0.5,)), "x.pt")
+
+
+def test_the_file_that_names_classes_is_told_where_it_came_or_went(tmp_path: Path):
+    cfg = DataConfig(name="imagenet32", root=tmp_path)
+    unnamed = describe(cfg)
+    lines = [f"n{i:08} {i} thing_{i}" for i in range(1, 1001)]
+    (tmp_path / "map_clsloc.txt").write_text("\n".join(lines))
+    named = describe(cfg)
+    said = "x.pt: the network's class 'thing_1' is 'class 1' in the data set; .* if both are the downsampled ImageNet, "
+    with pytest.raises(UserError, match=said + "put the map_clsloc.txt of the training into data.root$"):
+        check_classes(named, unnamed, "x.pt")
+    with pytest.raises(UserError, match="move map_clsloc.txt, which the training did not have, out of data.root$"):
+        check_classes(unnamed, named, "x.pt")
+    check_classes(named, describe(cfg), "x.pt")
 
 
 def test_results_that_cannot_be_written_are_told_before_the_work(tmp_path: Path):
