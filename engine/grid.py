@@ -245,13 +245,13 @@ def mean_and_deviation(shares: Sequence[float]) -> str:
 
 def short(reason: str) -> str:
     """What happened, for a cell of a table, without the advice after it."""
-    flat = reason.partition("; ")[0].replace("|", "/")
+    flat = reason.partition("; ")[0]
     return flat if len(flat) <= _LONGEST_REASON else flat[: _LONGEST_REASON - 3] + "..."
 
 
 def table_row(words: Sequence[str]) -> str:
-    """A line of a Markdown table."""
-    return "| " + " | ".join(words) + " |"
+    """A line of a Markdown table; a bar in a word, such as that of a pattern with two layers, stays in its cell."""
+    return "| " + " | ".join(word.replace("|", r"\|") for word in words) + " |"
 
 
 def table_head(words: Sequence[str], left: int = 1) -> list[str]:

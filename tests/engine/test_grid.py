@@ -1,6 +1,7 @@
 """Grids of trainings: variants, what folders tell, and going on."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,5 +155,9 @@ def test_a_signal_ends_it(tmp_path: Path):
 
 def test_words_for_tables():
     assert grid.mean_and_deviation([0.5]) == "50.00" and grid.mean_and_deviation([0.4, 0.6]) == "50.00 ± 14.14"
-    assert grid.short("no | room; try less") == "no / room" and len(grid.short("x" * 300)) == 140
+    assert grid.short("no | room; try less") == "no | room" and len(grid.short("x" * 300)) == 140
     assert grid.table_head(["a", "b"]) == ["| a | b |", "| --- | ---: |"]
+    variant = grid.variant("deconv:norm.overrides={'a.*|b.*': {n_iter: 1}}", "--variants", lambda *_: None)
+    row = grid.table_row(["ours: " + variant.text, "1"])
+    assert row == r"| ours: deconv:norm.overrides={'a.*\|b.*': {n_iter: 1}} | 1 |"
+    assert len(re.split(r"(?<!\\)\|", row)) == 4, "two cells"
