@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine import glyphs
 from engine.errors import UserError
 from engine.images import write_bytes
 
@@ -57,7 +58,7 @@ def figure(path: Path | str, size: tuple[float, float]) -> Iterator[Figure]:
     for text in (*(axes.title for axes in drawn.axes), *(text for legend in legends for text in legend.get_texts())):
         text.set_parse_math(False)  # a name with dollar signs is no formula
     data = io.BytesIO()
-    drawn.savefig(data, format=kind)
+    glyphs.save(drawn, data, format=kind)
     write_bytes(path, data.getvalue())
 
 

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from engine import distributed
+from engine import distributed, glyphs
 from engine.config import ReportConfig
 from engine.errors import UserError, silence
 from engine.images import show
@@ -316,7 +316,7 @@ def plot_curves(rows: list[dict[str, Any]], path: str | Path, title: str) -> Non
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(0, 1.03 * rows[-1]["step"])
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    figure.savefig(path, dpi=130)
+    glyphs.save(figure, path, dpi=130)
 
 
 def _draw_losses(axis: Any, train: list[dict[str, Any]]) -> None:

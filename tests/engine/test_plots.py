@@ -51,6 +51,13 @@ def test_curves_of_several_runs(tmp_path: Path, kept: list[Figure]):
     assert len(kept) == 1 and opened(tmp_path / "c.png").shape == (480, 960, 3)
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_in_any_script_are_drawn_without_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with plots.figure(tmp_path / "b.png", (4, 3)) as drawn:
+        plots.bars(drawn.add_subplot(), {"a": {"\u2312": 0.5, "\U000105a9": 0.4}}, ["\u2312", "\U000105a9"], "")
+    assert all(line.startswith("note: no installed font has") for line in capsys.readouterr().err.splitlines())
+
+
 def test_many_runs_have_a_colour_each():
     assert plots.cycle(6)[:2] == plots.cycle(2)
     for count in (6, 7, 20, 200):
