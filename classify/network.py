@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from classify import models
 from classify.config import ClassifyConfig, ModelConfig
 from classify.data import DataInfo, as_trained, check_crop
-from engine import checkpoint, initial
-from engine.config import from_dict
+from engine import checkpoint, initial, optim
+from engine.config import OptimConfig, from_dict
 from engine.errors import UserError
 from engine.prepare import convert_norm, for_prediction
 
@@ -100,6 +100,12 @@ def fits_converted(cfg: ClassifyConfig) -> bool:
         return False
     state = checkpoint.read(Path(str(cfg.model.weights)))
     return initial.fits_converted(initial.config_in(state), cfg.norm)
+
+
+def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
+    """`engine.optim.parameter_groups`; the backbone is all but the layers that make the predictions."""
+    head = set(models.classifier_names(model))
+    return optim.parameter_groups(model, cfg, lambda name: name not in head)
 
 
 def blank_images(info: DataInfo) -> list[Tensor]:

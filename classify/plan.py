@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from classify import losses, models, network, sets
+from classify import losses, network, sets
 from classify.config import ClassifyConfig, DataConfig
 from classify.data import DataInfo, describe
 from engine.config import Loaded
 from engine.loop import Batch
-from engine.optim import parameter_groups
 from engine.plan import Plan
 from engine.probe import Workload, make_plan
 
@@ -25,10 +26,6 @@ def workload(cfg: ClassifyConfig) -> Workload:
     def build() -> torch.nn.Module:
         return network.build(cfg.model, info, pretrained=False)[0]
 
-    def groups(model: torch.nn.Module) -> list[dict[str, object]]:
-        head = set(models.classifier_names(model))
-        return parameter_groups(model, cfg.optim, lambda name: name not in head)
-
     def evaluate(model: torch.nn.Module, count: int) -> None:
         model(batch(count)["image"].to(next(model.parameters()).device))
 
@@ -37,7 +34,7 @@ def workload(cfg: ClassifyConfig) -> Workload:
         build,
         losses.build(cfg.loss),
         batch,
-        groups,
+        partial(network.parameter_groups, cfg=cfg.optim),
         network.blank_images(info),
         _held(cfg.data, info),
         evaluate,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 
-from classify import data, losses, models, network
+from classify import data, losses, network
 from classify.config import ClassifyConfig
-from engine.optim import parameter_groups
 from engine.prepare import prepare, session
 from engine.steps import TrainingStep, endless
 
@@ -76,7 +76,5 @@ def _step(cfg: ClassifyConfig, name: str, images: torch.Tensor) -> TrainingStep:
     options = cfg.model.options if name == cfg.model.name else {}
     section = cfg.model.model_copy(update={"name": name, "options": options})
     model, _ = network.build(section, data.describe(cfg.data), pretrained=False)
-    prepared = prepare(model, cfg, images=[images])
-    head = set(models.classifier_names(prepared.raw))
-    groups = parameter_groups(prepared.raw, cfg.optim, lambda key: key not in head)
-    return TrainingStep(prepared, cfg, groups, losses.build(cfg.loss))
+    prepared = prepare(model, cfg, groups=partial(network.parameter_groups, cfg=cfg.optim), images=[images])
+    return TrainingStep(prepared, cfg, prepared.groups, losses.build(cfg.loss))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from classify import losses, models, network
+from classify import losses, network
 from classify.config import ClassifyConfig
 from classify.data import describe, eval_batches, train_batches
 from classify.evaluate import check_classes, evaluate_model
@@ -15,7 +16,6 @@ from engine import distributed
 from engine.config import Loaded
 from engine.config_help import passed_over
 from engine.loop import Evaluation, Result, fit
-from engine.optim import parameter_groups
 from engine.prepare import prepare, session
 from engine.report import Log
 from engine.resume import check_data, open_work_dir
@@ -46,9 +46,9 @@ def run(
             later = state is None and network.fits_converted(cfg)
             model, weights = network.build(cfg.model, info, pretrained=state is None and not later)
             images = network.blank_images(info) if state else (batch["image"] for batch in training.epoch(0))
-            prepared = prepare(model, cfg, images=images, blank=network.blank_images(info)[0])
+            groups = partial(network.parameter_groups, cfg=cfg.optim)
+            prepared = prepare(model, cfg, groups=groups, images=images, blank=network.blank_images(info)[0])
             weights = network.fill(prepared.raw, cfg.model, info) if later else weights
-            head = set(models.classifier_names(prepared.raw))
             log.attach("norm.txt", prepared.report)  # a row for each layer; the lines that sum it up are printed
             summary = [line for line in prepared.report.splitlines() if " | " not in line]
             notes = [*([weights] if weights else []), *summary, *passed_over(loaded)]
@@ -67,7 +67,7 @@ def run(
                 training,
                 loss=losses.build(cfg.loss),
                 evaluate=evaluate,
-                groups=parameter_groups(prepared.raw, cfg.optim, lambda name: name not in head),
+                groups=prepared.groups,
                 log=log,
                 work_dir=work_dir,
                 resume=state,

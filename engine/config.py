@@ -103,8 +103,8 @@ class OptimConfig(Section):
     decay_norm_bias: bool = True
     """Decay one-dimensional parameters (norm weights and biases) too; false leaves them undecayed."""
     backbone_lr_factor: NotNegative = 1.0
-    """Factor on the learning rate of the backbone's parameters; 0 freezes them, but not the statistics of its norms:
-    the recipe frozen_bn does that."""
+    """Factor on the learning rate of the backbone's parameters; 0 freezes them: no gradients are computed for
+    them, and no weight decay moves them. The statistics of its norms move on: the recipe frozen_bn holds them."""
     head_lr_factor: Positive = 1.0
     """Factor on the learning rate of all other parameters."""
     schedule: Literal["poly", "cosine", "multistep", "constant"] = "poly"

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ class Prepared:
     device: torch.device
     report: str
     """What was done, for the log."""
+    groups: list[dict[str, Any]]
+    """The optimiser's parameter groups, where `prepare` was told how to make them."""
 
 
 @contextmanager
@@ -162,20 +165,23 @@ def prepare(
     model: nn.Module,
     cfg: ExperimentConfig,
     *,
+    groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
     images: Iterable[Tensor] | None = None,
     blank: Tensor | None = None,
     fill: Callable[[nn.Module], None] | None = None,
 ) -> Prepared:
-    """Device, norm recipe, memory layout, checkpointing, checks, compile, DistributedDataParallel, in that order.
+    """Device, norm recipe, freezing, memory layout, checkpointing, checks, compile, DistributedDataParallel, in that
+    order.
 
     Call it inside `session`. `images` are batches N x C x H x W to calibrate with; `norm.calibrate_batches` of them are
     used. `blank`, one such batch of a size that the network takes, is for finding parameters that it does not use,
-    where there are several processes. `fill` is called with the converted network, before processes share its weights,
-    to load weights that fit no other. `model` is changed in place.
+    where there are several processes. `groups` makes the optimiser's groups of the converted network (`engine.optim.
+    parameter_groups`): for parameters with a rate of 0 no gradients are computed. `fill` is called with the converted
+    network, before processes share its weights, to load weights that fit no other. `model` is changed in place.
 
     Raises:
-        UserError: see `convert_norm` and `recompute_blocks`; sync_bn among several processes without GPUs; precise
-            statistics of a network that has no running ones.
+        UserError: see `convert_norm`, `recompute_blocks` and `parameter_groups`; sync_bn among several processes
+            without GPUs; precise statistics of a network that has no running ones.
     """
     device = current_device(cfg.runtime)
     wanted = cfg.norm.calibrate_batches
@@ -189,6 +195,12 @@ def prepare(
             f"norm.precise_batches: {cfg.norm.precise_batches} has no effect, since with norm.name={cfg.norm.name} no "
             "layer has running statistics; leave it out"
         )
+    made = [] if groups is None else groups(model)
+    frozen = [one for group in made if group["lr"] == 0 for one in group["params"]]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    if frozen:
+        report.append(f"frozen, without gradients: {len(frozen)} parameters whose learning rate is 0")
     if cfg.runtime.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if device.type == "cpu":
@@ -224,7 +236,7 @@ def prepare(
     if device.type == "cpu" and not cfg.runtime.channels_last and (note := layout.slow(model)):
         report.append(note)
     report += filter(None, [advice.few_images(model, cfg, world), advice.not_compiled(model, cfg, device)])
-    return Prepared(model, wrapped, device, "\n".join(report))
+    return Prepared(model, wrapped, device, "\n".join(report), made)
 
 
 def current_device(runtime: RuntimeConfig) -> torch.device:

@@ -175,13 +175,14 @@ class _Trial:
         runtime = work.cfg.runtime.model_copy(update={"checkpointing": checkpointing})
         cfg = work.cfg.model_copy(update={"runtime": runtime})
         self.work, self.cfg = work, cfg
-        self.prepared = prepare(work.build(), cfg, images=work.images)
+        self.prepared = prepare(work.build(), cfg, groups=work.groups, images=work.images)
         model = self.prepared.raw
-        self.optimizer = build_optimizer(work.groups(model), cfg.optim)
+        self.optimizer = build_optimizer(self.prepared.groups, cfg.optim)
         self.average = build_ema(model, cfg.optim)
         device = self.prepared.device.type
         self.scaler = torch.amp.grad_scaler.GradScaler(device, enabled=cfg.runtime.amp == "fp16")
-        self.parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
+        every = (one for group in self.optimizer.param_groups for one in group["params"])
+        self.parameters = [one for one in every if one.requires_grad]
         model.train()
 
     def measure(self, micro_batch: int) -> Phases:

@@ -120,8 +120,9 @@ class _Work:
         self.cfg = cfg.model_copy(update={"batch_size": micro * distributed.world_size(), "micro_batch": micro})
         with session(cfg.runtime):
             blank = workload.batch(2)["image"]
-            self.prepared = prepare(workload.build(), self.cfg, images=workload.images, blank=blank)
-            self.step = TrainingStep(self.prepared, self.cfg, workload.groups(self.prepared.raw), workload.loss)
+            groups, images = workload.groups, workload.images
+            self.prepared = prepare(workload.build(), self.cfg, groups=groups, images=images, blank=blank)
+            self.step = TrainingStep(self.prepared, self.cfg, self.prepared.groups, workload.loss)
             self.batch, self.images = workload.batch(micro), micro
 
     def once(self, keep: bool) -> None:

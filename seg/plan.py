@@ -4,6 +4,8 @@ they are there.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from PIL import Image
@@ -45,7 +47,7 @@ def workload(cfg: SegConfig) -> Workload:
         lambda: models.build(cfg.model, classes, pretrained=False),
         losses.build(cfg, count=False),  # weights of any value take the same memory
         batch,
-        lambda model: parameter_groups(model, cfg.optim, models.is_backbone),
+        partial(parameter_groups, cfg=cfg.optim, is_backbone=models.is_backbone),
         models.blank_images(),
         evaluate=evaluate,
         eval_batch=cfg.data.eval_batch_size,

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -216,9 +217,9 @@ def stages(cfg: SegConfig, rounds: int, images: int = 4) -> Stages:
 
 def _step(cfg: SegConfig, images: Tensor) -> TrainingStep:
     model = models.build(cfg.model, table(cfg.data).num_classes, pretrained=False)
-    prepared = prepare(model, cfg, images=[images])
-    groups = parameter_groups(prepared.raw, cfg.optim, models.is_backbone)
-    return TrainingStep(prepared, cfg, groups, losses.build(cfg))
+    groups = partial(parameter_groups, cfg=cfg.optim, is_backbone=models.is_backbone)
+    prepared = prepare(model, cfg, groups=groups, images=[images])
+    return TrainingStep(prepared, cfg, prepared.groups, losses.build(cfg))
 
 
 class _Counter(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -77,7 +78,7 @@ def run(
                 training,
                 loss=loss,
                 evaluate=evaluate,
-                groups=parameter_groups(prepared.raw, cfg.optim, models.is_backbone),
+                groups=prepared.groups,
                 log=log,
                 work_dir=work_dir,
                 resume=state,
@@ -95,7 +96,8 @@ def _network(cfg: SegConfig, labels: LabelTable, training: TrainBatches, resumed
         begun.fill(model)
     late = begun.fill if begun is not None and begun.converted else None
     images = models.blank_images() if resumed or late else (batch["image"] for batch in training.epoch(0))
-    prepared = prepare(model, cfg, images=images, blank=models.blank_images()[0], fill=late)
+    groups = partial(parameter_groups, cfg=cfg.optim, is_backbone=models.is_backbone)
+    prepared = prepare(model, cfg, groups=groups, images=images, blank=models.blank_images()[0], fill=late)
     return prepared, begun.report(prepared.raw) if begun is not None else [said] if said else []
 
 

@@ -36,3 +36,15 @@ def test_a_classifier_is_planned_without_its_data(tmp_path: Path):
         8, 1
     )
     assert "the data set " in str(found)
+
+
+def test_a_frozen_backbone_takes_no_gradients(tmp_path: Path):
+    (tmp_path / "tiny.yaml").write_text(CONFIG.replace("ROOT", str(tmp_path / "nowhere")))
+    whole, frozen = (
+        plan(load(tmp_path / "tiny.yaml", [f"optim.backbone_lr_factor={factor}"], ClassifyConfig), 2**40)
+        for factor in (1, 0)
+    )
+    assert whole.parts.gradients == whole.parts.parameters == frozen.parts.parameters
+    head = 4 * (84 * 10 + 10)
+    assert frozen.parts.gradients == frozen.parts.optimizer == head
+    assert frozen.curves[False].step(8, 1) < whole.curves[False].step(8, 1)

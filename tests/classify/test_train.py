@@ -176,6 +176,21 @@ def test_a_training_goes_on_with_the_pixels_that_it_began_with(cifar_root: Path,
     assert checkpoint.load(last)["meta"]["data"]["train"] == began["meta"]["data"]["train"]
 
 
+@pytest.mark.parametrize("norm", ["bn", "deconv"])
+def test_a_frozen_backbone_stays_and_goes_on(
+    cifar_root: Path, tmp_path: Path, norm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"norm.name={norm}", "optim.backbone_lr_factor=0", "optim.weight_decay=0.1"]
+    train.run(loaded(cifar_root, *options, "length=1 step"), tmp_path)
+    first = checkpoint.load(tmp_path / "last.pt")["model"]
+    train.run(loaded(cifar_root, *options, "length=3 steps"), tmp_path, "auto")
+    assert "frozen, without gradients: " in capsys.readouterr().out
+    last = checkpoint.load(tmp_path / "last.pt")["model"]
+    parameters = {name for name, _ in from_checkpoint(tmp_path / "last.pt")[0].named_parameters()}
+    moved = {name for name in parameters if not torch.equal(first[name], last[name])}
+    assert moved == {"fc.weight", "fc.bias"} and len(parameters) > 10
+
+
 def test_weights_of_another_number_of_classes_start_the_classifier_anew(
     cifar_root: Path, image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -91,6 +91,55 @@ def test_a_rate_of_zero_does_not_count_in_the_clipping(tmp_path: Path) -> None:
     assert not any(each for name, each in moved.items() if name.startswith("backbone"))
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_frozen_backbone_gets_no_gradients_and_stays(tmp_path: Path, name: str) -> None:
+    """Of weight decay and an average too; the statistics of its norms move. It goes on, also from a checkpoint of an
+    earlier version, whose optimiser knew moments of all parameters."""
+    net: list[toy.Net] = []
+    cfg = config(
+        steps=4,
+        dropout=True,
+        optim__name=name,
+        optim__weight_decay=0.1,
+        optim__ema_decay=0.9,
+        optim__backbone_lr_factor=0.0,
+        report__checkpoint_every=Length(2, "steps"),
+        report__keep_all=True,
+    )
+    before: dict[str, Tensor] = {}
+
+    def asked(model: nn.Module, batch: Batch) -> Loss:
+        found = toy.loss(model, batch)
+        found.total.register_hook(lambda grad: seen.append([key for key, one in named if one.requires_grad]))
+        return found
+
+    def keep(model: toy.Net) -> None:
+        net.append(model)
+        named.extend(model.named_parameters())
+        before.update({k: v.clone() for k, v in model.state_dict().items()})
+
+    named: list[tuple[str, Tensor]] = []
+    seen: list[list[str]] = []
+    train(cfg, tmp_path / "whole", hook=keep, loss=asked)
+    assert seen == [["head.weight", "head.bias"]] * 4
+    assert all(one.grad is None for one in net[0].backbone.parameters())
+    whole = checkpoint.load(tmp_path / "whole/last.pt")
+    for weights_of in (whole["model"], whole["ema"]):
+        moved = {key for key, one in weights_of.items() if not torch.equal(one, before[key])}
+        statistics = {f"backbone.1.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")}
+        assert moved == {"head.weight", "head.bias"} | statistics
+    state = checkpoint.load(tmp_path / "whole/step-00000002.pt")
+    head = next(iter(state["optimizer"]["state"].values()))
+    numbers = [i for group in state["optimizer"]["param_groups"] for i in group["params"]]
+    sizes = [one.shape for key, one in named if key.startswith("backbone")] + [(3, 6, 1, 1), (3,)]
+    for i in set(numbers) - set(state["optimizer"]["state"]):
+        state["optimizer"]["state"][i] = {k: torch.zeros(sizes[i]) if v.ndim else v for k, v in head.items()}
+    assert len(state["optimizer"]["state"]) == len(numbers) == 6
+    train(cfg, tmp_path / "resumed", resume=state)
+    resumed = checkpoint.load(tmp_path / "resumed/last.pt")
+    assert not differing(resumed["model"], whole["model"]) and not differing(resumed["ema"], whole["ema"])
+
+
 def test_logged_loss_is_the_mean_over_the_interval(tmp_path: Path) -> None:
     cfg = config(steps=4, optim__lr=1e-12, report__log_every=Length(4, "steps"))
     net: list[nn.Module] = []
@@ -125,6 +174,11 @@ def test_two_processes_equal_one(two: Path, tmp_path: Path) -> None:
 
 def test_names_are_plain_under_distributed_data_parallel(two: Path) -> None:
     assert set(weights(two / "2x4")) == {"backbone.0.weight", "backbone.0.bias", "head.weight", "head.bias"}
+
+
+def test_two_processes_equal_one_with_a_frozen_backbone(two: Path, tmp_path: Path) -> None:
+    more: Tree = {"dtype": "float64", "optim__clip_norm": 0.05, "optim__backbone_lr_factor": 0.0}
+    assert_close(weights(two / "frozen"), learn(config(**more), tmp_path), 1e-10)
 
 
 def test_two_processes_resume_bit_for_bit(two: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 import norm
 from engine.config import NormConfig, RuntimeConfig
 from engine.errors import UserError
+from engine.optim import parameter_groups
 from engine.prepare import convert_norm, prepare, seed_all, session
 from tests.engine.toy import config, small
 
@@ -51,6 +53,23 @@ def test_calibration_takes_as_many_batches_as_asked_for() -> None:
     prepared = prepare(net, config(norm__name="deconv", norm__calibrate_batches=2), images=stream())  # type: ignore[arg-type]
     assert taken == [0, 1]
     torch.testing.assert_close(prepared.raw.eval()(images[0]), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bn", "deconv", "gn"])
+def test_parameters_with_a_rate_of_0_are_frozen(name: str) -> None:
+    """Those of the converted network, before what looks for gradients; the optimiser's groups stay as they were."""
+    cfg = config(norm__name=name, optim__backbone_lr_factor=0.0, runtime__channels_last=True)
+    groups = partial(parameter_groups, cfg=cfg.optim, is_backbone=lambda key: not key.startswith("3."))
+    prepared = prepare(small(), cfg, groups=groups)
+    named = dict(prepared.raw.named_parameters())
+    assert {key for key, one in named.items() if one.requires_grad} == {"3.weight", "3.bias"}
+    assert sum(len(group["params"]) for group in prepared.groups) == len(named)
+    assert f"frozen, without gradients: {len(named) - 2} parameters whose learning rate is 0" in prepared.report
+    prepared.wrapped(torch.randn(8, 3, 16, 16)).sum().backward()
+    assert {key for key, one in named.items() if one.grad is not None} == {"3.weight", "3.bias"}
+    cfg = config(norm__name=name)
+    prepared = prepare(small(), cfg, groups=partial(parameter_groups, cfg=cfg.optim))
+    assert all(one.requires_grad for one in prepared.raw.parameters()) and "frozen" not in prepared.report
 
 
 def test_one_process() -> None:

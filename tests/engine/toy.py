@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,16 +145,16 @@ def train(
         net = Net(cfg.dropout).to(getattr(torch, cfg.dtype))
         if hook:
             hook(net)
-        prepared = prepare(net, cfg)
+        groups = partial(parameter_groups, cfg=cfg.optim, is_backbone=lambda name: name.startswith("backbone."))
+        prepared = prepare(net, cfg, groups=groups)
         log = (Log if curves else LogWithoutCurves)(work_dir, cfg.report, resume=resume)
-        groups = parameter_groups(prepared.raw, cfg.optim, lambda name: name.startswith("backbone"))
         return fit(
             prepared,
             cfg,
             ToyBatches(cfg),
             loss=loss,
             evaluate=evaluate,
-            groups=groups,
+            groups=prepared.groups,
             log=log,
             work_dir=work_dir,
             resume=resume,

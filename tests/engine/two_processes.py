@@ -88,6 +88,7 @@ def training(folder: Path) -> None:
     more: dict[str, Any] = {"dtype": "float64", "optim__clip_norm": 0.05}
     train(config(**more), folder / "2x4")
     train(config(micro=2, **more), folder / "2x2x2")
+    train(config(optim__backbone_lr_factor=0.0, **more), folder / "frozen")
     exact: dict[str, Any] = {"dropout": True, "report__checkpoint_every": Length(3, "steps"), "report__keep_all": True}
     train(config(steps=8, **exact), folder / "whole")
     state = checkpoint.load(folder / "whole" / "step-00000003.pt")
