@@ -51,6 +51,8 @@ MAX_PIXELS = 128_000_000
 """Images with more pixels are refused before they are decoded, unless told otherwise."""
 
 _BLOCK = 2**20
+_ROOM = 4_000_000
+"""Pixels that Pillow's own limit leaves at least: it holds for the words too that other threads draw meanwhile."""
 
 _ORIENTATION = 0x0112
 _WAYS = {
@@ -85,7 +87,9 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS, *, opaque: bool =
     path = Path(path)
     try:
         with _open(path) as file, _pil_limit(max_pixels), Image.open(file, formats=_formats()) as image:
+            _check_size(image, max_pixels)
             image.load()
+            _check_size(image, max_pixels)  # of an ICO another one than was announced
             if image.format == "PNG" and not checksums_hold(file):
                 raise OSError("the checksum of its pixels is wrong")
             return _rgb(_upright(image), path, opaque)
@@ -185,7 +189,8 @@ def walk(folder: Path | str, problems: list[str], suffixes: frozenset[str] | Non
 def write_png(path: Path | str, pixels: Array, inside: Path | str | None = None) -> None:
     """Writes uint8 (H, W) or (H, W, 3) as PNG by `write_bytes`."""
     data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "png", compress_level=4)
+    # of the ways that were tried on labels and overlays the fastest whose files are about as small as by default
+    Image.fromarray(pixels).save(data, "png", compress_level=1, compress_type=zlib.Z_RLE)
     write_bytes(path, data.getvalue(), inside)
 
 
@@ -253,12 +258,18 @@ def _open(path: Path) -> IO[bytes]:
     return file
 
 
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    if (pixels := image.width * image.height) > max_pixels:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} ({pixels} pixels)")
+
+
 @contextmanager
 def _pil_limit(max_pixels: int) -> Iterator[None]:
     """Pillow's own limit is one for the whole program; `max_pixels` takes its place, for images within images too (ICO,
     ICNS). Its warnings are silent: what is wrong with a file is told by one error of ours."""
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]  # it warns above and refuses above the double
+    limit = max(max_pixels, _ROOM) / 2  # it warns above and refuses above the double
+    Image.MAX_IMAGE_PIXELS = limit  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

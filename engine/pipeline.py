@@ -7,12 +7,15 @@ bounded, so that memory does not grow when one side is slower.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from queue import Empty, Full, Queue
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 _LOOK = 0.1  # seconds between two looks whether the other side has gone
 
 
@@ -116,3 +119,42 @@ def behind(function: Callable[..., Any], size: int) -> Iterator[Callable[..., No
         thread.join()
     if errors:
         raise errors[0]
+
+
+@contextmanager
+def spread(
+    function: Callable[[T], R], items: Iterable[T], threads: int, cost: Callable[[T], int], room: int
+) -> Iterator[Iterator[Future[R]]]:
+    """Calls of `function` with each item by several threads, ended, in the order of the items.
+
+    The items are made in this thread, as the futures are asked for. While the calls that have not been handed out cost
+    more than `room` together, no further item is made; one alone may cost more. A call's error is raised by its
+    future's `result`. Leaving waits for the calls that have begun, and for those that wait too unless a signal
+    (KeyboardInterrupt) ends the block, which drops them.
+    """
+    pool = ThreadPoolExecutor(threads, "spread")
+
+    def ended() -> Iterator[Future[R]]:
+        waiting: deque[tuple[int, Future[R]]] = deque()
+        taken = 0
+        for item in items:
+            price = cost(item)
+            waiting.append((price, pool.submit(function, item)))
+            del item  # the call alone holds it, until it has ended
+            taken += price
+            while waiting and (taken > room or waiting[0][1].done()):
+                first, future = waiting.popleft()
+                wait([future])
+                taken -= first
+                yield future
+        for _, future in waiting:
+            wait([future])
+            yield future
+
+    try:
+        yield ended()
+    except KeyboardInterrupt:
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        pool.shutdown()

@@ -1,24 +1,29 @@
 """Label a user's images: what tools/predict.py does.
 
-One bad file is reported and stops nothing; nothing is written outside the output folder.
+One bad file is reported and stops nothing; nothing is written outside the output folder. The next image is read, and
+those before are drawn and written, while the network labels one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
 from engine.errors import UserError
-from engine.images import MAX_PIXELS, Array, Own, check_writable, find_images, read_image, show, write_png
+from engine.images import MAX_PIXELS, Array, Found, Own, check_writable, find_images, read_image, show, write_png
+from engine.pipeline import ahead, spread
 from seg import draw, labels
 
 KINDS = {"labels": "_labelIds.png", "color": "_color.png", "overlay": "_overlay.png"}
 """What `label_files` can save, and how the files end."""
+_ROOM = 32_000_000
+"""Pixels of the images that are labelled and not yet written, beyond which no further one is labelled: about 10 bytes
+each while they wait, and as many again for each that is being drawn."""
 
 
 @dataclass
@@ -62,19 +67,63 @@ def label_files(
         raise UserError("; ".join(problems))
     check_writable(out)
     summary = Summary(problems=problems)
-    for number, item in enumerate(found, 1):
-        try:
-            image = read_image(item.path, max_pixels)
-            ids = _named(predict, image, item.path)
-            for kind in dict.fromkeys(save):
-                target = out / kind / f"{item.name}{KINDS[kind]}"
-                write_png(target, _picture(kind, image, ids, table), inside=out)
-            summary.done += 1
-            say(f"[{number}/{len(found)}] {show(item.path)}: {image.shape[1]} x {image.shape[0]} -> {show(item.name)}")
-        except UserError as error:
-            summary.problems.append(str(error))
-            say(f"[{number}/{len(found)}] {show(item.path)}: FAILED")
+    kinds = tuple(dict.fromkeys(save))
+
+    def write(job: _Labelled | UserError) -> tuple[int, int]:
+        if isinstance(job, UserError):
+            raise job
+        for kind in kinds:
+            target = out / kind / f"{job.item.name}{KINDS[kind]}"
+            write_png(target, _picture(kind, job.image, job.ids, table), inside=out)
+        return job.ids.shape[0], job.ids.shape[1]
+
+    threads = min(8, os.cpu_count() or 1)
+    with (
+        ahead(_read(found, max_pixels), 1) as images,
+        spread(write, _labelled(images, predict), threads, _pixels, _ROOM) as written,
+    ):
+        for number, (item, one) in enumerate(zip(found, written, strict=True), 1):
+            try:
+                height, width = one.result()
+                summary.done += 1
+                say(f"[{number}/{len(found)}] {show(item.path)}: {width} x {height} -> {show(item.name)}")
+            except UserError as error:
+                summary.problems.append(str(error))
+                say(f"[{number}/{len(found)}] {show(item.path)}: FAILED")
     return summary
+
+
+class _Labelled(NamedTuple):
+    """An image file, its pixels and its train ids."""
+
+    item: Found
+    image: Array
+    ids: NDArray[Any]
+
+
+def _read(found: Iterable[Found], max_pixels: int) -> Iterator[tuple[Found, Array | UserError]]:
+    for item in found:
+        try:
+            yield item, read_image(item.path, max_pixels)
+        except UserError as error:
+            yield item, error
+
+
+def _labelled(
+    images: Iterable[tuple[Found, Array | UserError]], predict: Callable[[Array], NDArray[Any]]
+) -> Iterator[_Labelled | UserError]:
+    for item, image in images:
+        if isinstance(image, UserError):
+            yield image
+            continue
+        try:
+            yield _Labelled(item, image, predict(image))
+        except UserError as error:
+            yield UserError(f"{show(item.path)}: {error}")
+
+
+def _pixels(job: _Labelled | UserError) -> int:
+    return 0 if isinstance(job, UserError) else job.ids.size
 
 
 def _own(out: Path) -> Own:
@@ -93,10 +142,3 @@ def _picture(kind: str, image: Array, ids: NDArray[Any], table: labels.LabelTabl
     if kind == "labels":
         return table.to_label_ids(ids)
     return draw.colorize(ids, table.colors) if kind == "color" else draw.overlay(image, ids, table=table)
-
-
-def _named(predict: Callable[[Array], NDArray[Any]], image: Array, path: Path) -> NDArray[Any]:
-    try:
-        return predict(image)
-    except UserError as error:
-        raise UserError(f"{show(path)}: {error}") from error

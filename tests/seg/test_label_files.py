@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from PIL import Image
 from engine import images
 from engine.errors import UserError
 from engine.images import show
-from seg import labels
+from seg import draw, labels
+from seg import label_files as module
 from seg.label_files import Summary, label_files
 
 RAMP = np.stack(np.meshgrid(np.arange(0, 250, 10), np.arange(0, 240, 20)), -1).astype(np.uint8)
@@ -200,3 +202,109 @@ def test_too_long_a_name_is_reported(tmp_path: Path) -> None:
     save(tmp_path / "in/a.png")
     summary, _ = run([tmp_path / "in"], tmp_path / "out")
     assert summary.done == 1 and "cannot be written (File name too long)" in summary.problems[0]
+
+
+def test_the_next_is_read_and_those_before_are_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = [threading.Event() for _ in range(7)]
+    written = [threading.Event() for _ in range(6)]
+    for number in range(6):
+        save(tmp_path / f"in/{number}.png", Image.fromarray(RGB[: number + 1]))
+
+    def reading(path: Path, *limits: int) -> Any:
+        read[int(path.stem)].set()
+        return images.read_image(path, *limits)
+
+    def writing(path: Path, *pixels: Any, **options: Any) -> None:
+        images.write_png(path, *pixels, **options)
+        written[int(path.name[0])].set()
+
+    def predict(image: np.ndarray) -> np.ndarray:
+        number = len(image) - 1
+        assert number == 5 or read[number + 1].wait(10), "read ahead"
+        assert number == 0 or written[number - 1].wait(10), "written while this one is labelled"
+        assert not any(one.is_set() for one in read[number + 4 :]), "a few are read ahead, not all"
+        return fake(image)
+
+    monkeypatch.setattr(module, "read_image", reading)
+    monkeypatch.setattr(module, "write_png", writing)
+    said: list[str] = []
+    assert label_files(predict, [tmp_path / "in"], tmp_path / "out", say=said.append).done == 6
+    assert [line.partition(" ")[0] for line in said] == [f"[{number}/6]" for number in range(1, 7)]
+
+
+def test_no_more_pixels_wait_than_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROOM", RGB[..., 0].size)
+    for number in range(8):
+        save(tmp_path / f"in/{number}.png")
+    labelled, written = [0], [0]
+
+    def predict(image: np.ndarray) -> np.ndarray:
+        assert labelled[0] - written[0] <= 1, "one fills the room"
+        labelled[0] += 1
+        return fake(image)
+
+    def writing(path: Path, *pixels: Any, **options: Any) -> None:
+        images.write_png(path, *pixels, **options)
+        written[0] += 1
+
+    monkeypatch.setattr(module, "write_png", writing)
+    assert label_files(predict, [tmp_path / "in"], tmp_path / "out", say=lambda _: None).done == 8
+
+
+def test_problems_of_all_kinds_come_in_the_order_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abcdef":
+        save(tmp_path / f"in/{name}.png", Image.fromarray(RGB[:5]) if name == "c" else None)
+    (tmp_path / "in/b.png").write_text("hello")
+
+    def predict(image: np.ndarray) -> np.ndarray:
+        if len(image) == 5:
+            raise UserError("Out of memory.")
+        return fake(image)
+
+    def full(path: Path, *pixels: Any, **options: Any) -> None:
+        if path.name.startswith("d"):
+            raise UserError(f"{path}: cannot be written (No space left on device).")
+        images.write_png(path, *pixels, **options)
+
+    monkeypatch.setattr(module, "write_png", full)
+    said: list[str] = []
+    summary = label_files(predict, [tmp_path / "in"], tmp_path / "out", say=said.append)
+    assert summary.done == 3 and [line.endswith("FAILED") for line in said] == [False, True, True, True, False, False]
+    for problem, text in zip(
+        summary.problems, ("b.png: not an im", "c.png: Out of", "d_labelIds.png: ca"), strict=True
+    ):
+        assert text in problem
+    assert tree(tmp_path / "out") == [f"labels/{name}_labelIds.png" for name in "aef"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_was_labelled_before_the_end_is_whole(tmp_path: Path, error: type[BaseException]) -> None:
+    for number in range(9):
+        save(tmp_path / f"in/{number}.png")
+    done: list[int] = []
+
+    def predict(image: np.ndarray) -> np.ndarray:
+        if len(done) == 5:
+            raise error
+        done.append(1)
+        return fake(image)
+
+    kinds = ("labels", "overlay")
+    with pytest.raises(error):
+        label_files(predict, [tmp_path / "in"], tmp_path / "out", kinds, say=lambda _: None)
+    files = tree(tmp_path / "out")
+    numbers = [name.removeprefix("labels/")[0] for name in files if name.startswith("labels/")]
+    assert numbers == list("01234")[: len(numbers)] and (error is KeyboardInterrupt or len(numbers) == 5)
+    assert files == [f"{kind}/{number}{module.KINDS[kind]}" for kind in kinds for number in numbers]
+    for name in files:
+        Image.open(tmp_path / "out" / name).load()
+    assert not [one for one in threading.enumerate() if one.name.startswith(("ahead", "spread"))]
+
+
+def test_the_limit_of_images_does_not_hold_for_the_words_of_a_legend() -> None:
+    before = Image.MAX_IMAGE_PIXELS
+    with images._pil_limit(10):  # as while the next image is read
+        assert draw.overlay(np.zeros((400, 2000, 3), np.uint8), np.full((400, 2000), 6, np.uint8)).shape[0] > 400
+    assert before == Image.MAX_IMAGE_PIXELS
