@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from engine.errors import UserError
 from seg.config import SegConfig
-from seg.predict import Predictor, scaled
+from seg.predict import Predictor, enough_memory, scaled
 
 Array = NDArray[np.uint8]
 
@@ -70,8 +70,21 @@ class Averaged:
         return [self.predict(image) for image in images]
 
     def probabilities(self, image: Array) -> Tensor:
-        """Mean probabilities over the views, float32 (C, H, W) on the predictor's device; 8 C bytes a pixel."""
+        """Mean probabilities over the views, float32 (C, H, W) on the predictor's device; 8 C bytes a pixel.
+
+        Raises UserError where the device's memory does not do.
+        """
         height, width = image.shape[:2]
+        with enough_memory(
+            self.predictor.device, f"the views of {width} x {height} pixels; average over fewer or none"
+        ):
+            return self._mean(image, height, width)
+
+    def probabilities_batch(self, images: Sequence[Array]) -> list[Tensor]:
+        """`probabilities` of each image."""
+        return [self.probabilities(image) for image in images]
+
+    def _mean(self, image: Array, height: int, width: int) -> Tensor:
         base = 1.0 if self.predictor.base_size is None else self.predictor.base_size / min(height, width)
         total: Tensor | None = None
         for scale in self.views.scales:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -163,22 +164,29 @@ class Predictor:
     def _forward(self, pixels: Array) -> Tensor:
         """Logits float32 (N, C, H, W) of images uint8 (N, H, W, 3)."""
         device = torch.device(self.device)
-        try:
+        size = f"{pixels.shape[0]} x {pixels.shape[1]} x {pixels.shape[2]} pixels"
+        with enough_memory(device, f"{size} at once; set a smaller predict.window"):
             mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.mean, self.std))
             inputs = (torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255 - mean) / std
             with precision.autocast(device, self.amp):
                 logits = logits_of(self.model, inputs, self.multiple)
-        except RuntimeError as error:
-            # a GPU has its own exception for it, a CPU has only the words
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            size = f"{pixels.shape[0]} x {pixels.shape[1]} x {pixels.shape[2]} pixels"
-            raise UserError(f"Out of memory on {device} with {size} at once; set a smaller predict.window.") from error
         if not torch.isfinite(logits.sum()):  # a sum is much faster than a look at each value
             raise NotFiniteError(
                 "The network's output is not finite (NaN or infinity) on this image; are its weights sound?"
             )
         return logits
+
+
+@contextmanager
+def enough_memory(device: torch.device | str, what: str) -> Iterator[None]:
+    """Where the device's memory does not do, the error is a UserError that says with `what`."""
+    try:
+        yield
+    except RuntimeError as error:
+        # a GPU has its own exception for it, a CPU has only the words
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"Out of memory on {device} with {what}.") from error
 
 
 def scaled(image: Array, factor: float) -> Array:

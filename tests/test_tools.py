@@ -262,6 +262,7 @@ def test_a_classifier_tells_the_likeliest_classes(project: Path, classifier: str
     "arguments, text",
     [
         (["predict", "runs/c/best.pt", "x.png", "--save", "labels"], "a classifier; --save is for segmentation"),
+        (["predict", "runs/c/best.pt", "x.png", "--flip"], "a classifier; --flip is for segmentation"),
         (["predict", "runs/c/best.pt", "x.png"], "x.png: no such file"),
         (["predict", "runs/c/best.pt", "x.png", "--topk", "0"], "--topk: 0; expected 1 to 3"),
         (["predict", "runs/x/best.pt", "x.png"], "a segmentation network; give --out DIR"),

@@ -2,13 +2,15 @@
 
 python tools/predict.py runs/x/best.pt photos/ 'more/**/*.jpg' --out labelled --save labels color overlay
 python tools/predict.py runs/x/best.pt drive.mp4 --out drive_seg.mp4 [--save color] [--smooth 0.4]
+python tools/predict.py runs/x/best.pt photos/ --out labelled --scales 0.75 1.0 1.25 --flip --sliding-window
 python tools/predict.py runs/classifier/best.pt photos/ --topk 5 [--out predicted]
 
 A segmentation network writes labelled/labels/..._labelIds.png (8-bit label ids, as the test server and
 `tools/evaluate.py --predictions labelled/labels ...` take them), labelled/color/..._color.png and
 labelled/overlay/..._overlay.png. Of a video it writes a video, by default the overlay, data.eval_batch_size frames
 going through the network together; label ids need an .mkv or .avi, which keep them exactly. A folder of frames is
-labelled as images. A classifier prints the likeliest classes and, with --out, writes predictions.csv and
+labelled as images. --scales, --flip and --sliding-window average as they do in tools/evaluate.py, each image and each
+frame by itself. A classifier prints the likeliest classes and, with --out, writes predictions.csv and
 predictions.json. Exit status: 0 all done, 1 inputs failed (listed at the end), 2 a mistake in the call.
 """
 
@@ -26,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.errors import UserError, one_process, program
+from seg.view_options import add_view_options, views
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,6 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--smooth", type=float, metavar="ALPHA", help="video: weight of the newest frame in an average over the frames"
     )
+    add_view_options(parser.add_argument_group("segmentation networks"))
     parser.add_argument("--topk", type=int, metavar="K", help="classification: how many classes to tell (1)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="in place of the config's runtime.device")
     parser.add_argument("--max-megapixels", type=float, metavar="N", help="refuse larger images (128); not for a video")
@@ -78,10 +82,10 @@ def _videos(word: str, suffixes: frozenset[str]) -> list[str]:
 def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
     from engine.images import VIDEO_SUFFIXES, show
     from engine.prepare import predicting
+    from seg.averaging import Views, predictor_of
     from seg.label_files import label_files
     from seg.labels import table_of
     from seg.models import from_checkpoint
-    from seg.predict import Predictor
     from seg.video import label_video
 
     if args.out is None:
@@ -96,9 +100,12 @@ def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
         raise UserError("--max-megapixels: is for images; a video's frames have one size")
     if args.smooth is not None and not videos:
         raise UserError("--smooth: is for a video; images are labelled each for itself")
+    asked = views(args)
     model, cfg, meta = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports, folded=True)
+    if asked != Views():
+        print(f"predictions averaged over: {asked}")
     with predicting(cfg.runtime) as device:
-        predictor = Predictor.from_config(model, cfg, device)
+        predictor = predictor_of(model, cfg, device, asked)
         if videos:
             return label_video(
                 predictor.predict_batch,
@@ -123,8 +130,14 @@ def _classify(args: argparse.Namespace, max_pixels: int) -> Any:
     from classify.predict import Predictor, classify_files
     from engine.prepare import session
 
-    if args.save or args.smooth is not None:
-        option = "--save" if args.save else "--smooth"
+    given = {
+        "--save": args.save,
+        "--smooth": args.smooth is not None,
+        "--scales": args.scales,
+        "--flip": args.flip,
+        "--sliding-window": args.sliding_window,
+    }
+    if option := next((name for name, there in given.items() if there), None):
         raise UserError(f"{args.checkpoint}: a classifier; {option} is for segmentation networks")
     model, cfg, info = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports, folded=True)
     with session(cfg.runtime) as device:

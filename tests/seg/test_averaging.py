@@ -86,6 +86,7 @@ def test_all_combinations_equal_the_reference(
     np.testing.assert_allclose(found.sum(0).numpy(), 1, atol=1e-5)
     assert np.array_equal(average.predict(image), found.argmax(0).numpy())
     assert np.array_equal(average.predict_batch([image, image])[1], average.predict(image))
+    assert torch.equal(average.probabilities_batch([image[:30], image])[1], found)
 
 
 def test_a_mirrored_average_commutes_with_mirroring(image: np.ndarray) -> None:
@@ -107,6 +108,15 @@ def test_base_size_is_the_size_that_is_scaled(image: np.ndarray) -> None:
 def test_an_image_that_becomes_too_large_is_refused_as_without_views() -> None:
     with pytest.raises(UserError, match="An image of 300000 x 1 pixels is too long to be brought to .* of 1024"):
         Averaged(predictor(base_size=512), Views((2.0,))).predict(np.zeros((1, 300000, 3), np.uint8))
+
+
+def test_out_of_memory_says_what_needs_it(image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(Predictor, "probabilities", full)
+    with pytest.raises(UserError, match="Out of memory on cpu with the views of 80 x 60 pixels; average over fewer"):
+        Averaged(predictor(), Views(flip=True)).predict(image)
 
 
 def test_the_config_chooses() -> None:

@@ -15,9 +15,11 @@ from PIL import Image
 from engine import images
 from engine.errors import UserError
 from engine.images import show
-from seg import draw, labels
+from seg import draw, evaluate, labels
 from seg import label_files as module
+from seg.averaging import Views
 from seg.label_files import Summary, label_files
+from tools import predict as program
 
 RAMP = np.stack(np.meshgrid(np.arange(0, 250, 10), np.arange(0, 240, 20)), -1).astype(np.uint8)
 RGB = np.dstack([RAMP, RAMP[..., :1] // 2])  # 12 x 25, no two pixels alike
@@ -308,3 +310,30 @@ def test_the_limit_of_images_does_not_hold_for_the_words_of_a_legend() -> None:
     with images._pil_limit(10):  # as while the next image is read
         assert draw.overlay(np.zeros((400, 2000, 3), np.uint8), np.full((400, 2000), 6, np.uint8)).shape[0] > 400
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_the_program_averages_over_the_views_that_are_scored(
+    tmp_path: Path, sample_root: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--scales", "0.75", "1", "--flip", "--sliding-window"]
+    images = str(sample_root / "leftImg8bit/val")
+    assert program.main([str(small_checkpoint), images, "--out", str(tmp_path / "views"), *options]) == 0
+    assert program.main([str(small_checkpoint), images, "--out", str(tmp_path / "plain")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "predictions averaged over: scale 0.75, 1; mirrored; blended sliding window"
+    assert sum("averaged" in line for line in said) == 1
+    scored = evaluate.evaluate_checkpoint(small_checkpoint, views=Views((0.75, 1.0), True, True))
+    assert scored is not None
+    found, plain = (
+        evaluate.evaluate_folder(tmp_path / name / "labels", sample_root / "gtFine/val") for name in ("views", "plain")
+    )
+    assert np.array_equal(found.matrix, scored[0].matrix) and not np.array_equal(found.matrix, plain.matrix)
+
+
+def test_views_that_make_no_sense_are_told_before_the_checkpoint_is_read(
+    tmp_path: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = save(tmp_path / "a.png")
+    assert program.main([str(small_checkpoint), str(picture), "--out", str(tmp_path / "o"), "--scales", "1", "1"]) == 2
+    assert capsys.readouterr() == ("", "error: --scales: 1 1: the same scale twice; give it once\n")
+    assert not (tmp_path / "o").exists()

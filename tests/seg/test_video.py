@@ -13,7 +13,9 @@ import torch
 from engine.errors import UserError
 from engine.video import Reader, writing
 from seg import labels, video
-from seg.labels import TRAIN_COLORS, TRAIN_LABEL_IDS
+from seg.averaging import Views, predictor_of
+from seg.labels import TRAIN_COLORS, TRAIN_LABEL_IDS, to_label_ids
+from seg.models import from_checkpoint
 from seg.video import label_video
 from tools import predict as program
 
@@ -309,6 +311,22 @@ def test_the_program_labels_a_video_as_it_labels_its_frames(
         for number, found in enumerate(reader):
             ids = cv2.imread(str(tmp_path / f"images/labels/{number}_labelIds.png"), cv2.IMREAD_UNCHANGED)
             assert np.array_equal(found[..., 0], ids)
+
+
+def test_the_program_averages_over_views_of_each_frame(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+):
+    source = drive(tmp_path / "in.avi", [picture(number) for number in range(3)])
+    with Reader(source) as reader:
+        frames = list(reader)
+    model, cfg, _ = from_checkpoint(checkpoint, ["runtime.device=cpu"])
+    expected = predictor_of(model, cfg, "cpu", Views((0.5, 1.0), flip=True)).predict_batch(frames)
+    for more in ([], ["--smooth", "1"]):  # the newest frame alone
+        arguments = [checkpoint, source, "--out", tmp_path / "ids.mkv", "--save", "labels", "data.eval_batch_size=2"]
+        predict(capsys, *arguments, "--scales", "0.5", "1", "--flip", *more)
+        with Reader(tmp_path / "ids.mkv") as reader:
+            for found, ids in zip(reader, expected, strict=True):
+                assert np.array_equal(found[..., 0], to_label_ids(ids))
 
 
 @pytest.mark.parametrize(
