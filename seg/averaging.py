@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from engine.errors import UserError
 from seg.config import SegConfig
-from seg.predict import Predictor, enough_memory, scaled
+from seg.predict import Predictor, enough_memory, in_255ths, scaled
 
 Array = NDArray[np.uint8]
 
@@ -64,6 +64,11 @@ class Averaged:
     def predict(self, image: Array) -> Array:
         """Train ids, uint8 (H, W)."""
         return self.probabilities(image).max(0).indices.to(torch.uint8).cpu().numpy()
+
+    def predict_confident(self, image: Array) -> tuple[Array, Array]:
+        """Train ids, and their mean probabilities as `in_255ths`, both uint8 (H, W)."""
+        best, ids = self.probabilities(image).max(0)
+        return ids.to(torch.uint8).cpu().numpy(), in_255ths(best)
 
     def predict_batch(self, images: Sequence[Array]) -> list[Array]:
         """Train ids of each image."""

@@ -19,8 +19,15 @@ from engine.images import MAX_PIXELS, Array, Found, Own, check_writable, find_im
 from engine.pipeline import ahead, spread
 from seg import draw, labels
 
-KINDS = {"labels": "_labelIds.png", "color": "_color.png", "overlay": "_overlay.png"}
+KINDS = {
+    "labels": "_labelIds.png",
+    "color": "_color.png",
+    "overlay": "_overlay.png",
+    "confidence": "_confidence.png",
+}
 """What `label_files` can save, and how the files end."""
+Confident = Callable[[Array], tuple[NDArray[Any], Array]]
+"""An image, RGB uint8 (H, W, 3) -> train ids and round(255 p), uint8 (H, W), as `Predictor.predict_confident`."""
 _ROOM = 32_000_000
 """Pixels of the images that are labelled and not yet written, beyond which no further one is labelled: about 10 bytes
 each while they wait, and as many again for each that is being drawn."""
@@ -48,6 +55,7 @@ def label_files(
     save: Sequence[str] = ("labels",),
     *,
     table: labels.LabelTable = labels.CITYSCAPES,
+    confident: Confident | None = None,
     max_pixels: int = MAX_PIXELS,
     say: Callable[[str], None] = print,
 ) -> Summary:
@@ -55,12 +63,15 @@ def label_files(
 
     `predict` takes an RGB image (H, W, 3) uint8 and returns train ids (H, W) of `table`. `save` names what is kept:
     `labels` (8-bit label ids; with Cityscapes' table the test server's format), `color` (RGB), `overlay` (with a legend
-    below), each in a folder of that name under `out`. Raises UserError if nothing can be done at all: no image, an
-    unknown kind, `out` can't be written.
+    below), `confidence` (8-bit grey: round(255 p), p being the probability of the predicted class), each in a folder of
+    that name under `out`. With `confidence`, `confident` predicts in place of `predict`. Raises UserError if nothing
+    can be done at all: no image, an unknown kind, `out` can't be written.
     """
     unknown = [kind for kind in save if kind not in KINDS]
     if unknown or not save:
         raise UserError(f"Cannot save {', '.join(unknown) or 'nothing'}; choose from {', '.join(KINDS)}.")
+    if "confidence" in save and confident is None:
+        raise ValueError("to save confidence, label_files needs the function `confident`")
     out = Path(out)
     found, problems = find_images(inputs, _own(out), videos=True, say=say)
     if not found:
@@ -69,18 +80,21 @@ def label_files(
     summary = Summary(problems=problems)
     kinds = tuple(dict.fromkeys(save))
 
+    def decide(image: Array) -> tuple[NDArray[Any], Array | None]:
+        return confident(image) if confident is not None and "confidence" in kinds else (predict(image), None)
+
     def write(job: _Labelled | UserError) -> tuple[int, int]:
         if isinstance(job, UserError):
             raise job
         for kind in kinds:
             target = out / kind / f"{job.item.name}{KINDS[kind]}"
-            write_png(target, _picture(kind, job.image, job.ids, table), inside=out)
+            write_png(target, _picture(kind, job, table), inside=out)
         return job.ids.shape[0], job.ids.shape[1]
 
     threads = min(8, os.cpu_count() or 1)
     with (
         ahead(_read(found, max_pixels), 1) as images,
-        spread(write, _labelled(images, predict), threads, _pixels, _ROOM) as written,
+        spread(write, _labelled(images, decide), threads, _pixels, _ROOM) as written,
     ):
         for number, (item, one) in enumerate(zip(found, written, strict=True), 1):
             try:
@@ -94,11 +108,12 @@ def label_files(
 
 
 class _Labelled(NamedTuple):
-    """An image file, its pixels and its train ids."""
+    """An image file, its pixels, its train ids and, where that is saved, the confidence in them."""
 
     item: Found
     image: Array
     ids: NDArray[Any]
+    confidence: Array | None
 
 
 def _read(found: Iterable[Found], max_pixels: int) -> Iterator[tuple[Found, Array | UserError]]:
@@ -110,14 +125,14 @@ def _read(found: Iterable[Found], max_pixels: int) -> Iterator[tuple[Found, Arra
 
 
 def _labelled(
-    images: Iterable[tuple[Found, Array | UserError]], predict: Callable[[Array], NDArray[Any]]
+    images: Iterable[tuple[Found, Array | UserError]], decide: Callable[[Array], tuple[NDArray[Any], Array | None]]
 ) -> Iterator[_Labelled | UserError]:
     for item, image in images:
         if isinstance(image, UserError):
             yield image
             continue
         try:
-            yield _Labelled(item, image, predict(image))
+            yield _Labelled(item, image, *decide(image))
         except UserError as error:
             yield UserError(f"{show(item.path)}: {error}")
 
@@ -138,7 +153,10 @@ def _own(out: Path) -> Own:
     return own
 
 
-def _picture(kind: str, image: Array, ids: NDArray[Any], table: labels.LabelTable) -> Array:
+def _picture(kind: str, job: _Labelled, table: labels.LabelTable) -> Array:
     if kind == "labels":
-        return table.to_label_ids(ids)
-    return draw.colorize(ids, table.colors) if kind == "color" else draw.overlay(image, ids, table=table)
+        return table.to_label_ids(job.ids)
+    if kind == "confidence":
+        assert job.confidence is not None
+        return job.confidence
+    return draw.colorize(job.ids, table.colors) if kind == "color" else draw.overlay(job.image, job.ids, table=table)

@@ -107,18 +107,19 @@ class Predictor:
 
     def predict_batch(self, images: Sequence[Array]) -> list[Array]:
         """Train ids of each image, which may differ in size; neighbours of one size share a batch."""
-        inputs = [self._input(image) for image in images]
         ids = [np.empty(image.shape[:2], np.uint8) for image in images]
-        scaled: dict[int, Tensor] = {}
-        for part, logits in self._windows(inputs):
-            if inputs[part.image].shape == images[part.image].shape:
-                ids[part.image][part.kept] = _best(logits)
-            else:
-                _place(scaled, part, logits, inputs[part.image])
-        for i, whole in scaled.items():
-            for rows, logits in _enlarged(whole, ids[i].shape):
-                ids[i][rows] = _best(logits)
+        for i, part, logits in self._tiles(images):
+            ids[i][part] = _best(logits)
         return ids
+
+    def predict_confident(self, image: Array) -> tuple[Array, Array]:
+        """Train ids as `predict` gives them, and their probabilities (softmax) as `in_255ths`, both uint8 (H, W)."""
+        ids, confidence = (np.empty(image.shape[:2], np.uint8) for _ in range(2))
+        for _, part, logits in self._tiles([image]):
+            ids[part] = _best(logits)
+            with enough_memory(self.device, "the probabilities of a window; set a smaller predict.window"):
+                confidence[part] = in_255ths(logits.softmax(0).amax(0))
+        return ids, confidence
 
     def probabilities(self, image: Array) -> Tensor:
         """Softmax over the classes, float32 (C, H, W) on `device`: 4 C bytes a pixel, whatever the window."""
@@ -131,6 +132,20 @@ class Predictor:
         for part, logits in self._windows(inputs):
             _place(wholes, part, logits, inputs[part.image])
         return [_softmax(wholes.pop(i), image.shape[:2]) for i, image in enumerate(images)]
+
+    def _tiles(self, images: Sequence[Array]) -> Iterator[tuple[int, Any, Tensor]]:
+        """Of each image, by its number, the parts (an index into it) that it consists of, with their logits, float32
+        (C, h, w)."""
+        inputs = [self._input(image) for image in images]
+        scaled: dict[int, Tensor] = {}
+        for part, logits in self._windows(inputs):
+            if inputs[part.image].shape == images[part.image].shape:
+                yield part.image, part.kept, logits
+            else:
+                _place(scaled, part, logits, inputs[part.image])
+        for i, whole in scaled.items():
+            for rows, logits in _enlarged(whole, images[i].shape[:2]):
+                yield i, rows, logits
 
     def _input(self, image: Array) -> Array:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
@@ -234,6 +249,11 @@ def logits_of(model: nn.Module, images: Tensor, multiple: int = 1, size: tuple[i
     logits: Tensor = (output if isinstance(output, Tensor) else output["out"]).float()
     logits = _resized(logits, (len(rows), len(columns)))[..., :height, :width]
     return logits if size is None else _resized(logits, size)
+
+
+def in_255ths(probabilities: Tensor) -> Array:
+    """Probabilities (H, W) as round(255 p), uint8."""
+    return (255 * probabilities).round().to(torch.uint8).cpu().numpy()
 
 
 def _best(logits: Tensor) -> Array:

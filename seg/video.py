@@ -237,9 +237,12 @@ class _Progress:
 def _targets(out: Path, save: Sequence[str]) -> dict[str, Path]:
     """The file of each kind."""
     kinds = list(dict.fromkeys(save))
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    known = [kind for kind in KINDS if kind != "confidence"]
+    unknown = [kind for kind in kinds if kind not in known]
     if unknown or not kinds:
-        raise UserError(f"Cannot save {', '.join(unknown) or 'nothing'}; choose from {', '.join(KINDS)}.")
+        which = f"{', '.join(unknown) or 'nothing'} of a video"
+        why = ", only of images, such as its frames" if "confidence" in unknown else ""
+        raise UserError(f"Cannot save {which}{why}; choose from {', '.join(known)}.")
     if out.is_dir():
         raise UserError(f"--out {show(out)}: is a folder; a video needs the name of a file, such as drive_seg.mp4")
     for kind in kinds:

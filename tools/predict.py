@@ -5,13 +5,15 @@ python tools/predict.py runs/x/best.pt drive.mp4 --out drive_seg.mp4 [--save col
 python tools/predict.py runs/x/best.pt photos/ --out labelled --scales 0.75 1.0 1.25 --flip --sliding-window
 python tools/predict.py runs/classifier/best.pt photos/ --topk 5 [--out predicted]
 
-A segmentation network writes labelled/labels/..._labelIds.png (8-bit label ids, as the test server and
-`tools/evaluate.py --predictions labelled/labels ...` take them), labelled/color/..._color.png and
-labelled/overlay/..._overlay.png. Of a video it writes a video, by default the overlay, data.eval_batch_size frames
-going through the network together; label ids need an .mkv or .avi, which keep them exactly. A folder of frames is
-labelled as images. --scales, --flip and --sliding-window average as they do in tools/evaluate.py, each image and each
-frame by itself. A classifier prints the likeliest classes and, with --out, writes predictions.csv and
-predictions.json. Exit status: 0 all done, 1 inputs failed (listed at the end), 2 a mistake in the call.
+A segmentation network writes what --save names: labelled/labels/..._labelIds.png (8-bit label ids, as the test server
+and `tools/evaluate.py --predictions labelled/labels ...` take them), labelled/color/..._color.png,
+labelled/overlay/..._overlay.png and labelled/confidence/..._confidence.png (8-bit grey: round(255 p), where p is the
+probability of the predicted class). Of a video it writes a video, by default the overlay, data.eval_batch_size frames
+going through the network together; label ids need an .mkv or .avi, which keep them exactly, and there is no confidence.
+A folder of frames is labelled as images, one at a time, data.eval_batch_size of its windows together. --scales, --flip
+and --sliding-window average as they do in tools/evaluate.py, each image and each frame by itself. A classifier prints
+the likeliest classes and, with --out, writes predictions.csv and predictions.json. Exit status: 0 all done, 1 inputs
+failed (listed at the end), 2 a mistake in the call.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder to write to, nothing goes elsewhere, or the file of a video; a classifier can do without",
     )
     parser.add_argument(
-        "--save", nargs="+", metavar="KIND", help="segmentation: labels, color, overlay (labels; video: overlay)"
+        "--save",
+        nargs="+",
+        metavar="KIND",
+        help="segmentation: labels, color, overlay, confidence (labels; video: overlay)",
     )
     parser.add_argument(
         "--smooth", type=float, metavar="ALPHA", help="video: weight of the newest frame in an average over the frames"
@@ -82,6 +87,7 @@ def _videos(word: str, suffixes: frozenset[str]) -> list[str]:
 def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
     from engine.images import VIDEO_SUFFIXES, show
     from engine.prepare import predicting
+    from engine.yaml_layers import leaves, parse_overrides
     from seg.averaging import Views, predictor_of
     from seg.label_files import label_files
     from seg.labels import table_of
@@ -100,6 +106,9 @@ def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
         raise UserError("--max-megapixels: is for images; a video's frames have one size")
     if args.smooth is not None and not videos:
         raise UserError("--smooth: is for a video; images are labelled each for itself")
+    given = dict(leaves(parse_overrides(args.overrides))).get(("predict", "smoothing"))
+    if given is not None and given.value is not None and not videos:
+        raise UserError("predict.smoothing: is for a video; images are labelled each for itself, leave it out")
     asked = views(args)
     model, cfg, meta = from_checkpoint(args.checkpoint, args.overrides, allow_imports=args.allow_imports, folded=True)
     if asked != Views():
@@ -119,7 +128,15 @@ def _segment(args: argparse.Namespace, max_pixels: int) -> Any:
             )
         kinds = args.save or ["labels"]
         table = table_of(meta)
-        done = label_files(predictor.predict, args.inputs, args.out, kinds, table=table, max_pixels=max_pixels)
+        done = label_files(
+            predictor.predict,
+            args.inputs,
+            args.out,
+            kinds,
+            table=table,
+            confident=predictor.predict_confident,
+            max_pixels=max_pixels,
+        )
     if done.done:
         print("written to " + ", ".join(show(args.out / kind) for kind in dict.fromkeys(kinds)))
     return done

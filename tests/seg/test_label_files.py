@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from engine import images
+from engine import checkpoint, images
 from engine.errors import UserError
 from engine.images import show
 from seg import draw, evaluate, labels
 from seg import label_files as module
-from seg.averaging import Views
+from seg.averaging import Views, predictor_of
 from seg.label_files import Summary, label_files
+from seg.models import from_checkpoint
 from tools import predict as program
 
 RAMP = np.stack(np.meshgrid(np.arange(0, 250, 10), np.arange(0, 240, 20)), -1).astype(np.uint8)
@@ -312,6 +314,43 @@ def test_the_limit_of_images_does_not_hold_for_the_words_of_a_legend() -> None:
     assert before == Image.MAX_IMAGE_PIXELS
 
 
+def test_confidence_is_grey_and_as_it_was_predicted(tmp_path: Path) -> None:
+    def never(_: np.ndarray) -> np.ndarray:
+        raise AssertionError
+
+    def confident(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return fake(image), image[..., 1]
+
+    picture = save(tmp_path / "a.png")
+    kinds = ("confidence", "labels")
+    options: dict[str, Any] = {"say": lambda _: None, "confident": confident}
+    assert label_files(never, [picture], tmp_path / "out", kinds, **options).done == 1
+    found = Image.open(tmp_path / "out/confidence/a_confidence.png")
+    assert found.mode == "L" and np.array_equal(np.asarray(found), RGB[..., 1])
+    ids = np.asarray(Image.open(tmp_path / "out/labels/a_labelIds.png"))
+    assert np.array_equal(ids, labels.to_label_ids(fake(RGB)))
+    with pytest.raises(ValueError, match="to save confidence, label_files needs the function `confident`"):
+        label_files(fake, [picture], tmp_path / "out", kinds)
+    with pytest.raises(UserError, match="only outputs of this program"):
+        run([tmp_path / "out"], tmp_path / "other")
+
+
+@pytest.mark.parametrize("options", [[], ["--scales", "0.75", "1", "--flip"]])
+def test_the_program_saves_the_probability_of_the_predicted_class(
+    tmp_path: Path, sample_root: Path, small_checkpoint: Path, options: list[str]
+) -> None:
+    picture = next((sample_root / "leftImg8bit/val").rglob("*.png"))
+    words = [str(small_checkpoint), str(picture), "--out", str(tmp_path), "--save", "confidence", "labels", *options]
+    assert program.main(words) == 0
+    model, cfg, _ = from_checkpoint(small_checkpoint, ["runtime.device=cpu"])
+    predictor = predictor_of(model, cfg, "cpu", Views((0.75, 1.0), True) if options else None)
+    shares = predictor.probabilities(images.read_image(picture)).numpy()
+    ids, found = (np.asarray(Image.open(next((tmp_path / kind).iterdir()))) for kind in ("labels", "confidence"))
+    assert np.array_equal(ids, labels.to_label_ids(shares.argmax(0).astype(np.uint8)))
+    assert found.dtype == np.uint8 and np.abs(found - 255 * shares.max(0)).max() <= 0.5001
+    assert len(np.unique(found)) > 10
+
+
 def test_the_program_averages_over_the_views_that_are_scored(
     tmp_path: Path, sample_root: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -337,3 +376,18 @@ def test_views_that_make_no_sense_are_told_before_the_checkpoint_is_read(
     assert program.main([str(small_checkpoint), str(picture), "--out", str(tmp_path / "o"), "--scales", "1", "1"]) == 2
     assert capsys.readouterr() == ("", "error: --scales: 1 1: the same scale twice; give it once\n")
     assert not (tmp_path / "o").exists()
+
+
+def test_smoothing_is_refused_where_it_does_nothing(
+    tmp_path: Path, small_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(small_checkpoint, weights_only=True)
+    state["config"]["predict"]["smoothing"] = 0.4
+    stored = tmp_path / "smooth.pt"
+    checkpoint.save(stored, state)
+    words = [str(stored), str(save(tmp_path / "a.png")), "--out", str(tmp_path / "o")]
+    for override in ("predict.smoothing=0.4", "predict={smoothing: 0.4}"):
+        assert program.main([*words, override]) == 2
+        text = "error: predict.smoothing: is for a video; images are labelled each for itself, leave it out\n"
+        assert capsys.readouterr().err == text and not (tmp_path / "o").exists()
+    assert program.main(words) == program.main([*words, "predict.smoothing=null", "predict.overlap=0.5"]) == 0

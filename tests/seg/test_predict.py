@@ -73,6 +73,24 @@ def test_a_batch_of_unlike_images_keeps_their_order() -> None:
     assert predictor.predict_batch([]) == []
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"window": (32, 40)}, {"base_size": 30}, {"window": (20, 32), "base_size": 90}]
+)
+def test_confidence_is_the_probability_of_the_class(options: dict[str, Any]) -> None:
+    image = picture(60, 80)
+    predictor = echo(8, **options)
+    ids, confidence = predictor.predict_confident(image)
+    shares = predictor.probabilities(image).numpy()
+    assert ids.dtype == confidence.dtype == np.uint8
+    assert np.array_equal(ids, predictor.predict(image)) and np.array_equal(ids, shares.argmax(0))
+    assert np.abs(confidence - 255 * shares.max(0)).max() <= 0.5001
+
+
+def test_probabilities_in_255ths() -> None:
+    found = predict.in_255ths(torch.tensor([[0.0, 0.001, 0.002, 0.5, 0.9979, 0.9981, 1.0]]))
+    assert found.tolist() == [[0, 0, 1, 128, 254, 255, 255]]
+
+
 def test_large_images_go_in_windows_and_whole_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "WHOLE_LIMIT", 64 * 64)
     monkeypatch.setattr(predict, "LARGE_WINDOW", (32, 64))
