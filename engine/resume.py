@@ -36,7 +36,7 @@ FREE = (  # may differ when a run goes on ...
     "data.on_error",
 )
 BOUND = ("runtime.seed",)  # ... and among them those that decide which data comes next
-ACCEPTED = ("optim.lr", "optim.clip_norm", "micro_batch", "predict.")
+ACCEPTED = ("optim.lr:", "optim.clip_norm:", "micro_batch:", "predict.")  # as `differences` tells them
 """What may differ when it is said so: another rate after a loss that was not finite, less memory, not another run."""
 ENDED = (*BOUND, "runtime.amp", "runtime.matmul_precision")  # of a run that has ended: another result
 _MEANING = "after the number of images come checksums: of the names, or of labels and pixels"

@@ -320,8 +320,8 @@ def test_another_rate_is_that_of_the_schedule_from_there_on(tmp_path: Path, caps
     assert "resumed after step 5 of 10; optim.lr: was 0.1, now 0.01\n" in capsys.readouterr().out
     content = checkpoint.load(tmp_path / "last.pt")
     assert [group["lr"] for group in content["optimizer"]["param_groups"]] == [0.01, 0.01]
-    rates = [row["lr"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
-    assert rates[-1] == 0.01
+    rates = [row["rates"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    assert set(rates[-1].values()) == {0.01}
 
 
 # ---- not finite

@@ -302,7 +302,8 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
     loader: Any = ModuleType("seg.models")
     loader.asked = []
 
-    def from_checkpoint(path: Path, overrides: list[str], allow_imports: bool = False) -> Any:
+    def from_checkpoint(path: Path, overrides: list[str], allow_imports: bool = False, folded: bool = False) -> Any:
+        assert folded
         loader.asked.append((path, overrides))
         if path.name == "broken.pt":
             raise UserError(f"{path}: not a checkpoint.")
