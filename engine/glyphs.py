@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -21,7 +22,11 @@ def save(figure: Figure, to: str | Path | IO[bytes], **options: Any) -> None:
     from matplotlib.text import Text
 
     texts: list[Any] = figure.findobj(Text)
-    if families := _families(frozenset("".join(text.get_text() for text in texts)) - {"\n"}):
+    characters = frozenset("".join(text.get_text() for text in texts))
+    # no font has those that control a terminal or a text, nor half of a pair
+    if families := _families(
+        frozenset(one for one in characters if unicodedata.category(one) not in ("Cc", "Cf", "Cs"))
+    ):
         for text in texts:
             text.set_fontfamily([*text.get_fontfamily(), *families])
     with warnings.catch_warnings():

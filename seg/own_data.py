@@ -149,11 +149,16 @@ def _undivided(cfg: DataConfig, masks: bool) -> Files:
                 f"data.masks={cfg.masks / split}."
             )
     found = _required(cfg, cfg.root / place, masks)
-    test = cfg.root / place / "test"
-    return Files(
-        {name: path for name, path in found.files.items() if not path.is_relative_to(test)},
-        [pair for pair in found.twice if not pair[0].is_relative_to(test)],
-    )
+    apart = [cfg.root / place / "test"]
+    other = cfg.root / (cfg.images if masks else cfg.masks)
+    if other != cfg.root / place and other.is_relative_to(cfg.root / place):
+        apart.append(other)  # images/masks, say
+
+    def own(path: Path) -> bool:
+        return not any(path.is_relative_to(folder) for folder in apart)
+
+    files = {name: path for name, path in found.files.items() if own(path)}
+    return Files(files, [pair for pair in found.twice if all(map(own, pair))])
 
 
 def _is_val(name: str, share: float) -> bool:
@@ -195,14 +200,20 @@ class _Reader:
         """Raises _Refused."""
         image = self._named(line, self.images)
         if image is None:
-            for pair in self._pairs(line):
-                if all(map(isfile, pair)):
-                    return _Line(*pair)
+            for first, second in self._pairs(line):
+                if isfile(first) and isfile(second):
+                    return _Line(self._plain(first), second)
             places = (self.cfg.root / line, self.top / line, self.top / self.split / line)
             image = next(filter(isfile, places), None)
         if image is None:
             raise self._missing(line)
+        image = self._plain(image)
         return _Line(image, self._named(self.name(image), self.masks))
+
+    def _plain(self, image: Path) -> Path:
+        """The same file by one spelling of its path, so that it does not train twice: in data.root, if it is there."""
+        place, root = Path(os.path.abspath(image)), Path(os.path.abspath(self.cfg.root))
+        return self.cfg.root / place.relative_to(root) if place.is_relative_to(root) else place
 
     def name(self, image: Path) -> str:
         """What an image is called: its path below data.images, or data.root, without suffix and extension."""

@@ -55,7 +55,7 @@ def test_a_fallback_draws_the_character_and_not_a_box() -> None:
 @pytest.mark.filterwarnings("error")
 def test_characters_that_no_font_has_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
-        glyphs.save(drawn(f"a{NOWHERE}"), io.BytesIO())
+        glyphs.save(drawn(f"a{NOWHERE}\u200d\x1b"), io.BytesIO())
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith(f"note: no installed font has {NOWHERE}, which pictures show as boxes")
     assert said[0].endswith("fontlist-*.json")

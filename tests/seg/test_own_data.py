@@ -310,3 +310,25 @@ def test_lists_that_are_missing_or_no_text(tmp_path: Path) -> None:
     assert "an image's name, or the paths of image and mask, in each line, in UTF-8" in error(cfg)
     shutil.rmtree(tmp_path / "images")
     assert f"since there is no folder {tmp_path}/images (data.images)" in error(cfg, "val")
+
+
+def test_an_image_by_other_spellings_of_its_path_is_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flat(tmp_path, 3)
+    monkeypatch.chdir(tmp_path.parent)
+    cfg = own(Path(tmp_path.name), lists="lists")
+    first = "images/drive0/0.jpg masks/drive0/0.png"
+    for again in (f"{tmp_path}/images/drive0/0.jpg {tmp_path}/masks/drive0/0.png", f"images/../{first}"):
+        listed(tmp_path, "train", first, again)
+        assert "line 2: names" in error(cfg) and "as line 1 does" in error(cfg)
+        listed(tmp_path, "train", again)
+        assert names(cfg, "train") == ["drive0/0"]
+        assert datasets.samples(cfg, "train")[0].image == Path(tmp_path.name, "images/drive0/0.jpg")
+    listed(tmp_path, "train", f"{tmp_path}/images/drive1/1.jpg")
+    assert names(cfg, "train") == ["drive1/1"]
+
+
+def test_masks_in_a_folder_below_the_images_are_none(tmp_path: Path) -> None:
+    flat(tmp_path, 100)
+    (tmp_path / "masks").rename(tmp_path / "images/masks")
+    cfg = own(tmp_path, masks="images/masks", val_share=0.2)
+    assert sorted(names(cfg, "val")) == sorted(VAL) and len(names(cfg, "train")) == 100 - len(VAL)
