@@ -16,7 +16,8 @@ FEW_IMAGES = 2
 
 def few_images(model: nn.Module, cfg: ExperimentConfig, world: int) -> str | None:
     """A sentence where layers have statistics of few images though the batch has more, else None."""
-    images = cfg.split(world).micro_batch
+    split = cfg.split(world)
+    images = split.micro_batch
     if images > FEW_IMAGES or images == cfg.batch_size:
         return None
     together = set(processes.synchronised(model)) if world > 1 else set()
@@ -29,16 +30,19 @@ def few_images(model: nn.Module, cfg: ExperimentConfig, world: int) -> str | Non
     if world > 1:
         remedies += ["norm.sync=true for deconvolution's from all processes"] * bool(whitening)
         remedies += ["the recipe sync_bn for batch norm's on GPUs"] * bool(norms)
+    remedies.append("a larger micro_batch" if split.accumulation > 1 else "a larger batch_size")
     return (
         f"note: {len(whitening) + len(norms)} layers take their statistics from {images} image{'s' * (images > 1)} of "
         f"the {cfg.batch_size} in a batch, which costs accuracy (docs/results.md); set "
-        f"{', '.join([*remedies, 'a larger micro_batch' if world == 1 else 'a larger batch_size'])}, or norm.name=gn"
+        f"{', '.join(remedies)}, or norm.name=gn"
     )
 
 
 def not_compiled(model: nn.Module, cfg: ExperimentConfig, device: torch.device) -> str | None:
     """A sentence where whitening layers run on a GPU without the compiler, else None."""
-    if device.type != "cuda" or cfg.runtime.compile or not any(isinstance(one, Whitening) for one in model.modules()):
+    if device.type != "cuda" or cfg.runtime.compile or cfg.runtime.checkpointing:  # which cannot be compiled
+        return None
+    if not any(isinstance(one, Whitening) for one in model.modules()):
         return None
     return (
         "note: deconvolution is not compiled, and on GPUs its many small kernels then take several times as long as "

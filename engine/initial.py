@@ -21,7 +21,7 @@ def tensors_in(state: Any, source: str) -> dict[str, Tensor]:
     found = checkpoint.weights_in(state)
     if found is None:
         raise UserError(f"{source}: found a {type(state).__name__}, expected a file of weights")
-    return {_unwrapped(key): value for key, value in found.items()}
+    return found if config_in(state) else {_unwrapped(key): value for key, value in found.items()}
 
 
 def _unwrapped(name: str) -> str:

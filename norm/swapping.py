@@ -40,7 +40,7 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
                 f"{name or 'the network'}: torch.compile(layer) goes on with the layer that it was given; convert and "
                 "fold layers before they are compiled"
             )
-    for parent in list(model.modules()):
+    for parent in [*model.modules(), *replacements.values()]:
         for key, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 parent._modules[key] = replacements[id(child)]
@@ -148,7 +148,8 @@ def _fresh_layers() -> list[nn.Module]:
     with torch.device("meta"):  # draws no random numbers
         plain: list[nn.Module] = [nn.Conv2d(1, 1, 1), nn.Linear(1, 1), nn.BatchNorm2d(1)]
         exact = [FastDeconv(1, 1, 1, dtype=wide), Delinear(1, 1, dtype=wide), ChannelDeconv(1, dtype=wide)]
-        return [*plain, *exact, FastDeconv(1, 1, 1, every=1, dtype=wide)]
+        fast = [FastDeconv(4, 1, 1, every=1, rank=rank, dtype=wide) for rank in (1, 64)]  # few directions, and all
+        return [*plain, *exact, *fast]
 
 
 def computing_hooks(layer: nn.Module) -> dict[int, Callable[..., Any]]:

@@ -262,6 +262,9 @@ def _check_options(cfg: ModelConfig) -> None:
     """Raises UserError unless the network has the options, or takes any."""
     parameters = inspect.signature(_BUILDERS[cfg.name]).parameters.values()
     known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    for one in parameters:
+        if one.kind is one.KEYWORD_ONLY and one.default is one.empty and one.name not in cfg.options:
+            raise UserError(f"model.options.{one.name}: not set, and {cfg.name} has no default for it; set it")
     if any(one.kind is one.VAR_KEYWORD for one in parameters):
         return
     for key in cfg.options:

@@ -95,6 +95,7 @@ class Start:
         """
         here, parameters = model.state_dict(), {name for name, _ in model.named_parameters()}
         tensors = _named_as(self.tensors, here)
+        tensors = {name: one for name, one in tensors.items() if name in here or not name.endswith(_COUNT)}  # frozen_bn
         own = {
             name: one
             for name, one in here.items()
@@ -103,7 +104,8 @@ class Start:
         try:
             checkpoint.load_weights(model, {**tensors, **own}, self.source, remedy=self._remedy(here))
         except UserError as error:
-            raise UserError(f"model.weights: {self._other_network() or self._other_norm() or error}") from None
+            norms = "" if self._options() else self._other_norm()
+            raise UserError(f"model.weights: {self._other_network() or norms or error}") from None
         if self.converted:
             self._restore_built(model)
 
@@ -184,9 +186,8 @@ class Start:
 
     def _remedy(self, here: Mapping[str, Tensor]) -> str:
         """What to do where the layers differ."""
-        ours = self.cfg.model.options
-        if (theirs := self._stored("model").get("options", ours)) != ours:
-            return f"model.options: {theirs} in the file, {ours} here; set what the file has"
+        if self._options():
+            return self._options()
         batches = [each.get("calibrate_batches", 0) for each in (self._stored("norm"), dict(self.cfg.norm))]
         if self.same_norm and bool(batches[0]) != bool(batches[1]):
             return (
@@ -194,6 +195,9 @@ class Start:
                 f"norm.calibrate_batches={batches[0]}"
             )
         folded = (name for name in self.tensors if name.endswith(".bias") and name not in here)
+        whitened = any(name.endswith(WHITENED) for name in self.tensors)
+        if whitened and not self.config:
+            return "the file is of a deconvolved network; set norm.name and its options as that network had them"
         if not self.config and any(name.removesuffix("bias") + "weight" in here for name in folded):
             return (
                 "convolutions of the file have a bias where the network has a norm: exported weights of a deconvolved "
@@ -203,6 +207,12 @@ class Start:
             "model.weights takes a whole network of the architecture that model.name, model.options and norm say; an "
             "encoder alone goes into model.backbone_weights"
         )
+
+    def _options(self) -> str:
+        """What to say where the file's network has other options; else nothing."""
+        ours = self.cfg.model.options
+        theirs = self._stored("model").get("options", ours)
+        return "" if theirs == ours else f"model.options: {theirs} in the file, {ours} here; set what the file has"
 
     def _other_network(self) -> str:
         """What to say where the file is of another architecture, whose layers need not be listed; else nothing."""
@@ -236,9 +246,12 @@ class Start:
 
 
 def _named_as(tensors: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With the names that the norms have here: one of timm's, which activates too, holds what replaces it as `norm`."""
-    inner = {"{}.norm.{}".format(*name.rpartition(".")[::2]): name for name in here}
-    return {name if name in here else inner.get(name, name): one for name, one in tensors.items()}
+    """With the names that the norms have here: one of timm's, which activates too, holds what replaces it as `norm`,
+    here or in the file."""
+    others = {"{}.norm.{}".format(*name.rpartition(".")[::2]): name for name in here}
+    wrapped = (name for name in here if name.rpartition(".")[0].endswith(".norm"))
+    others |= {".".join(name.rsplit(".norm.", 1)): name for name in wrapped}
+    return {name if name in here else others.get(name, name): one for name, one in tensors.items()}
 
 
 def _layers_of_classes(cfg: SegConfig, here: Mapping[str, Tensor], classes: int) -> list[str]:

@@ -163,11 +163,15 @@ def load_exactly(backbone: nn.Module, state: Mapping[str, Tensor], source: str) 
     Raises:
         UserError: layers differ, see `engine.checkpoint.load_weights`, or are deconvolved.
     """
-    said = _left_out(state, source)
+    said, names = _left_out(state, source), backbone.state_dict().keys()
     for prefix in ("_orig_mod.", "module.", "backbone.", "features."):
+        if names <= state.keys():  # the backbone may have parts of these names itself
+            break
+        if prefix == "backbone." and any(key.startswith(prefix) for key in state):
+            state = {key: value for key, value in state.items() if key.startswith(prefix)}
         if any(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    kept = {k: v for k, v in state.items() if not k.startswith(_HEADS)}
+    kept = {k: v for k, v in state.items() if k in names or not k.startswith(_HEADS)}
     _check_not_whitened(kept, source)
     checkpoint.load_weights(backbone, kept, source, remedy=_REMEDY)
     return said

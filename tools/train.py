@@ -75,6 +75,8 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     from engine.config import load, show
 
+    if args.accept_changes and args.resume is None:
+        raise UserError("--accept-changes: is for a run that goes on; give --resume auto, or leave it out")
     if args.explain and "=" in args.explain:  # the first change of the config, not a key to explain
         args.overrides, args.explain = [args.explain, *args.overrides], ""
     loaded: Any = load(args.config, args.overrides, schema)

@@ -28,6 +28,7 @@ def network(recipe: str, **options: Any) -> nn.Module:
         ("deconv", {}, 8, None, 8, "set norm.sync=true for deconvolution's from all processes, a larger batch_size"),
         ("deconv_fast", {}, 8, 1, 1, "set a larger micro_batch, or norm.name=gn"),
         ("deconv", {"sync": True}, 8, 2, 1, "set a larger micro_batch"),
+        ("bn", {}, 8, 1, 2, "batch norm's on GPUs, a larger micro_batch, or norm.name=gn"),
         ("deconv", {"sync": True}, 8, None, 8, None),
         ("sync_bn", {}, 8, None, 8, None),
         ("gn", {"groups": 2}, 8, 1, 1, None),
@@ -49,5 +50,6 @@ def test_deconvolution_that_is_not_compiled_on_a_gpu() -> None:
     assert found is not None and "set runtime.compile=true, or reduce-overhead" in found
     assert not_compiled(network("bn"), config(), gpu) is None
     assert not_compiled(network("deconv"), config(), cpu) is None
+    assert not_compiled(network("deconv"), config(runtime__checkpointing=True), gpu) is None  # refused beside it
     for mode in (True, "reduce-overhead"):
         assert not_compiled(network("deconv"), config(runtime__compile=mode), gpu) is None

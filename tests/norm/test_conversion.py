@@ -244,7 +244,7 @@ def test_what_a_user_registered_on_a_layer_moves_with_the_hook_that_reads_it():
         model[index].register_buffer("mask", torch.rand(size))
         model[index].register_buffer("passing", torch.ones(size), persistent=False)
         model[index].register_parameter("strength", nn.Parameter(torch.rand(size)))
-        model[index].beside = nn.Linear(1, 1)
+        model[index].beside = nn.LayerNorm(1)
         model[index].register_forward_hook(lambda layer, args, out: out * layer.mask * layer.passing * layer.strength)
     theirs = {key: one for key, one in model.state_dict(keep_vars=True).items() if key.startswith(("0.", "4."))}
     theirs = {key: one for key, one in theirs.items() if key.split(".")[1] not in ("weight", "bias")}
@@ -256,6 +256,30 @@ def test_what_a_user_registered_on_a_layer_moves_with_the_hook_that_reads_it():
     plain = norm.fold(model.eval())
     torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
     assert set(plain.state_dict()) == {*theirs, "0.weight", "0.bias", "4.weight", "4.bias"}
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 4}, {"gain": True}, {"rank": 4, "grouping": "published"}])
+@pytest.mark.parametrize("name", ["deconv", "deconv_fast"])
+def test_nothing_of_the_norm_is_left_in_a_folded_network(name, options):
+    if "rank" in options and name == "deconv":
+        options = {"n_iter": 3}
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.BatchNorm2d(8))
+    norm.convert(model, name, block=16, **options)
+    model(torch.randn(8, 3, 16, 16))
+    assert set(norm.fold(model).state_dict()) == {"0.weight", "0.bias", "3.weight", "3.bias"}
+
+
+def test_a_layer_that_a_user_registered_on_a_convolution_is_converted_and_folded_there():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    model[0].register_module("adapter", nn.Conv2d(3, 8, 1))
+    model[0].register_forward_hook(lambda layer, args, out: out + layer.adapter(*args))
+    report = norm.convert(model, "deconv")
+    x = torch.randn(4, 3, 9, 9)
+    model(x)
+    assert isinstance(model[0].adapter, FastDeconv) and "0.adapter" in str(report)
+    plain = norm.fold(model.eval())
+    assert type(plain[0].adapter) is nn.Conv2d
+    torch.testing.assert_close(plain(x), model(x))
 
 
 def test_backward_hooks_move_too():

@@ -244,6 +244,14 @@ def test_functions_that_make_no_such_network(monkeypatch: pytest.MonkeyPatch):
     ), "a function without a name of its own"
 
 
+def test_an_option_without_a_default_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(models, "_BUILDERS", dict(models._BUILDERS))
+    models.register("x")(lambda cfg, classes, *, width: Logits(3, classes, 1))
+    with pytest.raises(UserError, match="model.options.width: not set, and x has no default for it; set it"):
+        models.build(ModelConfig(name="x"), 5)
+    assert models.build(ModelConfig(name="x", options={"width": 2}), 5)
+
+
 def test_names_of_networks_are_given_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(models, "_BUILDERS", dict(models._BUILDERS))
 

@@ -284,3 +284,20 @@ def test_what_is_drawn_after_it_stays_as_it_was(tmp_path: Path):
     before = torch.get_rng_state()
     Start(cfg, ABC, model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_frozen_encoder_takes_the_statistics_of_one_that_was_not(tmp_path: Path):
+    encoder = "network.encoder*"
+    before = {**DECONV, "overrides": {encoder: {"recipe": "keep"}}}
+    state = trained(tmp_path / "best.pt", config(norm=before))
+    model, _ = begin(config(tmp_path / "best.pt", {**DECONV, "overrides": {encoder: {"recipe": "frozen_bn"}}}))
+    found = {name.replace(".norm.", "."): one for name, one in model.state_dict().items()}  # around timm's activations
+    assert all(torch.equal(one, state[name]) for name, one in found.items())
+    assert {name.rpartition(".")[2] for name in state.keys() - found.keys()} == {"num_batches_tracked"}
+
+
+def test_other_options_are_named_before_another_norm(tmp_path: Path):
+    trained(tmp_path / "best.pt", config())
+    cfg = config(tmp_path / "best.pt", DECONV, model={"options": {"decoder_channels": [64, 32, 16, 8, 8]}})
+    with pytest.raises(UserError, match=r"model.options: \{\} in the file, \{'decoder_channels'"):
+        begin(cfg)

@@ -222,3 +222,18 @@ def test_a_training_refuses_another_normalisation(tmp_path):
         train.run(from_dict(config, [], SegConfig, "x"), tmp_path / "run")
     with pytest.raises(UserError, match="model.weights: nowhere.pt: cannot read"):  # the backbone's are not loaded then
         train.run(from_dict(config, ["model.weights=nowhere.pt"], SegConfig, "x"), tmp_path / "run")
+
+
+def test_a_backbone_of_ones_own_may_have_parts_of_any_name():
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    given, backbone = Backbone(), Backbone()
+    for state in (
+        given.state_dict(),
+        {f"backbone.{key}": one for key, one in given.state_dict().items()} | {"head.weight": torch.ones(2)},
+    ):
+        weights.load_exactly(backbone, state, "x.pt")
+        assert all(one.equal(given.state_dict()[key]) for key, one in backbone.state_dict().items())
