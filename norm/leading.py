@@ -37,8 +37,9 @@ def few(rank: int, features: int) -> bool:
 def first(features: int, rank: int) -> tuple[Tensor, Tensor]:
     """basis and inner of the identity, where the search for the directions begins: always the same ones."""
     generator = torch.Generator("cpu").manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(features, rank, generator=generator, device="cpu"))[0]
-    return basis, torch.eye(rank + 1, device="cpu")
+    wide = torch.promote_types(torch.get_default_dtype(), torch.float32)  # a narrower default has no factorisation
+    basis = torch.linalg.qr(torch.randn(features, rank, generator=generator, device="cpu", dtype=wide))[0]
+    return basis, torch.eye(rank + 1, device="cpu", dtype=wide)
 
 
 def renew(

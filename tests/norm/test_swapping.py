@@ -136,9 +136,11 @@ def test_a_narrow_default_dtype_is_no_hindrance() -> None:
     try:
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         norm.convert(model, "gn", groups=2)
+        layer = norm.FastDeconv(3, 8, 3, every=4, rank=2, dtype=torch.float32)
     finally:
         torch.set_default_dtype(torch.float32)
     assert isinstance(model[1], nn.GroupNorm)
+    torch.testing.assert_close(layer.basis.mT @ layer.basis, torch.eye(2))
 
 
 def test_what_a_layer_has_by_itself_is_its_own() -> None:
