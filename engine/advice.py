@@ -45,7 +45,7 @@ def not_compiled(model: nn.Module, cfg: ExperimentConfig, device: torch.device) 
     if not any(isinstance(one, Whitening) for one in model.modules()):
         return None
     return (
-        "note: deconvolution is not compiled, and its many small kernels then made steps on a GPU two to seven times as "
+        "note: deconvolution is not compiled, and its many small kernels then made a GPU's steps two to seven times as "
         "long as batch norm's: set runtime.compile=true, or reduce-overhead for small networks or images "
         "(docs/performance.md)"
     )
