@@ -58,7 +58,10 @@ def logits(found: Any) -> Tensor:
         ({"name": "smp/unet/resnet18"}, {"name": "deconv", "overrides": KEEP, "block": 32}),
         ({"name": "smp/deeplabv3plus/resnet18", "output_stride": 8}, {"name": "bn"}),
         ({"name": "smp/unet/resnet18", "options": {"decoder_channels": [64, 32, 16, 16, 8]}}, {"name": "gn"}),
-        ({"name": "smp/unet/densenet121"}, {"name": "deconv", "calibrate_batches": 1, "keep_depthwise": True}),
+        (
+            {"name": "smp/unet/densenet121"},
+            {"name": "deconv", "calibrate_batches": 1, "keep_depthwise": True, "block": 16},
+        ),
         ({"name": "deeplabv3_resnet50", "output_stride": 16}, {"name": "deconv_fast", "overrides": KEEP}),
         ({"name": "fcn_resnet50", "output_stride": 8}, {"name": "bn", "eps": 0.1}),
         ({"name": "lraspp_mobilenet_v3_large", "output_stride": 16}, {"name": "bn"}),

@@ -276,6 +276,7 @@ def test_mistakes_with_a_classifier(project: Path, classifier: str, arguments: l
     assert text in err and "error:" in err
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_classifier(project: Path, classifier: str, image_root: Path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "tools/train.py"), "images.yaml", f"data.root={image_root}", "--work-dir", "runs/c2"]

@@ -19,6 +19,7 @@ from engine.killtest import Case, Found
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_undisturbed_ones(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/killtest.py"), "--out", str(tmp_path / "out"), "--kills", "2"]
     command += ["--cases", "classify-deconv_fast-1p-0w", "runtime.deterministic=true"]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from engine import checkpoint
 from engine.report import read_metrics
 from tests.engine.torchrun_toy import PASSES_ON
@@ -24,6 +26,7 @@ def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_hang_a_death_and_a_warning_of_the_scheduler(tmp_path: Path) -> None:
     """One test, since each start takes seconds. test_loop.py compares a resumed run of two with a whole one."""
     done = torchrun(tmp_path, "5:1:hang", "5:1:die", "6:0:stop", restarts=2)

@@ -27,6 +27,11 @@ SMP = """Unet/resnet18 Unet/efficientnet-b0 Unet/tu-tf_efficientnet_lite0 Unet/t
 UnetPlusPlus/mobilenet_v2 MAnet/timm-mobilenetv3_small_minimal_100 Linknet/resnet18 FPN/resnet18 PSPNet/resnet18
 DeepLabV3/resnet18 DeepLabV3Plus/resnet18 DeepLabV3Plus/efficientnet-b0 DeepLabV3Plus/tu-tf_efficientnet_lite0
 UPerNet/mobilenet_v2 Segformer/mit_b0""".split()  # noqa: SIM905
+LARGE = """torchvision/convnext_tiny torchvision/fcn_resnet50 torchvision/resnext50_32x4d torchvision/vgg11_bn
+timm/resnest14d timm/mixnet_s timm/cspresnet50 timm/dpn48b timm/starnet_s1 timm/mobileone_s0 timm/hrnet_w18_small
+timm/selecsls42 timm/repvgg_a0 smp/Unet/mobileone_s0 smp/Unet/efficientnet-b0 smp/DeepLabV3/resnet18
+smp/UPerNet/mobilenet_v2 smp/Unet/tu-tf_efficientnet_lite0""".split()  # noqa: SIM905
+"""Run by hand: half of the sweep's time, each like a smaller one of the others."""
 NAMES = [*(f"torchvision/{n}" for n in TORCHVISION), *(f"timm/{n}" for n in TIMM), *(f"smp/{n}" for n in SMP)]
 
 
@@ -57,7 +62,13 @@ def test_the_sweep_is_broad():
     assert len(set(NAMES)) >= 60
 
 
-@pytest.mark.parametrize("name, recipe", [*((n, "deconv") for n in NAMES), *((n, "deconv_fast") for n in NAMES[::4])])
+@pytest.mark.parametrize(
+    "name, recipe",
+    [
+        pytest.param(name, recipe, marks=[pytest.mark.slow] if name in LARGE else [])
+        for name, recipe in [*((n, "deconv") for n in NAMES), *((n, "deconv_fast") for n in NAMES[::4])]
+    ],
+)
 def test_converts_trains_and_folds(name, recipe):
     torch.manual_seed(0)
     model = build(name)

@@ -78,10 +78,10 @@ def test_the_program_prints_the_plan_and_trains_nothing(
     text: str,
 ):
     monkeypatch.chdir(config.parent)
-    monkeypatch.setattr(sys, "argv", ["train.py", "tiny.yaml", "batch_size=2", "--plan", size])
+    monkeypatch.setattr(sys, "argv", ["train.py", "tiny.yaml", "batch_size=2", "norm.name=bn", "--plan", size])
     assert program.main() == status
     out = capsys.readouterr().out
-    assert out.startswith("memory of a training step, images of 3 x 64 x 96, norm deconv, on cpu:") and text in out
+    assert out.startswith("memory of a training step, images of 3 x 64 x 96, norm bn, on cpu:") and text in out
     assert [path.name for path in config.parent.iterdir()] == ["tiny.yaml"]
 
 
