@@ -175,6 +175,8 @@ def draw(scores: Scores, out: Path) -> None:
         plot_class_accuracy(scores.accuracies(), out / "class_accuracy.png")
     if scores.mistakes:
         plot_mistakes(scores.mistakes, scores.classes, out / "mistakes.png")
+    else:  # an earlier evaluation may have left some
+        (out / "mistakes.png").unlink(missing_ok=True)
 
 
 def _mistakes(

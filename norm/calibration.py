@@ -208,7 +208,7 @@ def _set_layer(core: FastDeconv | Delinear, conv: nn.Module, norm: nn.Module | N
     with torch.no_grad():
         core.set_statistics(*moments.statistics())
         deconv = core.deconv()
-        weight, bias = whitening.unfold_weight(weight, bias, core.running_mean, deconv, core.groups, core.grouping)
+        weight, bias = whitening.unfold_weight(weight, bias, core.running_mean, deconv, core.matrices, core.grouping)
         core.set_weight(weight, rescale=True)
         assert core.bias is not None
         core.bias.copy_(bias)

@@ -31,6 +31,9 @@ class Geometry(NamedTuple):
     padding: Pair
     dilation: Pair
     groups: int
+    """Of the convolution."""
+    matrices: int
+    """D's, see `whitening.split_weight`."""
     grouping: Grouping
 
 
@@ -136,7 +139,9 @@ class _FoldedConv(torch.autograd.Function):
         anew: bool,
     ) -> Tensor:
         found = Statistics(mean, deconv, tilted, last, scale)
-        folded, new_bias = whitening.fold_weight(weight, bias, found, how.groups, how.grouping, product_dtype(x.dtype))
+        folded, new_bias = whitening.fold_weight(
+            weight, bias, found, how.matrices, how.grouping, product_dtype(x.dtype)
+        )
         ctx.save_for_backward(x, weight, None if anew else folded, *found)
         ctx.how, ctx.dtypes = how, (weight.dtype, None if bias is None else bias.dtype)
         return F.conv2d(
@@ -150,7 +155,7 @@ class _FoldedConv(torch.autograd.Function):
         x, weight, folded, *statistics = ctx.saved_tensors
         how, found = ctx.how, Statistics(*statistics)
         if folded is None:
-            folded = whitening.times_deconv(weight, found, how.groups, how.grouping, product_dtype(x.dtype))
+            folded = whitening.times_deconv(weight, found, how.matrices, how.grouping, product_dtype(x.dtype))
         wanted = any(ctx.needs_input_grad[1:])
         to_x, to_folded, to_bias = _gradients(
             grad, x, like(weight, folded, x.dtype), how, [ctx.needs_input_grad[0], wanted, wanted]
@@ -158,7 +163,7 @@ class _FoldedConv(torch.autograd.Function):
         if not wanted:
             return (to_x, *[None] * 9)
         dtype, bias_dtype = ctx.dtypes
-        to = whitening.fold_gradient(to_folded, to_bias, weight, folded, found, how.groups, how.grouping)
+        to = whitening.fold_gradient(to_folded, to_bias, weight, folded, found, how.matrices, how.grouping)
         bias_grad = None if bias_dtype is None else to_bias.to(bias_dtype)
         # in the strides of the weight, in which it would be copied once more if it had others
         to_weight = like(weight, to.weight, dtype)

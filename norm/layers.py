@@ -19,7 +19,17 @@ from norm.processes import ALONE, Share
 from norm.products import autocasts
 from norm.sampling import Rows, Windows
 from norm.state import Deconvolving
-from norm.strides import Grouping, Pair, dense_strides, list_covers, middles, output_size, resolve_block, thin_out
+from norm.strides import (
+    Grouping,
+    Pair,
+    dense_strides,
+    largest_block,
+    list_covers,
+    middles,
+    output_size,
+    resolve_block,
+    thin_out,
+)
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -35,7 +45,9 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in Conv2d. Without a bias
             the mean is still subtracted.
         block: channels whitened together; more than in_channels become in_channels, and one that does not divide it
-            becomes the greatest common divisor. A grouped convolution has one D a group, of all its channels.
+            becomes the greatest common divisor. A grouped convolution has a D for each group, of its channels; where
+            those are more than `block` one for each block of a group, of the most channels up to `block` that divide
+            them; with grouping="published" always one a group, as in the authors' code.
         n_iter: Newton-Schulz steps; more than 20 are for float64, in float32 their rounding outgrows the result where
             patches are fewer than features.
         eps: added to the diagonal of the covariance.
@@ -68,11 +80,11 @@ class FastDeconv(Deconvolving, nn.Conv2d):
     inverse root are computed in float32 under autocast (in float64 for a float64 layer, or with more than 8 steps of at
     most 256 features, see `norm.products.root_dtype`), W D in float32 or bfloat16.
 
-    Buffers: running_mean (F,) or (groups F,), zeros at first; running_deconv (F, F) or (groups, F, F), the identity at
-    first; with `every`, in its place, running_scale () or (groups,), and shape, like inner, whose root it is, (F, F) or
-    (groups, F, F); with more than 2 rank features, in place of these (`norm.leading`), basis and tilted (F, rank) or
-    (groups, F, rank), last () or (groups,), inner with rank + 1 rows and columns; steps (), int64, with freeze or
-    every. F = block k_h k_w.
+    Buffers: running_mean (F,) or (M F,), zeros at first; running_deconv (F, F) or (M, F, F), the identity at first;
+    with `every`, in its place, running_scale () or (M,), and shape, like inner, whose root it is, (F, F) or (M, F, F);
+    with more than 2 rank features, in place of these (`norm.leading`), basis and tilted (F, rank) or (M, F, rank), last
+    () or (M,), inner with rank + 1 rows and columns; steps (), int64, with freeze or every. F = block k_h k_w; of a
+    grouped convolution M = C_in / block matrices.
 
     Raises:
         NormError: an option out of range, an input that is not (N, C_in, H, W), of another dtype than the weight's (but
@@ -127,7 +139,12 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             device=device,
             dtype=dtype,
         )
-        self.block = in_channels // groups if groups > 1 else resolve_block(in_channels, block)
+        if groups == 1:
+            self.block = resolve_block(in_channels, block)
+        else:
+            together = in_channels // groups
+            self.block = together if grouping == "published" else largest_block(together, block)
+            self.matrices = in_channels // self.block
         self.sampling_stride = sampling_stride
         self.freeze = freeze
         self.freeze_iter = freeze_iter
@@ -161,11 +178,10 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         if self.dense_small_maps:
             strides = dense_strides(positions, self.sampling_stride)
         if self.max_rows:
-            blocks = self.in_channels // self.groups // self.block
             total = shape[0] * share.processes
-            images, strides = thin_out(total, blocks, positions, strides, self.max_rows)
+            images, strides = thin_out(total, self._blocks(), positions, strides, self.max_rows)
         step = (strides[0] * stride[0], strides[1] * stride[1])
-        how = (kernel_size, step, padding, dilation, self.features, self.groups, self.grouping)
+        how = (kernel_size, step, padding, dilation, self.features, self.matrices, self.grouping)
         as_authors = not (self.dense_small_maps or self.max_rows)
         start, listed = (0, 0), False
         if kernel_size == (1, 1) and (step != (1, 1) or padding != (0, 0)):  # else the two are one
@@ -175,7 +191,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         return Windows(*how, images, share.rank * shape[0], listed, start)
 
     def patches(self, x: Tensor, padding: Pair) -> Tensor:
-        """The sampled patches of the (padded) input, (F, rows) or (groups, F, rows), in the dtype of `x`."""
+        """The sampled patches of the (padded) input, (F, rows) or (matrices, F, rows), in the dtype of `x`."""
         return self.windows(x.shape, padding).gather(x)
 
     def _refolds(self, x: Tensor, how: Geometry) -> bool:
@@ -210,10 +226,14 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         rank, with others would be far off."""
         return x.ndim == 4 and len(x) == 1 and self._one_window(*self.pad(x))
 
+    def _blocks(self) -> int:
+        """Blocks that one D serves."""
+        return self.in_channels // self.block // self.matrices
+
     def _one_window(self, x: Tensor, padding: Pair) -> bool:
         if self._joint():
             return False
-        return 0 < self.windows(x.shape, padding).rows(x.shape) <= self.in_channels // self.groups // self.block
+        return 0 < self.windows(x.shape, padding).rows(x.shape) <= self._blocks()
 
     def _single(self, x: Tensor, padding: Pair) -> bool:
         single = len(x) == 1 and self._one_window(x, padding)
@@ -228,7 +248,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
 
     def _geometry(self, padding: Pair) -> Geometry:
         stride, dilation = cast(Pair, self.stride), cast(Pair, self.dilation)
-        return Geometry(stride, padding, dilation, self.groups, self.grouping)
+        return Geometry(stride, padding, dilation, self.groups, self.matrices, self.grouping)
 
     def _warn_of_few(self, x: Tensor, windows: Windows, share: Share) -> None:
         """Where the patches of x are too few, with `every` in the first step."""

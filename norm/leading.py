@@ -7,7 +7,7 @@ symmetric H. Its damped inverse root then has the same form (`respond`). Five Ne
 There are only products, and triangular factors of r x r matrices: for other decompositions (QR, eigenvectors) a GPU
 makes the host wait, once a layer.
 
-Shapes, with G conv groups: basis V, (F, r) or (G, F, r); inner, (r + 1, r + 1) or (G, r + 1, r + 1), H with rest in the
+Shapes, with M matrices: basis V, (F, r) or (M, F, r); inner, (r + 1, r + 1) or (M, r + 1, r + 1), H with rest in the
 corner and zeros beside it.
 """
 
@@ -59,7 +59,7 @@ def renew(
     Args:
         patches: (..., F, rows), centred and over the square root of scale times rows, so that patches patches^T is
             their covariance over the scale.
-        ridge: () or (G,), added to that covariance's diagonal.
+        ridge: () or (M,), added to that covariance's diagonal.
         rate: between 0 and 1.
         passes: so many steps of iteration; more than one only at rate 1, where nothing held is left.
         total: sums a product of patches over the processes that have some of them; None: they are all here.
@@ -120,7 +120,7 @@ def _with_rest(matrix: Tensor, rest: Tensor) -> Tensor:
 
 def respond(basis: Tensor, inner: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
     """What `whitening.inverse_sqrt` makes of the covariance, last (I + tilted basis^T): tilted, like basis, and
-    last, () or (G,), the gain of all other directions."""
+    last, () or (M,), the gain of all other directions."""
     features, rank = basis.shape[-2:]
     inner = inner.to(root_dtype(inner, rank + 1, n_iter))
     rest = inner[..., -1, -1].square() * (features - rank - 1)
@@ -137,7 +137,7 @@ def matrix(basis: Tensor, tilted: Tensor, factor: Tensor) -> Tensor:
 
 
 def times(rows: Tensor, basis: Tensor, tilted: Tensor, factor: Tensor, in_place: bool = False) -> Tensor:
-    """rows D, (m, F) or (G, m, F), without D: two thin products."""
+    """rows D, (m, F) or (M, m, F), without D: two thin products."""
     inner = matmul(rows, tilted)
     product = fused_(rows, inner, basis.mT) if in_place else fused(rows, inner, basis.mT, 1.0, 1.0)
     return product.mul_(factor[..., None, None])

@@ -27,11 +27,11 @@ _MANY = 2**24
 def _over_the_map(x: Tensor, sampler: Sampler) -> bool:
     if not isinstance(sampler, Windows) or sampler.covered(x.shape) < _COVERED or sampler.rows(x.shape) == 0:
         return False
-    return x.device.type == "cpu" or sampler.rows(x.shape) * sampler.features * sampler.groups > _MANY
+    return x.device.type == "cpu" or sampler.rows(x.shape) * sampler.features * sampler.matrices > _MANY
 
 
 def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
-    """Mean (F,) or (G, F) of the patches; variance () or (G,), the mean of (patch - mean)^2 over rows and features.
+    """Mean (F,) or (M, F) of the patches; variance () or (M,), the mean of (patch - mean)^2 over rows and features.
 
     In float32, or float64 if x is; zeros where no patch is taken, since other processes have all of them.
     """
@@ -61,10 +61,10 @@ def mean_and_variance(x: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]:
     off = mean - share * middle
     zeros = (1 - share) * middle * (share * middle + 2 * off)
     spread = (squares * times).sum((-2, -1)).div_(windows) + (zeros - off.square()).sum((-2, -1))
-    if sampler.groups == 1:
+    if sampler.matrices == 1:
         return mean.flatten(), spread.sum() / sampler.features
     # einsum chooses the layout of its result
-    return mean.reshape(sampler.groups, -1), spread.reshape(sampler.groups, -1).sum(-1) / sampler.features
+    return mean.reshape(sampler.matrices, -1), spread.reshape(sampler.matrices, -1).sum(-1) / sampler.features
 
 
 def _over_images(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,7 +100,7 @@ def over_processes(mean: Tensor, variance: Tensor, rows: int) -> tuple[Tensor, T
 def add_scaled_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift: Tensor) -> None:
     """Add factor patch + shift to `grad`, a gradient of x, in place, for each patch where it comes from.
 
-    factor () or (G,), shift (F,) or (G, F).
+    factor () or (M,), shift (F,) or (M, F).
     """
     if not _over_the_map(x, sampler):
         if sampler.rows(x.shape) and x.device.type != "cpu":
@@ -114,8 +114,8 @@ def add_scaled_(grad: Tensor, x: Tensor, sampler: Sampler, factor: Tensor, shift
     channels, height, width = x.shape[2:]
     down, across = sampler.marks((height, width), x.device, shift.dtype)
     times = down.sum(0)[:, None] * across.sum(0)
-    if sampler.groups > 1:
-        factor = factor.repeat_interleave(channels // sampler.groups)[:, None, None]
+    if sampler.matrices > 1:
+        factor = factor.repeat_interleave(channels // sampler.matrices)[:, None, None]
     constant = torch.einsum("cij,ih,jw->chw", shift.reshape(channels, len(down), len(across)), down, across)
     # in the order of grad: a CPU adds what lies in another order many times slower
     constant = torch.empty_like(grad[0, 0]).copy_(constant)
@@ -166,8 +166,8 @@ def scaled_everywhere(x: Tensor, windows: Windows, factor: Tensor, shift: Tensor
         taken = windows.taken_pixels(x.shape, x.device)[:, None]
     x = x.unflatten(1, (-1, windows.channels(x.shape[1])))
     each = shift.reshape(x.shape[2], *windows.kernel_size, 1, 1)
-    if windows.groups > 1:
-        factor = factor.repeat_interleave(x.shape[2] // windows.groups)[:, None, None]
+    if windows.matrices > 1:
+        factor = factor.repeat_interleave(x.shape[2] // windows.matrices)[:, None, None]
     if windows.listed:
         found = x * factor + each[:, 0, 0]
     else:

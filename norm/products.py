@@ -77,7 +77,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def newton_schulz(y: Tensor, n_iter: int, kept: list[Tensor] | None = None) -> Tensor:
-    """Z after `n_iter` steps from Y0 = A / |A|_F, which the caller has divided; (F, F) or (G, F, F).
+    """Z after `n_iter` steps from Y0 = A / |A|_F, which the caller has divided; (F, F) or (M, F, F).
 
     Args:
         kept: takes what a gradient needs: Y0 and T, then Z, Y and T of each step after the first.
@@ -97,7 +97,7 @@ def newton_schulz(y: Tensor, n_iter: int, kept: list[Tensor] | None = None) -> T
 
 
 class Products(torch.autograd.Function):
-    """Z / sqrt(|A|_F) after `n_iter` steps, see `norm.whitening.inverse_sqrt`; (F, F) or (G, F, F)."""
+    """Z / sqrt(|A|_F) after `n_iter` steps, see `norm.whitening.inverse_sqrt`; (F, F) or (M, F, F)."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, n_iter: int) -> Tensor:

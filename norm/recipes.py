@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from norm.checks import FRESH_STEPS, NormError, check_options
 from norm.registry import Place, Recipe, register
-from norm.strides import Grouping
+from norm.strides import Grouping, largest_block
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,11 +24,6 @@ _MOST_STEPS = 20
 def _check_eps(name: str, eps: float) -> None:
     if not 0 < eps < math.inf:
         raise NormError(f"{name}: eps is {eps}; it must be greater than 0")
-
-
-def largest_block(channels: int, most: int) -> int:
-    """The largest divisor of `channels` that is at most `most`, at least 1."""
-    return max((d for d in range(1, min(channels, most) + 1) if channels % d == 0), default=1)
 
 
 @register("keep")
@@ -311,7 +306,7 @@ class Deconv(Recipe):
         last = at.last and old.kernel_size == (1, 1)
         block = self.block
         if self.block_features:
-            block = largest_block(old.in_channels, self.block_features // math.prod(old.kernel_size))
+            block = largest_block(old.in_channels // old.groups, self.block_features // math.prod(old.kernel_size))
         new = FastDeconv(
             **conv_arguments(old),
             block=(self.last_block or old.in_channels) if last else block,

@@ -26,11 +26,11 @@ _FIRST_PASSES = 4
 
 
 class Averages(NamedTuple):
-    """A layer's buffers, which move in place: mean (F,) or (G F,), scale () or (G,), and D's shape as `Statistics` has
+    """A layer's buffers, which move in place: mean (F,) or (M F,), scale () or (M,), and D's shape as `Statistics` has
     it, with the covariance `inner` that it comes from.
 
-    With all directions: deconv and inner are (F, F) or (G, F, F). With few (`norm.leading`): deconv is their basis
-    (F, r) or (G, F, r), like tilted; last is () or (G,), and inner (r + 1, r + 1) or (G, r + 1, r + 1).
+    With all directions: deconv and inner are (F, F) or (M, F, F). With few (`norm.leading`): deconv is their basis
+    (F, r) or (M, F, r), like tilted; last is () or (M,), and inner (r + 1, r + 1) or (M, r + 1, r + 1).
     """
 
     mean: Tensor
@@ -51,7 +51,7 @@ class Averages(NamedTuple):
         return self._replace(deconv=self.deconv.clone(), tilted=tilted, last=last)
 
     def take(self, covariance: Tensor, n_iter: int) -> None:
-        """Take the shape from a covariance over its scale, (F, F) or (G, F, F)."""
+        """Take the shape from a covariance over its scale, (F, F) or (M, F, F)."""
         if self.tilted is None:
             self._whole(covariance, n_iter)
         else:
@@ -147,7 +147,7 @@ def follow(
 
     Args:
         mean, scale: the step's.
-        gather: gives its patches (F, rows) or (G, F, rows); called where the shape is renewed.
+        gather: gives its patches (F, rows) or (M, F, rows); called where the shape is renewed.
         joint: they are those of all processes, of which each gathers its own.
     """
     rate = max(pace.momentum, 1 / (steps + 1))
@@ -191,7 +191,7 @@ def move(
     passes: int = 1,
     joint: bool = False,
 ) -> None:
-    """Move the shape at this rate towards that of patches (F, rows) or (G, F, rows) with this mean and scale."""
+    """Move the shape at this rate towards that of patches (F, rows) or (M, F, rows) with this mean and scale."""
     dtype = root_dtype(held.deconv, held.inner.shape[-1], n_iter)
     mean, scale, patches = mean.to(dtype), scale.to(dtype), patches.to(dtype)  # perhaps a view of the layer's input
     rate = rate.to(dtype) if isinstance(rate, Tensor) else rate

@@ -28,10 +28,10 @@ class Sampler(Protocol):
 
     @property
     def features(self) -> int:
-        """F, of a block or a conv group."""
+        """F, of a block."""
 
     def gather(self, x: Tensor) -> Tensor:
-        """The patches, (F, rows) or (G, F, rows), in the dtype of x."""
+        """The patches, (F, rows) or (M, F, rows), in the dtype of x."""
 
     def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
         """Add each value of `patches` to where `gather` would take it from x; the adjoint of `gather`."""
@@ -46,7 +46,8 @@ class Sampler(Protocol):
         """The adjoint of `pieces`, added to x."""
 
     def apart(self, pieces: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """A view of pieces with four dimensions, among them features (and conv groups); which ones are not those."""
+        """A view of pieces with four dimensions, among them features (and blocks, if each has its own D); which ones
+        are not those."""
 
     def rows(self, shape: torch.Size) -> int:
         """How many patches `gather` takes from an x of this shape."""
@@ -66,7 +67,8 @@ class Windows:
     padding: Pair
     dilation: Pair
     features: int
-    groups: int = 1
+    matrices: int = 1
+    """D's: 1, or as many as blocks."""
     grouping: Grouping = "channel"
     images: int = 1
     """Every so many-th image is taken."""
@@ -80,7 +82,7 @@ class Windows:
     def gather(self, x: Tensor) -> Tensor:
         whole = self.listed or self._of_pixels(x) or self.interleaved(x.shape[1]) or x.device.type != "cpu"
         if whole or torch.compiler.is_compiling():
-            return group_patches(self.pieces(x), self.features, self.groups, self.grouping)
+            return group_patches(self.pieces(x), self.features, self.matrices, self.grouping)
         return self._copied(self._taken(x))
 
     def pieces(self, x: Tensor) -> Tensor:
@@ -110,8 +112,8 @@ class Windows:
         return x.as_strided(size, (each, channel, *inside, *between)).reshape(len(x), -1, math.prod(counts))
 
     def apart(self, pieces: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        if self.groups > 1:
-            return pieces.unflatten(1, (self.groups, self.features)), (0, 3)
+        if self.matrices > 1:
+            return pieces.unflatten(1, (self.matrices, self.features)), (0, 3)
         if self.grouping == "channel":
             return pieces.unflatten(1, (-1, self.features)), (0, 1, 3)
         return pieces.unflatten(1, (self.features, -1)), (0, 2, 3)
@@ -125,7 +127,7 @@ class Windows:
         for top, (windows_down, down) in self._inside(0, size[0], counts[0]):
             for left, (windows_across, across) in self._inside(1, size[1], counts[1]):
                 rows[:, top, left, :, :, windows_down, windows_across] = x[..., down, across].permute(2, 0, 1, 3, 4)
-        return rows.view(*([self.groups] if self.groups > 1 else []), self.features, -1)
+        return rows.view(*([self.matrices] if self.matrices > 1 else []), self.features, -1)
 
     def scatter_add_(self, x: Tensor, patches: Tensor) -> None:
         images, channels = self._taken(x).shape[:2]
@@ -134,14 +136,14 @@ class Windows:
         if self.listed and not self._whole_images(x):
             images = 1
         total = channels * math.prod(self.kernel_size)
-        self.add_pieces_(x, ungroup_patches(patches, images, total, self.groups, self.grouping))
+        self.add_pieces_(x, ungroup_patches(patches, images, total, self.matrices, self.grouping))
 
     def spread(self, patches: Tensor, shape: torch.Size) -> Tensor:
         images, channels, height, width = shape
         taken, pixels, every = -(-images // self.images), height * width, math.prod(self.strides)
         apart = not self.listed or pixels % every == 0  # pieces of each image
         total = channels * math.prod(self.kernel_size)
-        pieces = ungroup_patches(patches, taken if apart else 1, total, self.groups, self.grouping)
+        pieces = ungroup_patches(patches, taken if apart else 1, total, self.matrices, self.grouping)
         if self.listed:
             each = _every(pieces, every)[..., : pixels if apart else taken * pixels]
             each = each.view(-1, channels, pixels) if apart else each.view(channels, taken, pixels).transpose(0, 1)
@@ -185,7 +187,8 @@ class Windows:
         return images * blocks * self.count(size)
 
     def blocks(self, x: Tensor) -> Tensor:
-        """The images that are taken, (N, C, H, W), as (N, blocks, C / blocks, H, W); conv groups stay side by side."""
+        """The images that are taken, (N, C, H, W), as (N, blocks, C / blocks, H, W); blocks with D's of their own are
+        one."""
         return self._taken(x).unflatten(1, (-1, self.channels(x.shape[1])))
 
     def count(self, size: Pair) -> int:
@@ -234,12 +237,12 @@ class Windows:
         return -taken_before * height * width % math.prod(self.strides)
 
     def channels(self, channels: int) -> int:
-        """Channels that share no feature: a block's, or those of all conv groups."""
-        return channels if self.groups > 1 else self.features // math.prod(self.kernel_size)
+        """Channels that share no feature: a block's, or all where each block has its own D."""
+        return channels if self.matrices > 1 else self.features // math.prod(self.kernel_size)
 
     def interleaved(self, channels: int) -> bool:
         """Whether a block's features are not those of neighbouring channels."""
-        return self.grouping == "published" and self.groups == 1 and self.channels(channels) < channels
+        return self.grouping == "published" and self.matrices == 1 and self.channels(channels) < channels
 
     def _counts(self, size: Pair) -> Pair:
         left = (size[0] - self.start[0], size[1] - self.start[1])
@@ -371,25 +374,25 @@ class Rows:
         return pieces.unsqueeze(0), (0, 1, 3)
 
 
-def group_patches(patches: Tensor, features: int, groups: int, grouping: Grouping) -> Tensor:
-    """(N, C k_h k_w, rows) -> (F, N C/B rows), or (G, F, N rows) for a grouped convolution.
+def group_patches(patches: Tensor, features: int, matrices: int, grouping: Grouping) -> Tensor:
+    """(N, C k_h k_w, rows) -> (F, N C/B rows), or (M, F, N rows) where each of the M blocks has its own D.
 
     grouping "channel": a block is B neighbouring channels, as in the paper. "published": block j holds the features
     whose channel-major index is j modulo C / B, as the authors' code reshapes them.
     """
     n, total, rows = patches.shape  # n may be 0
-    if groups > 1:
-        return patches.reshape(n, groups, features, rows).permute(1, 2, 0, 3).reshape(groups, features, -1)
+    if matrices > 1:
+        return patches.reshape(n, matrices, features, rows).permute(1, 2, 0, 3).reshape(matrices, features, -1)
     if grouping == "channel":
         return patches.reshape(n, total // features, features, rows).permute(2, 0, 1, 3).reshape(features, -1)
     return patches.reshape(n, features, total // features, rows).permute(1, 0, 2, 3).reshape(features, -1)
 
 
-def ungroup_patches(patches: Tensor, images: int, total: int, groups: int, grouping: Grouping) -> Tensor:
+def ungroup_patches(patches: Tensor, images: int, total: int, matrices: int, grouping: Grouping) -> Tensor:
     """The inverse of `group_patches`: to (N, C k_h k_w, rows), where N = `images` and C k_h k_w = `total`."""
     features = patches.shape[-2]
-    if groups > 1:
-        return patches.reshape(groups, features, images, -1).permute(2, 0, 1, 3).reshape(images, total, -1)
+    if matrices > 1:
+        return patches.reshape(matrices, features, images, -1).permute(2, 0, 1, 3).reshape(images, total, -1)
     each = patches.reshape(features, images, total // features, -1)
     each = each.permute(1, 2, 0, 3) if grouping == "channel" else each.permute(1, 0, 2, 3)
     return each.reshape(images, total, -1)

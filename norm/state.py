@@ -129,7 +129,8 @@ class Deconvolving(Whitening):
     last: Tensor
     steps: Tensor
     gain: nn.Parameter | None
-    groups: int = 1
+    matrices: int = 1
+    """How many D's: 1, or of a grouped convolution one for each block of each group."""
     grouping: Grouping = "channel"
     freeze: bool = False
     freeze_iter: int = 100
@@ -171,9 +172,9 @@ class Deconvolving(Whitening):
 
     def _sizes(self) -> dict[str, tuple[int, ...]]:
         """Of the running averages."""
-        lead = () if self.groups == 1 else (self.groups,)
+        lead = () if self.matrices == 1 else (self.matrices,)
         whole, thin = (*lead, self.features, self.features), (*lead, self.features, self.rank)
-        mean: dict[str, tuple[int, ...]] = {"running_mean": (self.features * self.groups,)}
+        mean: dict[str, tuple[int, ...]] = {"running_mean": (self.features * self.matrices,)}
         if not self.every:
             return {**mean, "running_deconv": whole}
         moments = {**mean, "running_scale": lead}
@@ -211,7 +212,7 @@ class Deconvolving(Whitening):
                 self.gain.copy_(_norms(self.layer_weight))
 
     def deconv(self) -> Tensor:
-        """D of evaluation, (F, F) or (groups, F, F)."""
+        """D of evaluation, (F, F) or (matrices, F, F)."""
         return self._held_statistics().matrix()
 
     def folded(self) -> tuple[Tensor, Tensor]:
@@ -220,10 +221,10 @@ class Deconvolving(Whitening):
         # a training step may come before the gradient of this evaluation is taken
         copied = torch.is_grad_enabled() or torch.jit.is_tracing()  # which looks at both, and wants them alike
         found = self._held_copies() if copied else self._held_statistics()
-        return whitening.fold_weight(self.effective_weight(), layer.bias, found, self.groups, self.grouping)
+        return whitening.fold_weight(self.effective_weight(), layer.bias, found, self.matrices, self.grouping)
 
     def set_statistics(self, mean: Tensor, covariance: Tensor) -> None:
-        """Take the statistics of evaluation from a mean (F,) or (groups F,) and a covariance, without eps."""
+        """Take the statistics of evaluation from a mean (F,) or (matrices F,) and a covariance, without eps."""
         with torch.no_grad():
             eye = torch.eye(self.features, dtype=covariance.dtype, device=covariance.device)
             covariance = covariance + self.eps * eye
@@ -375,17 +376,17 @@ class Deconvolving(Whitening):
     def traffic(self) -> Traffic:
         """What a training step sends with `sync`, forward and backward, on an average over the steps that are not
         fresh."""
-        features, groups = self.features, self.groups
-        mean, wide = features * groups, self.running_mean.element_size()
+        features, matrices = self.features, self.matrices
+        mean, wide = features * matrices, self.running_mean.element_size()
         if not self.every:
-            triangles = groups * processes.triangle(features)
+            triangles = matrices * processes.triangle(features)
             return Traffic(3, self.root_dtype().itemsize * (2 * mean + 1 + 2 * triangles))
-        moments = Traffic(2, 8 * (mean + groups + 1) + wide * (mean + groups))
+        moments = Traffic(2, 8 * (mean + matrices + 1) + wide * (mean + matrices))
         wide = self.root_dtype().itemsize
         if not self.few:
-            return moments.plus(Traffic(2, wide * groups * (1 + processes.triangle(features))), 1 / self.every)
-        sums = groups * (1 + features * self.rank + self.rank**2)
-        shape = groups * (features * self.rank + (self.rank + 1) ** 2)  # from rank 0
+            return moments.plus(Traffic(2, wide * matrices * (1 + processes.triangle(features))), 1 / self.every)
+        sums = matrices * (1 + features * self.rank + self.rank**2)
+        shape = matrices * (features * self.rank + (self.rank + 1) ** 2)  # from rank 0
         return moments.plus(Traffic(4, wide * (sums + shape)), 1 / self.every)
 
     def _count(self) -> int:

@@ -16,6 +16,11 @@ def resolve_block(channels: int, block: int) -> int:
     return channels if block > channels else math.gcd(block, channels)
 
 
+def largest_block(channels: int, most: int) -> int:
+    """The largest divisor of `channels` that is at most `most`, at least 1."""
+    return max((d for d in range(1, min(channels, most) + 1) if channels % d == 0), default=1)
+
+
 def output_size(size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
     """Positions of a convolution in both directions."""
     each = zip(size, kernel_size, stride, padding, dilation, strict=True)

@@ -13,15 +13,16 @@ so that the layer is an ordinary convolution with the weight W D and the bias b 
 Shapes, with C channels, G conv groups and kernel k_h x k_w. A *block* is B channels; its patches have
 F = B k_h k_w features.
 
-- patches      (F, rows), or (G, F, rows) for a grouped convolution
-- mean         (F,)       or (G F,)
-- deconv D     (F, F)     or (G, F, F)
+- patches      (F, rows), or (M, F, rows) for a grouped convolution
+- mean         (F,)       or (M F,)
+- deconv D     (F, F)     or (M, F, F)
 
 One D serves all C / B blocks of an ungrouped convolution: their patches are stacked as further rows.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -143,7 +144,7 @@ class _MeanAndScale(torch.autograd.Function):
 
 
 def mean_and_scale(x: Tensor, sampler: Sampler, eps: float, joint: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """x, for the layer to go on with; mean (F,) or (G F,), scale () or (G,), of all processes' patches if `joint`.
+    """x, for the layer to go on with; mean (F,) or (M F,), scale () or (M,), of all processes' patches if `joint`.
     float32 under autocast, float64 stays float64."""
     with without_autocast(x.device):
         x, mean, scale = _MeanAndScale.apply(x, sampler, eps, joint)  # type: ignore[no-untyped-call]
@@ -230,7 +231,7 @@ def _newton_schulz(x: Tensor, n_iter: int) -> tuple[Tensor, Tensor]:
 def statistics(
     x: Tensor, sampler: Sampler, eps: float, n_iter: int, joint: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, for the layer to go on with, and mean (F,) or (G F,) and deconv D of its patches, those of all processes if
+    """x, for the layer to go on with, and mean (F,) or (M F,) and deconv D of its patches, those of all processes if
     `joint`.
 
     float32 under autocast, float64 stays float64; see `root_dtype`.
@@ -247,7 +248,7 @@ def statistics(
 
 
 def traced_mean_and_scale(x: Tensor, sampler: Sampler, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The patches, (F, rows) or (G, F, rows), and `mean_and_scale`, for the compiler."""
+    """The patches, (F, rows) or (M, F, rows), and `mean_and_scale`, for the compiler."""
     with without_autocast(x.device):
         if isinstance(sampler, Windows) and not sampler.interleaved(x.shape[1]):
             patches, mean, variance = moments.TracedMoments.apply(x, sampler)  # type: ignore[no-untyped-call]
@@ -257,20 +258,39 @@ def traced_mean_and_scale(x: Tensor, sampler: Sampler, eps: float) -> tuple[Tens
         return patches, mean.flatten(), each.mean(-1) + eps
 
 
-def split_weight(weight: Tensor, features: int, groups: int, grouping: Grouping) -> Tensor:
-    """A weight (out, C / G, k_h, k_w) as rows that a D multiplies: (out C/B, F), or (G, out / G, F)."""
-    if groups > 1:
-        return weight.reshape(groups, -1, features)
+def split_weight(weight: Tensor, features: int, matrices: int, grouping: Grouping) -> Tensor:
+    """A weight (out, C / G, k_h, k_w) as rows that a D multiplies: (out C/B, F), or with M D's, one for each block of
+    the conv groups, (M, out / G, F)."""
+    if matrices > 1:
+        blocks = weight[0].numel() // features
+        return weight.reshape(matrices // blocks, -1, blocks, features).transpose(1, 2).reshape(matrices, -1, features)
     if grouping == "channel":
         return weight.reshape(-1, features)
     return weight.reshape(weight.shape[0], features, -1).transpose(1, 2).reshape(-1, features)
 
 
-def merge_weight(rows: Tensor, shape: torch.Size, groups: int, grouping: Grouping) -> Tensor:
+def merge_weight(rows: Tensor, shape: torch.Size, matrices: int, grouping: Grouping) -> Tensor:
     """The inverse of `split_weight`."""
-    if groups == 1 and grouping == "published":
+    if matrices > 1:
+        rows = rows.unflatten(0, (-1, math.prod(shape[1:]) // rows.shape[-1])).transpose(1, 2)
+    elif grouping == "published":
         rows = rows.reshape(shape[0], -1, rows.shape[-1]).transpose(1, 2)
     return rows.reshape(shape)
+
+
+def _over_blocks(each: Tensor, outputs: int) -> Tensor:
+    """The sum of what the blocks of an output's channels give, (out C/B,) or (M, out / G), as `split_weight` has them;
+    (out,)."""
+    if each.ndim == 1:
+        return each.view(outputs, -1).sum(1)
+    return each.view(-1, each.numel() // outputs, each.shape[1]).sum(1).flatten()
+
+
+def _to_blocks(each: Tensor, rows: torch.Size) -> Tensor:
+    """The adjoint of `_over_blocks`, (..., 1), for rows (out C/B, F) or (M, out / G, F)."""
+    if len(rows) == 2:
+        return each.repeat_interleave(rows[0] // len(each)).unsqueeze(1)
+    return each.view(-1, 1, rows[1], 1).expand(-1, rows[0] * rows[1] // len(each), -1, -1).reshape(*rows[:2], 1)
 
 
 class Gradients(NamedTuple):
@@ -283,11 +303,11 @@ class Gradients(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What whitens: the patches' mean (F,) or (G F,), and D.
+    """What whitens: the patches' mean (F,) or (M F,), and D, or M of them (`split_weight`).
 
-    Without `scale`, D is `deconv` (F, F) or (G, F, F). With the patches' `scale`, () or (G,), `deconv` is D's shape:
+    Without `scale`, D is `deconv` (F, F) or (M, F, F). With the patches' `scale`, () or (M,), `deconv` is D's shape:
     D = deconv / sqrt(scale). With `tilted` and `last` too, D is `leading.matrix` of few leading directions:
-    `deconv` is their basis (F, r) or (G, F, r), like `tilted`, and `last` the gain of the rest, () or (G,).
+    `deconv` is their basis (F, r) or (M, F, r), like `tilted`, and `last` the gain of the rest, () or (M,).
     """
 
     mean: Tensor
@@ -305,7 +325,7 @@ class Statistics(NamedTuple):
         return leading.matrix(self.deconv, self.tilted, self._factor())
 
     def times(self, rows: Tensor, in_place: bool = False) -> Tensor:
-        """rows D, (m, F) or (G, m, F), in the dtype of rows; `in_place`: rows may be overwritten."""
+        """rows D, (m, F) or (M, m, F), in the dtype of rows; `in_place`: rows may be overwritten."""
         if self.tilted is None:
             return matmul(rows, self.matrix().to(rows.dtype))
         basis, tilted = self.deconv.to(rows.dtype), self.tilted.to(rows.dtype)
@@ -320,7 +340,7 @@ def fold_weight(
     weight: Tensor,
     bias: Tensor | None,
     found: Statistics,
-    groups: int,
+    matrices: int,
     grouping: Grouping,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -328,19 +348,19 @@ def fold_weight(
     product W D in `dtype`, if that is given."""
     mean, features = found.mean, found.deconv.shape[-2]
     with without_autocast(weight.device):
-        folded = times_deconv(weight, found, groups, grouping, dtype)
-        rows = split_weight(folded, features, groups, grouping).to(mean.dtype)
-        mean = mean.view(groups, features) if groups > 1 else mean
-        offset = (rows @ mean[..., None]).reshape(weight.shape[0], -1).sum(1)
+        folded = times_deconv(weight, found, matrices, grouping, dtype)
+        rows = split_weight(folded, features, matrices, grouping).to(mean.dtype)
+        mean = mean.view(matrices, features) if matrices > 1 else mean
+        offset = _over_blocks((rows @ mean[..., None]).squeeze(-1), len(weight))
         return folded, -offset if bias is None else bias.to(offset.dtype) - offset
 
 
 def times_deconv(
-    weight: Tensor, found: Statistics, groups: int, grouping: Grouping, dtype: torch.dtype | None = None
+    weight: Tensor, found: Statistics, matrices: int, grouping: Grouping, dtype: torch.dtype | None = None
 ) -> Tensor:
     """W D, in this dtype or that of the statistics."""
-    rows = split_weight(weight.to(dtype or found.deconv.dtype), found.deconv.shape[-2], groups, grouping)
-    return merge_weight(found.times(rows), weight.shape, groups, grouping)
+    rows = split_weight(weight.to(dtype or found.deconv.dtype), found.deconv.shape[-2], matrices, grouping)
+    return merge_weight(found.times(rows), weight.shape, matrices, grouping)
 
 
 def fold_gradient(
@@ -349,7 +369,7 @@ def fold_gradient(
     weight: Tensor,
     folded: Tensor,
     found: Statistics,
-    groups: int,
+    matrices: int,
     grouping: Grouping,
 ) -> Gradients:
     """Gradients of `fold_weight` in closed form.
@@ -362,38 +382,34 @@ def fold_gradient(
     mean, deconv, scale = found.mean, found.deconv, found.scale
     features, dtype = deconv.shape[-2], folded.dtype
     # rearranged before they are widened: half as much to move under autocast
-    rows = split_weight(to_folded, features, groups, grouping).to(mean.dtype)
-    products = split_weight(folded, features, groups, grouping).to(mean.dtype)
-    to_offset = (
-        -to_bias.to(mean.dtype).repeat_interleave(rows[..., 0].numel() // len(to_bias)).view(*rows.shape[:-1], 1)
-    )
+    rows = split_weight(to_folded, features, matrices, grouping).to(mean.dtype)
+    products = split_weight(folded, features, matrices, grouping).to(mean.dtype)
+    to_offset = -_to_blocks(to_bias.to(mean.dtype), rows.shape)
     to_mean = (products.mT @ to_offset).flatten()
-    if groups > 1:
-        rows.baddbmm_(to_offset, mean.view(groups, 1, features))
+    if matrices > 1:
+        rows.baddbmm_(to_offset, mean.view(matrices, 1, features))
     else:
         rows.addr_(to_offset[:, 0], mean)
     if scale is None:
         rows = rows.to(dtype)
-        to_deconv = matmul(split_weight(weight.to(dtype), features, groups, grouping).mT, rows).to(deconv.dtype)
+        to_deconv = matmul(split_weight(weight.to(dtype), features, matrices, grouping).mT, rows).to(deconv.dtype)
         rows = matmul(rows, deconv.to(dtype).mT)
-        return Gradients(merge_weight(rows, weight.shape, groups, grouping), to_mean, to_deconv, None)
-    flat = (-1,) if groups == 1 else (groups, -1)
+        return Gradients(merge_weight(rows, weight.shape, matrices, grouping), to_mean, to_deconv, None)
+    flat = (-1,) if matrices == 1 else (matrices, -1)
     to_scale = torch.linalg.vecdot(rows.reshape(flat), products.reshape(flat)) / scale * -0.5
     rows = found.times(rows.to(dtype), in_place=True)
-    return Gradients(merge_weight(rows, weight.shape, groups, grouping), to_mean, None, to_scale)
+    return Gradients(merge_weight(rows, weight.shape, matrices, grouping), to_mean, None, to_scale)
 
 
 def unfold_weight(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, groups: int, grouping: Grouping
+    weight: Tensor, bias: Tensor | None, mean: Tensor, deconv: Tensor, matrices: int, grouping: Grouping
 ) -> tuple[Tensor, Tensor]:
     """The inverse of `fold_weight`, in float64: the W, b that fold to `weight`, `bias`."""
     mean, deconv = mean.double(), deconv.double()
     features = deconv.shape[-1]
-    rows = split_weight(weight.double(), features, groups, grouping)
+    rows = split_weight(weight.double(), features, matrices, grouping)
     new_rows = torch.linalg.solve(deconv, rows, left=False)
-    if groups > 1:
-        offset = (rows @ mean.view(groups, features, 1)).flatten()
-    else:
-        offset = (rows @ mean).view(weight.shape[0], -1).sum(1)
+    mean = mean.view(matrices, features) if matrices > 1 else mean
+    offset = _over_blocks((rows @ mean[..., None]).squeeze(-1), len(weight))
     new_bias = offset if bias is None else bias.double() + offset
-    return merge_weight(new_rows, weight.shape, groups, grouping), new_bias
+    return merge_weight(new_rows, weight.shape, matrices, grouping), new_bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -59,6 +60,13 @@ def test_counts_losses_and_mistakes():
     wrong = [float(rows[i].softmax(0).max()) for i, t in enumerate(targets) if int(order[i, 0]) != t]
     assert [one.probability for one in scores.mistakes] == pytest.approx(sorted(wrong, reverse=True)[:3])
     assert scores.mistakes[0].image.shape == (3, 4, 4) and 0 <= scores.mistakes[0].image.min() <= 1
+
+
+def test_no_mistakes_of_an_earlier_evaluation_stay(tmp_path: Path):
+    scores = evaluate_model(Table(torch.eye(7)), config(), INFO, batches([1, 1, 2]), mistakes=3)
+    for expected in (scores, dataclasses.replace(scores, mistakes=[])):
+        draw(expected, tmp_path)
+        assert (tmp_path / "mistakes.png").exists() == bool(expected.mistakes)
 
 
 def test_smoothing_is_left_out_of_the_loss_and_l2_is_reported_as_such():

@@ -43,6 +43,17 @@ def test_the_function_stays(name):
     model.train()(x).sum().backward()
 
 
+def test_the_function_stays_where_groups_have_several_blocks():
+    layers = [nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 6, 3, groups=2), nn.BatchNorm2d(6)]
+    model = trained(nn.Sequential(*layers))
+    x = torch.randn(4, 3, 16, 16) + 1
+    want = model(x)
+    norm.convert(model, "deconv", block=4, calibrate=torch.randn(8, 3, 16, 16) + 1)
+    assert (model[3].block, model[3].running_deconv.shape) == (3, (4, 27, 27))
+    for same in (model, norm.fold(model)):
+        assert (same(x) - want).abs().max() < 1e-3 * want.abs().max()
+
+
 def test_statistics_are_those_of_the_batches():
     """One batch gives the layer the mean and D that it would compute in training."""
     model = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)))

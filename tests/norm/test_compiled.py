@@ -22,7 +22,7 @@ def test_compiled_network_equals_eager_without_a_graph_break(options: dict[str, 
         FastDeconv(3, 8, 3, freeze=True, freeze_iter=1, **options),
         nn.ReLU(),
         FastDeconv(8, 8, 1, dense_small_maps=True, max_rows=20, **options),
-        FastDeconv(8, 4, 3, groups=2, gain=True, **options),
+        FastDeconv(8, 4, 3, groups=2, block=2, gain=True, **options),
         nn.Flatten(1, 2),
         Delinear(5, 6, **options),
     )

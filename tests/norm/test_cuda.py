@@ -16,6 +16,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rows": {"max_rows": 300, "dense_small_maps": True},
     "grouped": {"groups": 4},
+    "groups of blocks": {"groups": 2, "block": 4},
     "dilated": {"dilation": 2, "padding": 2},
     "cheap": {"every": 2, "fresh_steps": 1, "rank": 16},
     "cheap grouped": {"every": 2, "fresh_steps": 1, "rank": 16, "groups": 4},

@@ -31,6 +31,7 @@ def both(layer: FastDeconv, x: Tensor, monkeypatch: pytest.MonkeyPatch, amp: boo
     [
         {},
         {"groups": 2},
+        {"groups": 2, "block": 2},
         {"stride": 2, "bias": False},
         {"dilation": 2, "every": 2},
         {"grouping": "published", "block": 4},

@@ -23,10 +23,12 @@ CASES: dict[str, dict[str, Any]] = {
     "stride": dict(channels=6, out=4, kernel_size=3, padding=1, stride=2),
     "dilation": dict(channels=6, out=4, kernel_size=3, padding=2, dilation=2, block=3),
     "groups": dict(channels=8, out=4, kernel_size=3, padding=1, groups=2),
+    "groups of blocks": dict(channels=12, out=4, kernel_size=3, padding=1, groups=2, block=4),
     "depthwise": dict(channels=6, out=12, kernel_size=3, padding=1, groups=6, stride=2),
     "1x1": dict(channels=8, out=6, kernel_size=1, block=4),
     "1x1 with stride and padding": dict(channels=8, out=6, kernel_size=1, stride=2, padding=1),
     "1x1 groups": dict(channels=8, out=4, kernel_size=1, groups=4),
+    "1x1 groups of blocks": dict(channels=16, out=6, kernel_size=1, groups=2, block=5),
     "7x7 stem": dict(channels=3, out=4, kernel_size=7, stride=2, padding=3, n_iter=15),
     "no bias": dict(channels=4, out=4, kernel_size=3, bias=False),
     "one step": dict(channels=4, out=4, kernel_size=3, n_iter=1),
@@ -76,9 +78,10 @@ def reference(layer: FastDeconv, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if groups == 1:
             total = total + torch.einsum("of,nfl->nol", layer.weight.flatten(1)[:, index(block)], white)
         else:
-            part = layer.weight.flatten(1)[block * outs // groups : (block + 1) * outs // groups]
+            group, place = divmod(block, blocks // groups)
+            own = slice(group * outs // groups, (group + 1) * outs // groups)
             piece = torch.zeros(n, outs, white.shape[-1], dtype=x.dtype)
-            piece[:, block * outs // groups : (block + 1) * outs // groups] = part @ white
+            piece[:, own] = layer.weight.flatten(1)[own, place * features : (place + 1) * features] @ white
             total = total + piece
     if layer.bias is not None:
         total = total + layer.bias[:, None]

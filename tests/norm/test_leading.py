@@ -170,23 +170,26 @@ def test_the_thin_products_are_the_product_with_d(groups: int | None, in_place: 
 
 
 @pytest.mark.parametrize("anew", [False, True])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups, block", [(1, 4), (2, 4), (2, 2)])
 def test_a_layer_of_few_directions_is_the_plain_convolution_with_its_d(
-    groups: int, anew: bool, monkeypatch: pytest.MonkeyPatch
+    groups: int, block: int, anew: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """Output and gradients of x, weight and bias, with the shape held and mean and scale written out."""
     monkeypatch.setattr("norm.folded_conv.worth_it", lambda *_: anew)
     torch.manual_seed(0)
-    layer = FastDeconv(8, 6, 3, padding=1, groups=groups, block=4, every=2, rank=5, fresh_steps=0).to(D64)
+    layer = FastDeconv(8, 6, 3, padding=1, groups=groups, block=block, every=2, rank=5, fresh_steps=0).to(D64)
     layer(torch.randn(3, 8, 9, 9, dtype=D64))  # the next step renews nothing
     x = torch.randn(3, 8, 9, 9, dtype=D64).cumsum(-1).requires_grad_()
-    patches = layer.patches(x, (1, 1)).view(groups, layer.features, -1)
+    patches = layer.patches(x, (1, 1)).view(layer.matrices, layer.features, -1)
     mean = patches.mean(-1)
     scale = (patches - mean[..., None]).square().mean((-2, -1)) + layer.eps
     shape = shape_of(layer.basis, layer.tilted, layer.last)
-    deconv = shape.view(groups, layer.features, -1) * scale.rsqrt()[:, None, None]
-    rows = layer.weight.view(groups, -1, layer.features) @ deconv
-    bias = layer.bias - (rows @ mean[..., None]).view(6, -1).sum(1)
+    deconv = shape.view(layer.matrices, layer.features, -1) * scale.rsqrt()[:, None, None]
+    blocks = 8 // groups // block  # of a group; without groups all have the same D
+    parts = deconv.unflatten(0, (groups, -1)).expand(-1, blocks, -1, -1)
+    whole = torch.stack([torch.block_diag(*each) for each in parts])
+    rows = layer.weight.view(groups, 6 // groups, -1) @ whole
+    bias = layer.bias - (rows @ mean.unflatten(0, (groups, -1)).expand(-1, blocks, -1).reshape(groups, -1, 1)).flatten()
     want = torch.nn.functional.conv2d(x, rows.view_as(layer.weight), bias, padding=1, groups=groups)
     inputs, upstream = [x, layer.weight, layer.bias], torch.randn_like(want)
     want_grads = torch.autograd.grad(want, inputs, upstream)

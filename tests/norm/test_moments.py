@@ -13,7 +13,7 @@ D64 = torch.float64
 
 
 def windows(kernel: Pair, strides: Pair, padding: Pair, dilation: Pair = (1, 1), blocks: int = 1, **more) -> Windows:
-    channels = 6 if more.get("groups", 1) == 1 else 6 // more["groups"]
+    channels = 6 if more.get("matrices", 1) == 1 else 6 // more["matrices"]
     return Windows(kernel, strides, padding, dilation, channels // blocks * kernel[0] * kernel[1], **more)
 
 
@@ -24,7 +24,7 @@ CASES: dict[str, Sampler] = {
     "dilated": windows((3, 3), (2, 2), (2, 2), (2, 2)),
     "uneven": windows((2, 5), (3, 2), (0, 2), (2, 1)),
     "more padding than kernel": windows((3, 3), (2, 2), (4, 4)),
-    "groups": windows((3, 3), (2, 2), (1, 1), groups=3),
+    "matrices": windows((3, 3), (2, 2), (1, 1), matrices=3),
     "every second image": windows((3, 3), (2, 2), (1, 1), images=2),
     "pixels": windows((1, 1), (1, 1), (0, 0)),
     "padded pixels": windows((1, 1), (1, 1), (1, 1)),

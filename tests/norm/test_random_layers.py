@@ -85,7 +85,7 @@ def sampled(layer: FastDeconv, x: Tensor, everything: Tensor) -> Tensor:
     if layer.dense_small_maps:
         strides = dense_strides(positions, layer.sampling_stride)
     if layer.max_rows:
-        blocks = layer.in_channels // layer.groups // layer.block
+        blocks = layer.in_channels // layer.block if layer.groups == 1 else 1  # that one D serves
         images, strides = thin_out(len(x), blocks, positions, strides, layer.max_rows)
     plain = not layer.dense_small_maps and not layer.max_rows
     every = strides[0] * strides[1] * layer.stride[0] * layer.stride[1]
@@ -121,8 +121,10 @@ def formulas(layer: FastDeconv, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     taken = blocks(sampled(layer, x, everything))
     if layer.groups > 1:
         means, roots = zip(*(statistics(rows) for rows in taken), strict=True)
-        pieces = zip(blocks(everything), means, roots, layer.weight.flatten(1).chunk(layer.groups), strict=True)
-        y = torch.cat([(patches - mean) @ root @ weight.T for patches, mean, root, weight in pieces], -1)
+        weights = [part for rows in layer.weight.flatten(1).chunk(layer.groups) for part in rows.split(features, 1)]
+        pieces = zip(blocks(everything), means, roots, weights, strict=True)
+        each = [(patches - mean) @ root @ weight.T for patches, mean, root, weight in pieces]
+        y = torch.cat([sum(each[i : i + count // layer.groups]) for i in range(0, count, count // layer.groups)], -1)
         mean, root = torch.cat(means), torch.stack(roots)
     else:
         mean, root = statistics(taken.flatten(0, 1))

@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "3x3": dict(channels=8, out=6, kernel_size=3, padding=1, block=8),
     "blocks": dict(channels=8, out=6, kernel_size=3, padding=1, block=4, stride=2),
     "groups": dict(channels=8, out=4, kernel_size=3, padding=1, groups=2),
+    "groups of blocks": dict(channels=12, out=4, kernel_size=3, padding=1, groups=2, block=3),
     "depthwise": dict(channels=6, out=12, kernel_size=3, padding=1, groups=6, dilation=2),
     "1x1": dict(channels=8, out=6, kernel_size=1, block=4),
     "stem": dict(channels=3, out=4, kernel_size=7, stride=2, padding=3, n_iter=15),
@@ -41,20 +42,21 @@ def image(layer: FastDeconv) -> Tensor:
 
 
 class Reference:
-    """One group after the other; the state that the layer should have."""
+    """One D after the other; the state that the layer should have."""
 
     def __init__(self, layer: FastDeconv) -> None:
         self.layer, eye = layer, torch.eye(layer.features, dtype=D64)
-        self.covariance, self.shape = [eye] * layer.groups, [eye] * layer.groups
-        self.mean = torch.zeros(layer.groups, layer.features, dtype=D64)
-        self.scale = torch.ones(layer.groups, dtype=D64)
+        self.count = 1 if layer.groups == 1 else layer.in_channels // layer.block
+        self.covariance, self.shape = [eye] * self.count, [eye] * self.count
+        self.mean = torch.zeros(self.count, layer.features, dtype=D64)
+        self.scale = torch.ones(self.count, dtype=D64)
         self.steps = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         layer, t = self.layer, self.steps
-        patches = layer.patches(x, layer.padding).reshape(layer.groups, layer.features, -1)
-        outs = []
-        for g in range(layer.groups):
+        patches = layer.patches(x, layer.padding).reshape(self.count, layer.features, -1)
+        outs: list[Any] = [0] * layer.groups
+        for g in range(self.count):
             rows = patches[g].t()
             mean = rows.mean(0)
             scale = ((rows - mean) ** 2).mean() + layer.eps
@@ -71,13 +73,14 @@ class Reference:
                 self.covariance[g] = (1 - rate) * self.covariance[g] + rate * now
                 self.shape[g] = inverse_root(self.covariance[g], layer.n_iter)
             deconv = self.shape[g] / scale.sqrt()
-            out = layer.out_channels // layer.groups
-            weight = layer.weight[g * out : (g + 1) * out].reshape(-1, layer.features) @ deconv
-            offset = (weight @ mean).view(out, -1).sum(1)
-            inside = x if layer.groups == 1 else x.chunk(layer.groups, 1)[g]
-            kernel = weight.view(out, -1, *layer.kernel_size)
-            bias = layer.bias[g * out : (g + 1) * out] - offset
-            outs.append(F.conv2d(inside, kernel, bias, layer.stride, layer.padding, layer.dilation))
+            out, (group, place) = layer.out_channels // layer.groups, divmod(g, self.count // layer.groups)
+            weight = layer.weight[group * out : (group + 1) * out]
+            if layer.groups > 1:
+                weight = weight[:, place * layer.block : (place + 1) * layer.block]
+            weight = weight.reshape(-1, layer.features) @ deconv
+            bias = (0 if place else layer.bias[group * out : (group + 1) * out]) - (weight @ mean).view(out, -1).sum(1)
+            inside, kernel = x.chunk(self.count, 1)[g], weight.view(out, -1, *layer.kernel_size)
+            outs[group] += F.conv2d(inside, kernel, bias, layer.stride, layer.padding, layer.dilation)
         self.steps += 1
         return torch.cat(outs, 1)
 
@@ -112,7 +115,7 @@ def test_evaluation_and_folding_use_the_running_statistics(case: str):
     layer.eval()
     x = image(layer)
     found = whitening.Statistics(layer.running_mean, layer.deconv())
-    weight, bias = whitening.fold_weight(layer.weight, layer.bias, found, layer.groups, layer.grouping)
+    weight, bias = whitening.fold_weight(layer.weight, layer.bias, found, layer.matrices, layer.grouping)
     want = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     torch.testing.assert_close(layer(x), want)
     torch.testing.assert_close(norm.fold(nn.Sequential(layer))(x), want)
