@@ -123,12 +123,12 @@ def test_windows_lie_all_over_the_map(side, stride, kernel, images):
         assert len(places) >= 4 and (kernel == 3 or not set(places.tolist()) <= {0, side - stride})
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("matrices", [1, 2])
 @pytest.mark.parametrize("grouping", ["channel", "published"])
-def test_ungrouping_inverts_grouping(groups, grouping):
+def test_ungrouping_inverts_grouping(matrices, grouping):
     patches = torch.randn(3, 8 * 9, 5)
-    grouped = group_patches(patches, 36, groups, grouping)
-    assert torch.equal(ungroup_patches(grouped, 3, 72, groups, grouping), patches)
+    grouped = group_patches(patches, 36, matrices, grouping)
+    assert torch.equal(ungroup_patches(grouped, 3, 72, matrices, grouping), patches)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -140,16 +140,16 @@ def test_ungrouping_inverts_grouping(groups, grouping):
         Windows((3, 3), (1, 1), (1, 1), (1, 1), 36, images=2),
         Windows((3, 3), (2, 5), (2, 3), (2, 1), 18, grouping="published"),
         Windows((3, 3), (1, 2), (6, 6), (6, 6), 18),
-        Windows((7, 7), (6, 6), (3, 3), (1, 1), 49, groups=4),
-        Windows((1, 5), (3, 3), (0, 2), (1, 1), 20, groups=1),
+        Windows((7, 7), (6, 6), (3, 3), (1, 1), 49, matrices=4),
+        Windows((1, 5), (3, 3), (0, 2), (1, 1), 20, matrices=1),
         Windows((1, 1), (3, 3), (0, 0), (1, 1), 2),
         Windows((1, 1), (3, 3), (0, 0), (1, 1), 2, listed=True),
         Windows((1, 1), (2, 2), (0, 0), (1, 1), 4, images=3),
         Windows((1, 1), (1, 1), (1, 1), (1, 1), 4, images=2),
         Windows((1, 1), (2, 2), (1, 1), (1, 1), 4, images=3, listed=True),
-        Windows((1, 1), (4, 4), (0, 0), (1, 1), 2, groups=2),
+        Windows((1, 1), (4, 4), (0, 0), (1, 1), 2, matrices=2),
         Windows((1, 1), (4, 3), (0, 0), (1, 1), 4, images=2, start=(1, 0)),
-        Windows((1, 1), (3, 3), (0, 0), (1, 1), 2, groups=2, listed=True),
+        Windows((1, 1), (3, 3), (0, 0), (1, 1), 2, matrices=2, listed=True),
     ],
     ids=str,
 )
