@@ -1,5 +1,5 @@
 # make demo    environment, sample data, batch norm and deconvolution trained, scored and drawn (DATA=/path/to/cityscapes: on that)
-# make test    environment, every test
+# make test    environment, tests (ARGS="-m slow": the longer ones)
 # make lint    ruff and mypy
 # SET="length='2 epochs' ..." changes keys of the demo's config, ARGS=tests/norm chooses tests.
 # Nothing is needed but Python >= 3.10 with pip and venv (PYTHON=python3.11 chooses one).

@@ -342,6 +342,8 @@ def _check_weight(name: Any, tensor: Any, here: Tensor | None, path: str | Path)
 
 
 _Shape = tuple[int, ...]
+_WHITENING = ("running_mean", "running_deconv", "running_scale", "inner", "shape", "basis", "tilted", "last")
+_STATISTICS = tuple(f".{name}" for name in _WHITENING)
 
 
 def _hint(
@@ -351,6 +353,8 @@ def _hint(
         a, b = shapes[here[0]]
         if len(a) == len(b) == 4 and a[0] == b[0] and a[2:] == b[2:]:
             return f"the first layer takes images of {a[1]} channels here, of {b[1]} in the file: check the data set"
+    if shapes and not missing and not unexpected and all(name.endswith(_STATISTICS) for name in shapes):
+        return "only the whitening differs: check norm.block, norm.grouping and norm.overrides"
     if shapes and not missing and not unexpected and all(name in here[-len(here) // 4 :] for name in shapes):
         return "only the last layers differ: probably another number of classes"
     layers = {name.rpartition(".")[0] for name in missing} & {name.rpartition(".")[0] for name in unexpected}

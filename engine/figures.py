@@ -128,7 +128,7 @@ def draw_whitening(layer: FastDeconv, name: str, x: Tensor, path: Path | str, no
     """A layer's input patches before and after whitening: values, correlations, eigenvalues of the covariance.
 
     Args:
-        layer: of a grouped convolution the first group is shown.
+        layer: of a grouped convolution the first block of the first group is shown.
         name: for the title.
         x: the layer's input (N, C, H, W).
         path: of the picture.
@@ -158,7 +158,7 @@ def draw_whitening(layer: FastDeconv, name: str, x: Tensor, path: Path | str, no
 def whitened(layer: FastDeconv, x: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The layer's patches (F, rows) of an input (N, C, H, W), as they are and as (patch - mean) D, float64.
 
-    Of a grouped convolution those of the first group. At most 100,000 rows, evenly spread.
+    Of a grouped convolution those of the first block. At most 100,000 rows, evenly spread.
     """
     padded, padding = layer.pad(x)
     found = layer.patches(padded, padding)

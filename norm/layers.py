@@ -47,7 +47,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
         block: channels whitened together; more than in_channels become in_channels, and one that does not divide it
             becomes the greatest common divisor. A grouped convolution has a D for each group, of its channels; where
             those are more than `block` one for each block of a group, of the most channels up to `block` that divide
-            them; with grouping="published" always one a group, as in the authors' code.
+            them (1 of a prime number); with grouping="published" always one a group, as in the authors' code.
         n_iter: Newton-Schulz steps; more than 20 are for float64, in float32 their rounding outgrows the result where
             patches are fewer than features.
         eps: added to the diagonal of the covariance.
@@ -140,7 +140,7 @@ class FastDeconv(Deconvolving, nn.Conv2d):
             dtype=dtype,
         )
         if groups == 1:
-            self.block = resolve_block(in_channels, block)
+            self.block, self.matrices = resolve_block(in_channels, block), 1
         else:
             together = in_channels // groups
             self.block = together if grouping == "published" else largest_block(together, block)

@@ -202,7 +202,8 @@ class Deconv(Recipe):
     sampling_stride: int = 3
     """Statistics use every so many-th window in each direction."""
     grouping: Grouping = "channel"
-    """Blocks of neighbouring channels, or those of the authors' code."""
+    """Blocks of neighbouring channels, or those of the authors' code, where `block` and `block_features` say nothing of
+    grouped convolutions."""
     dense_small_maps: bool = True
     """Take every window where the output is small, not the corners that the authors' stride leaves."""
     stem_n_iter: int = 5

@@ -29,6 +29,12 @@ def coloured(rng: np.random.Generator, label: int, size: int = 32) -> np.ndarray
     return np.clip(colour + rng.normal(0, 20, (size, size, 3)), 0, 255).astype(np.uint8)
 
 
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture of the curves takes longer than a training of a few steps; test_report.py looks at it."""
+    monkeypatch.setattr("engine.report.plot_curves", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def sample_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny sample data set in the full Cityscapes layout, to be read only.

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import norm
 from engine import checkpoint
 from engine.checkpoint import KEYS, export_weights, load, load_identified, load_trained, load_weights, read, save
 from engine.errors import UserError
@@ -285,8 +286,8 @@ def test_exported_weights_are_for_whoever_may_read_files_of_this_user(tmp_path: 
 # ---- weights of another network
 
 
-def network(classes: int = 19, width: int = 4, norm: bool = True) -> nn.Sequential:
-    layers = [nn.Conv2d(3, width, 3), nn.BatchNorm2d(width) if norm else nn.Identity(), nn.Conv2d(width, width, 3)]
+def network(classes: int = 19, width: int = 4, normed: bool = True) -> nn.Sequential:
+    layers = [nn.Conv2d(3, width, 3), nn.BatchNorm2d(width) if normed else nn.Identity(), nn.Conv2d(width, width, 3)]
     return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(width, classes, 1))
 
 
@@ -321,8 +322,16 @@ def test_images_of_other_channels() -> None:
     assert mismatch(gray, network()).splitlines()[-1].strip() == told
 
 
+def test_other_blocks() -> None:
+    deconvolved = [network() for _ in range(2)]
+    for block, one in zip((2, 4), deconvolved, strict=True):
+        norm.convert(one, "deconv", block=block, last_block=block)
+    told = "only the whitening differs: check norm.block, norm.grouping and norm.overrides"
+    assert mismatch(*deconvolved).splitlines()[-1].strip() == told
+
+
 def test_another_norm() -> None:
-    text = mismatch(network(norm=False), network())
+    text = mismatch(network(normed=False), network())
     assert "  5 unexpected in the file:\n    1.weight\n" in text
     assert text.endswith("whole layers are of another kind: check norm.name and its options, then model.name")
 

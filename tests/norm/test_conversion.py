@@ -263,10 +263,14 @@ def test_what_a_user_registered_on_a_layer_moves_with_the_hook_that_reads_it():
 def test_nothing_of_the_norm_is_left_in_a_folded_network(name, options):
     if "rank" in options and name == "deconv":
         options = {"n_iter": 3}
-    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.BatchNorm2d(8))
-    norm.convert(model, name, block=16, **options)
+    layers = [nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.Conv2d(8, 4, 3, groups=2)]
+    model = nn.Sequential(*layers)
+    norm.convert(model, name, block=2, **options)
     model(torch.randn(8, 3, 16, 16))
-    assert set(norm.fold(model).state_dict()) == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    plain = norm.fold(model)
+    assert set(plain.state_dict()) == {f"{number}.{each}" for number in (0, 3, 4) for each in ("weight", "bias")}
+    known = set(vars(nn.Conv2d(1, 1, 1)))
+    assert all(set(vars(plain[number])) <= known for number in (0, 3, 4))
 
 
 def test_a_layer_that_a_user_registered_on_a_convolution_is_converted_and_folded_there():

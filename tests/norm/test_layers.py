@@ -141,6 +141,12 @@ def test_the_first_layer_in_float32_on_images_whose_pixels_are_almost_alike(size
         assert (found - right).abs().max() < 1e-4 * right.abs().max()
 
 
+@pytest.mark.parametrize("grouping, block, shape", [("channel", 3, (4, 27, 27)), ("published", 6, (2, 54, 54))])
+def test_the_authors_whiten_whole_groups(grouping, block, shape):
+    layer = FastDeconv(12, 4, 3, groups=2, block=4, grouping=grouping)
+    assert (layer.block, tuple(layer.running_deconv.shape)) == (block, shape)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_evaluation_uses_the_running_averages(case):
     layer, x = make(case)

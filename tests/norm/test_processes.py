@@ -32,7 +32,8 @@ def conv(channels: int, out: int, kernel: int, **options: Any) -> Build:
 
 CASES: dict[str, tuple[Build, tuple[int, ...]]] = {
     "all rows": (conv(8, 6, 3, padding=1, block=4), (9, 12, 11)),
-    "grouped": (conv(8, 4, 3, padding=1, groups=2, block=2, stride=2), (9, 12, 11)),
+    "grouped": (conv(8, 4, 3, padding=1, groups=2, stride=2), (9, 12, 11)),
+    "groups of blocks": (conv(8, 4, 3, padding=1, groups=2, block=2, stride=2), (9, 12, 11)),
     "interleaved": (conv(8, 4, 3, padding=1, block=4, grouping="published"), (6, 12, 11)),
     "pixels": (conv(8, 6, 1, block=4), (6, 7, 5)),
     "images left out": (conv(8, 4, 3, padding=1, block=4, dense_small_maps=True, max_rows=60), (12, 4, 4)),
@@ -41,10 +42,8 @@ CASES: dict[str, tuple[Build, tuple[int, ...]]] = {
     "a coarser grid": (conv(4, 4, 3, padding=1, sampling_stride=1, max_rows=500), (6, 20, 20)),
     "held": (conv(3, 4, 3, freeze=True, freeze_iter=2), (6, 9, 9)),
     "running shape": (conv(8, 6, 3, padding=1, block=4, every=2, rank=7, fresh_steps=1), (9, 12, 11)),
-    "running shape, grouped": (
-        conv(8, 4, 3, padding=1, groups=2, block=2, every=3, rank=7, fresh_steps=0),
-        (9, 12, 11),
-    ),
+    "running shape, grouped": (conv(8, 4, 3, padding=1, groups=2, every=3, rank=100, fresh_steps=0), (9, 12, 11)),
+    "running shape, blocks": (conv(8, 4, 3, padding=1, groups=2, block=2, every=3, rank=7, fresh_steps=0), (9, 12, 11)),
     "running shape, images left out": (
         conv(8, 4, 3, padding=1, dense_small_maps=True, sampling_stride=1, max_rows=16, every=2, rank=9, fresh_steps=1),
         (6, 4, 4),
@@ -119,7 +118,8 @@ class Network(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Linear(8, 4)
-        norm.convert(self, "deconv", sync=True, stem_freeze=False, fc_block=8, **options)
+        blocks = {"second": {"block": 2}}
+        norm.convert(self, "deconv", sync=True, stem_freeze=False, fc_block=8, overrides=blocks, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.last(self.second(self.first(x)).mean((2, 3)))

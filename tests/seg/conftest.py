@@ -18,6 +18,11 @@ from engine import checkpoint
 from seg.config import SegConfig
 
 
+@pytest.fixture(autouse=True)
+def _quick(no_curves: None) -> None:
+    """For every test, but not for what tests of a module share."""
+
+
 @pytest.fixture(scope="session")
 def referee() -> ModuleType:
     """The official scorer; it reads the environment when it is imported."""
