@@ -31,7 +31,7 @@ LARGE = """torchvision/convnext_tiny torchvision/fcn_resnet50 torchvision/resnex
 timm/resnest14d timm/mixnet_s timm/cspresnet50 timm/dpn48b timm/starnet_s1 timm/mobileone_s0 timm/hrnet_w18_small
 timm/selecsls42 timm/repvgg_a0 smp/Unet/mobileone_s0 smp/Unet/efficientnet-b0 smp/DeepLabV3/resnet18
 smp/UPerNet/mobilenet_v2 smp/Unet/tu-tf_efficientnet_lite0""".split()  # noqa: SIM905
-"""Run by hand: half of the sweep's time, each like a smaller one of the others."""
+"""Those that take longest, run by hand."""
 NAMES = [*(f"torchvision/{n}" for n in TORCHVISION), *(f"timm/{n}" for n in TIMM), *(f"smp/{n}" for n in SMP)]
 
 
